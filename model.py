@@ -1,0 +1,464 @@
+"""The networks: the ViT encoder, once, and the masked autoencoder on top of it.
+
+Masking, decoder, pixel loss, initialisation, sizes and the reading of weight files live here; layers come from
+timm; what happens to images before they are a tensor lives in dataset.py. State-dict keys are those of the
+original release, so that its files, and timm's, load by name.
+
+Shapes   N batch   L patches   D width   P patch size   C channels   H W image   h w patch grid
+Masks    1 = removed, 0 = kept
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+LAYER_NORM_EPS = 1e-6
+NORM_PIX_EPS = 1e-6
+
+# ------------------------------------------------------------------------------------------------ sizes
+
+
+@dataclass(frozen=True)
+class MAEConfig:
+    """Give the sizes of a masked autoencoder; the defaults are ViT-B/16 (paper, section 4 and appendix A.1).
+
+    `img_size` is one number, or (height, width). A size that cannot be built raises ValueError.
+    """
+
+    img_size: int | tuple[int, int] = 224
+    patch_size: int = 16
+    input_channels: int = 3
+    encoder_embed_dim: int = 768
+    encoder_depth: int = 12
+    encoder_num_heads: int = 12
+    encoder_mlp_ratio: float = 4.0
+    decoder_embed_dim: int = 512
+    decoder_depth: int = 8
+    decoder_num_heads: int = 16
+    decoder_mlp_ratio: float = 4.0
+    norm_pix_loss: bool = True
+
+    def __post_init__(self):
+        if not isinstance(self.img_size, int):
+            if len(self.img_size) != 2:
+                raise ValueError(f"img_size takes one number or (height, width), not {self.img_size!r}")
+            height, width = (int(side) for side in self.img_size)
+            object.__setattr__(self, "img_size", height if height == width else (height, width))
+        for name in ("patch_size", "input_channels", "encoder_depth", "decoder_depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for side in self.image_hw:
+            if side < 1 or side % self.patch_size:
+                below = side // self.patch_size * self.patch_size
+                choices = " or ".join(str(s) for s in (below, below + self.patch_size) if s > 0)
+                raise ValueError(f"img_size {side} is not a multiple of patch_size {self.patch_size}; use {choices}")
+        for part in ("encoder", "decoder"):
+            dim, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_num_heads")
+            if heads < 1 or dim < 1 or dim % heads:
+                raise ValueError(f"{part}_embed_dim {dim} is not a multiple of {part}_num_heads {heads}")
+            if dim % 4:  # two axes, a sine and a cosine each
+                raise ValueError(f"{part}_embed_dim {dim} is not a multiple of 4, as 2-D sin-cos positions need")
+        if self.norm_pix_loss and self.patch_dim < 2:
+            raise ValueError("norm_pix_loss needs at least two values in a patch; a 1x1 patch of one channel has one")
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        height, width = self.image_hw
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def patch_dim(self) -> int:
+        return self.patch_size**2 * self.input_channels
+
+
+# B, L and H are the paper's, with its one decoder for all. Tiny and small are ViT-Ti and ViT-S of DeiT; their decoders
+# are ours: narrow and shallow ones cost the paper's finetuned accuracy next to nothing (table 1a, 1b).
+MODEL_CONFIGS = {
+    "mae_vit_tiny_patch16": MAEConfig(
+        encoder_embed_dim=192, encoder_num_heads=3, decoder_embed_dim=128, decoder_depth=4, decoder_num_heads=4
+    ),
+    "mae_vit_small_patch16": MAEConfig(
+        encoder_embed_dim=384, encoder_num_heads=6, decoder_embed_dim=256, decoder_depth=4, decoder_num_heads=8
+    ),
+    "mae_vit_base_patch16": MAEConfig(),
+    "mae_vit_large_patch16": MAEConfig(encoder_embed_dim=1024, encoder_depth=24, encoder_num_heads=16),
+    "mae_vit_huge_patch14": MAEConfig(patch_size=14, encoder_embed_dim=1280, encoder_depth=32, encoder_num_heads=16),
+}
+
+# ------------------------------------------------------------------------------------------------ positions
+
+
+def get_2d_sincos_pos_embed(embed_dim: int, grid_size: tuple[int, int], cls_token: bool = True) -> Tensor:
+    """Give the fixed 2-D sine-cosine position table, (1 + h*w, embed_dim), float32.
+
+    The first half of the width encodes the column, the second the row; within a half all sines come first, then
+    all cosines, at frequencies 10000^(-i / (embed_dim/4)). The cls row is zero. Computed in float64.
+    """
+    rows, columns = np.meshgrid(np.arange(grid_size[0]), np.arange(grid_size[1]), indexing="ij")
+    omega = 10000.0 ** (-np.arange(embed_dim // 4) / (embed_dim / 4))
+    angles = [axis.reshape(-1, 1) * omega for axis in (columns, rows)]  # two of (h*w, embed_dim/4)
+    table = np.concatenate([part for angle in angles for part in (np.sin(angle), np.cos(angle))], axis=1)
+    if cls_token:
+        table = np.concatenate([np.zeros((1, embed_dim)), table])
+    return torch.from_numpy(table).float()
+
+
+def resample_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Resample a (1, 1 + h*w, D) position table to another grid, the cls row unchanged.
+
+    Bicubic, not antialiased, corners not aligned: the original release's rule, here for rectangles too.
+    """
+    return resample_abs_pos_embed(pos_embed, list(new_grid), list(old_grid), num_prefix_tokens=1, antialias=False)
+
+
+# ------------------------------------------------------------------------------------------------ encoder
+
+
+def build_blocks(dim: int, depth: int, num_heads: int, mlp_ratio: float, drop_path_rate: float = 0.0) -> nn.ModuleList:
+    """Build pre-norm transformer blocks; the drop-path rate rises linearly from 0 to `drop_path_rate`."""
+    rates = [drop_path_rate * index / max(1, depth - 1) for index in range(depth)]
+    norm_layer = functools.partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
+    return nn.ModuleList(
+        Block(dim, num_heads, mlp_ratio, qkv_bias=True, drop_path=rate, norm_layer=norm_layer) for rate in rates
+    )
+
+
+class VisionTransformer(nn.Module):
+    """Encode whole images, without any masking or shuffle (Dosovitskiy et al. 2021, as the MAE paper uses it).
+
+    Images of another size than the one it was built for are accepted: the position embeddings are resampled.
+    """
+
+    def __init__(self, config: MAEConfig, *, drop_path_rate: float = 0.0, custom_weight_init: bool = True):
+        super().__init__()
+        self.config = config
+        width = config.encoder_embed_dim
+        self.patch_embed = PatchEmbed(
+            config.image_hw, config.patch_size, config.input_channels, width, strict_img_size=False
+        )
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        table = get_2d_sincos_pos_embed(width, config.grid_size)
+        self.pos_embed = nn.Parameter(table[None], requires_grad=False)
+        self.blocks = build_blocks(
+            width, config.encoder_depth, config.encoder_num_heads, config.encoder_mlp_ratio, drop_path_rate
+        )
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.initialize_weights(custom_weight_init)
+
+    def initialize_weights(self, custom_weight_init: bool) -> None:
+        """Set all weights as the original release does; False leaves the layers' own and sets only the tokens."""
+        # Tokens are our own parameters, not a layer's: they have no default.
+        for name in ("cls_token", "mask_token"):
+            if hasattr(self, name):
+                nn.init.normal_(getattr(self, name), std=0.02)
+        if not custom_weight_init:
+            return
+        # The patch convolution is a linear layer on flattened patches, and is initialised like one.
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """Cut (N, C, H, W) into (N, L, P*P*C); values of a patch in the order row, column, channel."""
+        p = self.config.patch_size
+        n, c, height, width = images.shape
+        if c != self.config.input_channels or height % p or width % p:
+            raise ValueError(
+                f"images of shape {tuple(images.shape)} do not fit a model of {self.config.input_channels} channels "
+                f"and patch size {p}: channels must be equal, height and width multiples of {p}"
+            )
+        x = images.reshape(n, c, height // p, p, width // p, p)  #         (N, C, h, P, w, P)
+        x = x.permute(0, 2, 4, 3, 5, 1)  #                                 (N, h, w, P, P, C)
+        return x.reshape(n, -1, p * p * c)  #                              (N, L, P*P*C)
+
+    def embed_patches(self, patches: Tensor) -> Tensor:
+        """Embed any selection of patches, (N, l, P*P*C) -> (N, l, D): the patch convolution as one matrix product."""
+        proj = self.patch_embed.proj
+        weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  #             (D, P*P*C), channel fastest as in patchify
+        return F.linear(patches, weight, proj.bias)
+
+    def prepend_cls(self, patch_tokens: Tensor, pos_embed: Tensor) -> Tensor:
+        """Put the cls token with its position in front, (N, l, D) -> (N, 1 + l, D)."""
+        cls_token = (self.cls_token + pos_embed[:, :1]).to(patch_tokens.dtype).expand(len(patch_tokens), -1, -1)
+        return torch.cat([cls_token, patch_tokens], dim=1)
+
+    def positions(self, images: Tensor) -> Tensor:
+        """Give the encoder's position table for the grid of these images, (1, 1 + L, D)."""
+        return resample_pos_embed(self.pos_embed, self.config.grid_size, self.grid_of(images))
+
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        return images.shape[-2] // self.config.patch_size, images.shape[-1] // self.config.patch_size
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Embed every patch in grid order, with positions and cls token: (N, C, H, W) -> (N, 1 + L, D)."""
+        pos_embed = self.positions(images)
+        x = self.embed_patches(self.patchify(images)) + pos_embed[:, 1:]
+        return self.prepend_cls(x, pos_embed)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Encode whole images: (N, C, H, W) -> (N, 1 + L, D), cls token first, after the final norm."""
+        x = self.embed_images(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_features(images)
+
+    def get_intermediate_layers(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """Give the raw outputs of the named blocks (0-based, no final norm) as maps, each (N, D, h, w).
+
+        Element [b, :, r, c] of a map is patch token r*w + c of image b; the cls token is left out.
+        """
+        depth = len(self.blocks)
+        if not all(0 <= index < depth for index in indices):
+            raise ValueError(f"block indices {list(indices)} must lie in 0..{depth - 1}, as the encoder has {depth}")
+        x = self.embed_images(images)
+        h, w = self.grid_of(images)
+        maps = {}
+        for index, block in enumerate(self.blocks[: max(indices) + 1]):
+            x = block(x)
+            if index in indices:
+                maps[index] = x[:, 1:].transpose(1, 2).unflatten(2, (h, w))  # (N, D, h, w)
+        return [maps[index] for index in indices]
+
+
+# ------------------------------------------------------------------------------------------------ masked autoencoder
+
+
+class Masking(NamedTuple):
+    """Which patches stay: `ids_keep` (N, kept), `ids_restore` (N, L), and `mask` (N, L), 1 = removed."""
+
+    ids_keep: Tensor
+    ids_restore: Tensor
+    mask: Tensor
+
+
+class MAEOutput(NamedTuple):
+    """`loss`, a float32 scalar; `pred` (N, L, P*P*C); `mask` (N, L), 1 = removed."""
+
+    loss: Tensor
+    pred: Tensor
+    mask: Tensor
+
+
+class Reconstruction(NamedTuple):
+    """Three images of (N, C, H, W): removed patches zeroed, the model's answer, and visible patches pasted into it."""
+
+    masked: Tensor
+    reconstructed: Tensor
+    pasted: Tensor
+
+
+def num_kept_patches(num_patches: int, mask_ratio: float) -> int:
+    """Count the patches that stay, truncated as in the original release: 0.9 of 196 keeps 19."""
+    kept = int(num_patches * (1 - mask_ratio))
+    if not 0 <= mask_ratio < 1 or kept < 1:
+        raise ValueError(
+            f"mask_ratio {mask_ratio} keeps {max(kept, 0)} of {num_patches} patches; it must lie in [0, 1) and keep one"
+        )
+    return kept
+
+
+class ViTMAEForPreTraining(VisionTransformer):
+    """The masked autoencoder of He et al. (arXiv 2111.06377, section 3): encode the visible, decode all."""
+
+    def __init__(self, config: MAEConfig, *, custom_weight_init: bool = True):
+        super().__init__(config, custom_weight_init=False)
+        width = config.decoder_embed_dim
+        self.decoder_embed = nn.Linear(config.encoder_embed_dim, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        table = get_2d_sincos_pos_embed(width, config.grid_size)
+        self.decoder_pos_embed = nn.Parameter(table[None], requires_grad=False)
+        self.decoder_blocks = build_blocks(
+            width, config.decoder_depth, config.decoder_num_heads, config.decoder_mlp_ratio
+        )
+        self.decoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.decoder_pred = nn.Linear(width, config.patch_dim)
+        self.initialize_weights(custom_weight_init)
+
+    def unpatchify(self, patches: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
+        """Undo `patchify`: (N, L, P*P*C) -> (N, C, H, W), for the grid (h, w) it was built for or the one given."""
+        p, c = self.config.patch_size, self.config.input_channels
+        h, w = grid_size or self.config.grid_size
+        x = patches.reshape(len(patches), h, w, p, p, c)  #                (N, h, w, P, P, C)
+        x = x.permute(0, 5, 1, 3, 2, 4)  #                                 (N, C, h, P, w, P)
+        return x.reshape(len(patches), c, h * p, w * p)  #                 (N, C, H, W)
+
+    def random_masking(self, noise: Tensor, mask_ratio: float) -> Masking:
+        """Keep the patches of smallest noise, (N, L) -> Masking; the rest is removed (paper, section 3)."""
+        num_patches = noise.shape[1]
+        # Stable, because equal noise values do occur (one image in a thousand at L = 196) and every device and batch
+        # size must sort them alike.
+        ids_shuffle = torch.argsort(noise, dim=1, stable=True)  #          (N, L)
+        ids_restore = torch.argsort(ids_shuffle, dim=1)  #                 (N, L)
+        kept = num_kept_patches(num_patches, mask_ratio)
+        return Masking(ids_shuffle[:, :kept], ids_restore, (ids_restore >= kept).float())
+
+    def forward_encoder(
+        self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode the visible patches only: (N, C, H, W) -> latent (N, 1 + kept, D), mask and ids_restore (N, L).
+
+        The mask is drawn first and the kept patches are gathered as pixels, so that nothing removed is embedded.
+        """
+        patches = self.patchify(images)  #                                 (N, L, P*P*C)
+        pos_embed = self.positions(images)  #                              (1, 1 + L, D)
+        if noise is None:
+            noise = torch.rand(patches.shape[:2], device=images.device)
+        if noise.shape != patches.shape[:2]:
+            raise ValueError(
+                f"noise has shape {tuple(noise.shape)}, but the images have {tuple(patches.shape[:2])} patches"
+            )
+        ids_keep, ids_restore, mask = self.random_masking(noise, mask_ratio)
+        visible = torch.gather(patches, 1, ids_keep[:, :, None].expand(-1, -1, patches.shape[2]))
+        x = self.embed_patches(visible) + pos_embed[0, 1:][ids_keep]  #    (N, kept, D)
+        x = self.prepend_cls(x, pos_embed)  #                              (N, 1 + kept, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x), mask, ids_restore
+
+    def forward_decoder(self, latent: Tensor, ids_restore: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
+        """Predict every patch from the visible ones: (N, 1 + kept, D) -> (N, L, P*P*C). The cls token takes part."""
+        pos_embed = resample_pos_embed(
+            self.decoder_pos_embed, self.config.grid_size, grid_size or self.config.grid_size
+        )
+        x = self.decoder_embed(latent)  #                                  (N, 1 + kept, D')
+        cls_token, visible = x[:, :1], x[:, 1:]
+        num_removed = ids_restore.shape[1] - visible.shape[1]
+        mask_tokens = self.mask_token.to(x.dtype).expand(len(x), num_removed, -1)
+        x = torch.cat([visible, mask_tokens], dim=1)  #                    (N, L, D'), shuffled
+        x = torch.gather(x, 1, ids_restore[:, :, None].expand_as(x))  #    (N, L, D'), in grid order
+        x = torch.cat([cls_token, x], dim=1) + pos_embed  #                (N, 1 + L, D')
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]  #           (N, L, P*P*C)
+
+    def forward_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """Mean squared error on the removed patches, float32 scalar (paper, section 3 and table 1d)."""
+        with torch.autocast(images.device.type, enabled=False):
+            target = self.patchify(images.float())  #                      (N, L, P*P*C)
+            if self.config.norm_pix_loss:
+                mean, std = patch_statistics(target)
+                target = (target - mean) / std
+            loss = (pred.float() - target).square().mean(dim=2)  #         (N, L)
+            return (loss * mask).sum() / mask.sum()
+
+    def forward(self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None) -> MAEOutput:
+        """Mask, encode, decode and compare (N, C, H, W) normalised images; `noise` (N, L), smallest kept."""
+        latent, mask, ids_restore = self.forward_encoder(images, mask_ratio, noise)
+        pred = self.forward_decoder(latent, ids_restore, self.grid_of(images))
+        return MAEOutput(self.forward_loss(images, pred, mask), pred, mask)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, pred: Tensor, mask: Tensor) -> Reconstruction:
+        """Turn predictions into images in the space of the input.
+
+        A model trained with `norm_pix_loss` predicts every patch without its brightness and contrast: the true mean
+        and standard deviation of each patch are put back, so its pictures flatter it. Say so where they are shown.
+        """
+        grid, patches, pred, removed = self.grid_of(images), self.patchify(images), pred.float(), mask[:, :, None]
+        if self.config.norm_pix_loss:
+            mean, std = patch_statistics(patches.float())
+            pred = pred * std + mean
+        panels = patches * (1 - removed), pred, patches * (1 - removed) + pred * removed
+        return Reconstruction(*(self.unpatchify(panel, grid) for panel in panels))
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Give mean and standard deviation of each patch, (N, L, P*P*C) -> two of (N, L, 1); variance unbiased."""
+    return patches.mean(dim=2, keepdim=True), (patches.var(dim=2, keepdim=True) + NORM_PIX_EPS).sqrt()
+
+
+# ------------------------------------------------------------------------------------------------ weight files
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read the weights of a .safetensors or .pth file without executing anything in it.
+
+    Original training files wrap the weights as {"model": ...} beside an argparse Namespace, which is let in by name.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    return content.get("model", content)
+
+
+def find_weights(path: str | Path) -> Path:
+    """Give the weight file of a checkpoint folder, or the file itself; FileNotFoundError says what was looked for."""
+    path = Path(path)
+    if path.is_dir():
+        file = path / "model.safetensors"
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{path} holds no model.safetensors; give a checkpoint folder such as checkpoint_800"
+            )
+        return file
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint folder or weight file at {path}")
+    return path
+
+
+def read_config(weights: Path) -> dict | None:
+    """Read the config.json beside a weight file: sizes, image mean and std; None where there is none."""
+    file = weights.with_name("config.json")
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def infer_config(state_dict: dict[str, Tensor], norm_pix_loss: bool) -> MAEConfig:
+    """Find the named size whose shapes a state dict of the original release has; ValueError if none fits."""
+    for config in MODEL_CONFIGS.values():
+        with torch.device("meta"):
+            expected = ViTMAEForPreTraining(config, custom_weight_init=False).state_dict()
+        if {k: v.shape for k, v in expected.items()} == {k: v.shape for k, v in state_dict.items()}:
+            return dataclasses.replace(config, norm_pix_loss=norm_pix_loss)
+    raise ValueError(
+        "these weights have no config.json beside them and fit none of " + ", ".join(MODEL_CONFIGS) + "; give the "
+        "checkpoint folder that pretrain_mae.py wrote"
+    )
+
+
+def load_pretrained_mae(path: str | Path, *, norm_pix_loss: bool = True) -> ViTMAEForPreTraining:
+    """Load a whole masked autoencoder, decoder included, from a checkpoint folder or a weight file.
+
+    The sizes come from the config.json beside the weights; without one (files of the original release) from the
+    shapes, and `norm_pix_loss` says how the file was trained. Encoder-only files raise ValueError.
+    """
+    file = find_weights(path)
+    state_dict = read_state_dict(file)
+    if not any(key.startswith("decoder_") for key in state_dict):
+        raise ValueError(
+            f"{file} holds an encoder only, so it cannot draw; a decoder is in the checkpoints of pretrain_mae.py and "
+            "in the original release's mae_visualize_vit_*.pth and mae_pretrain_vit_*_full.pth"
+        )
+    record = read_config(file)
+    config = MAEConfig(**record["config"]) if record else infer_config(state_dict, norm_pix_loss)
+    model = ViTMAEForPreTraining(config)
+    model.load_state_dict(state_dict)
+    return model

@@ -1,0 +1,82 @@
+"""Fixtures: tiny models, folders of drawn images, and the photographs that only developers and CI have."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+
+from model import MAEConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+PHOTOGRAPHS = ROOT.parent / "shared" / "data"
+
+TINY = MAEConfig(
+    img_size=16,
+    patch_size=4,
+    encoder_embed_dim=32,
+    encoder_depth=3,
+    encoder_num_heads=4,
+    decoder_embed_dim=16,
+    decoder_depth=2,
+    decoder_num_heads=2,
+)
+
+
+@pytest.fixture
+def photographs() -> Path:
+    if not PHOTOGRAPHS.is_dir():
+        pytest.skip("the development photographs are not on this machine")
+    return PHOTOGRAPHS
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Let every test start its own Accelerator; the library keeps one state per process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def draw_images(folder: Path, count: int, seed: int = 0) -> None:
+    """Write `count` JPEG files of smooth random colours, 20 to 40 pixels a side."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    for index in range(count):
+        coarse = Image.fromarray(generator.integers(0, 256, (3, 3, 3), dtype=np.uint8))
+        size = tuple(int(side) for side in generator.integers(20, 40, 2))
+        coarse.resize(size, Image.Resampling.BICUBIC).save(folder / f"{index:03d}.jpg")
+
+
+@pytest.fixture(scope="session")
+def drawn_images(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("drawn")
+    for class_index, name in enumerate(("cats", "dogs")):
+        draw_images(root / "train" / name, 12, seed=class_index)
+        draw_images(root / "val" / name, 4, seed=10 + class_index)
+    return root
+
+
+@pytest.fixture
+def image_folder(drawn_images, tmp_path) -> Path:
+    """An ImageNet-style folder of 24 training and 8 validation images, free to be changed by the test."""
+    return shutil.copytree(drawn_images, tmp_path / "images")
+
+
+def launch(script: str, arguments: list[str], *, num_processes: int = 1, **environment: str) -> str:
+    """Run a script as users do, on the CPU with one or several processes, and give all that it printed."""
+    flags = ["--multi_gpu", "--num_processes", str(num_processes)] if num_processes > 1 else ["--num_processes", "1"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += [str(ROOT / script), *arguments]
+    defaults = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env={**os.environ, **defaults, **environment}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr

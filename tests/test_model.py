@@ -1,0 +1,442 @@
+"""The networks against independent implementations, golden numbers, round trips and invariances."""
+
+import argparse
+import dataclasses
+import json
+import math
+import pickle
+
+import pytest
+import timm
+import torch
+import transformers
+from conftest import TINY
+from safetensors.torch import save_file
+
+from model import (
+    MODEL_CONFIGS,
+    MAEConfig,
+    ViTMAEForPreTraining,
+    VisionTransformer,
+    get_2d_sincos_pos_embed,
+    load_pretrained_mae,
+    num_kept_patches,
+    read_state_dict,
+    resample_pos_embed,
+)
+
+TINY_PIXELS = dataclasses.replace(TINY, norm_pix_loss=False)
+
+
+def random_model(config: MAEConfig, seed: int = 0) -> ViTMAEForPreTraining:
+    """Build a model in which no parameter is at a special value, so that no mistake hides behind a zero."""
+    torch.manual_seed(seed)
+    model = ViTMAEForPreTraining(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith("pos_embed"):
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+# -------------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "decoder", "trainable", "tensors"),
+    [
+        ("mae_vit_base_patch16", 85_798_656, 26_109_184, 111_655_680, 254),
+        ("mae_vit_large_patch16", 303_301_632, 26_240_256, 329_239_296, 398),
+        ("mae_vit_huge_patch14", 630_764_800, 26_309_708, 656_613_964, 494),
+    ],
+)
+def test_model_has_the_original_parameter_and_tensor_counts(name, encoder, decoder, trainable, tensors):
+    with torch.device("meta"):
+        model = ViTMAEForPreTraining(MODEL_CONFIGS[name], custom_weight_init=False)
+    counts = {key: value.numel() for key, value in model.state_dict().items()}
+    of_decoder = {key: n for key, n in counts.items() if key.startswith(("decoder", "mask_token"))}
+    assert sum(of_decoder.values()) == decoder
+    assert sum(counts.values()) - sum(of_decoder.values()) == encoder
+    assert len(counts) == tensors and len(of_decoder) == 104
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trainable
+
+
+@pytest.mark.parametrize(("ratio", "kept"), [(0.5, 98), (0.6, 78), (0.75, 49), (0.8, 39), (0.85, 29), (0.9, 19)])
+def test_num_kept_patches_truncates_as_the_original(ratio, kept):
+    assert num_kept_patches(196, ratio) == kept
+
+
+def test_num_kept_patches_of_huge():
+    assert num_kept_patches(MODEL_CONFIGS["mae_vit_huge_patch14"].num_patches, 0.75) == 64
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 0.999])
+def test_num_kept_patches_refuses_ratios_that_keep_nothing(ratio):
+    with pytest.raises(ValueError, match="of 196 patches"):
+        num_kept_patches(196, ratio)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"img_size": 230}, "img_size 230 is not a multiple of patch_size 16; use 224 or 240"),
+        ({"img_size": (224, 10)}, "img_size 10 is not a multiple of patch_size 16; use 16"),
+        ({"encoder_embed_dim": 100}, "encoder_embed_dim 100 is not a multiple of encoder_num_heads 12"),
+        ({"decoder_embed_dim": 18, "decoder_num_heads": 3}, "decoder_embed_dim 18 is not a multiple of 4"),
+        ({"encoder_depth": 0}, "encoder_depth must be at least 1"),
+        ({"patch_size": 1, "input_channels": 1}, "at least two values"),
+    ],
+)
+def test_config_refuses_what_cannot_be_built(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(MAEConfig(), **changes)
+
+
+# -------------------------------------------------------------------------------- positions
+
+
+def test_sincos_golden_values():
+    table = get_2d_sincos_pos_embed(768, (14, 14))
+    assert table.shape == (197, 768) and table.dtype == torch.float32
+    assert (table[0] == 0).all()
+    token = table[1 + 1]  # row 0, column 1
+    for index, value in {0: 0.841471, 1: 0.815251, 192: 0.540302, 193: 0.579108}.items():
+        assert token[index].item() == pytest.approx(value, abs=1e-6)
+    assert (token[384:576] == 0).all() and (token[576:] == 1).all()
+
+
+def test_sincos_rectangle_puts_the_column_first_and_the_row_second():
+    table = get_2d_sincos_pos_embed(16, (3, 5), cls_token=False)
+    token = table[2 * 5 + 4]
+    assert token[0].item() == pytest.approx(math.sin(4), abs=1e-6)
+    assert token[8].item() == pytest.approx(math.sin(2), abs=1e-6)
+    assert token[15].item() == pytest.approx(math.cos(2 / 10000 ** (3 / 4)), abs=1e-6)
+
+
+def test_resample_pos_embed_is_plain_bicubic_and_keeps_the_cls_row():
+    table = get_2d_sincos_pos_embed(32, (4, 6))[None]
+    table[:, 0] = 7.0
+    resampled = resample_pos_embed(table, (4, 6), (8, 3))
+    maps = table[0, 1:].reshape(4, 6, 32).permute(2, 0, 1)[None]
+    expected = torch.nn.functional.interpolate(maps, (8, 3), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(resampled[0, 1:], expected[0].flatten(1).T, rtol=0, atol=0)
+    assert (resampled[:, 0] == 7.0).all()
+
+
+# -------------------------------------------------------------------------------- patches and masks
+
+
+@pytest.mark.parametrize("channels", [1, 3, 6])
+@pytest.mark.parametrize(("patch_size", "size"), [(4, (8, 20)), (14, (28, 42)), (16, (48, 32))])
+def test_unpatchify_undoes_patchify_bit_for_bit(channels, patch_size, size):
+    config = dataclasses.replace(TINY, img_size=size, patch_size=patch_size, input_channels=channels)
+    model = ViTMAEForPreTraining(config)
+    images = torch.randn(2, channels, *size)
+    patches = model.patchify(images)
+    assert patches.shape == (2, config.num_patches, patch_size**2 * channels)
+    assert torch.equal(model.unpatchify(patches), images)
+
+
+def test_patchify_orders_a_patch_by_row_column_channel():
+    model = ViTMAEForPreTraining(TINY)
+    images = torch.arange(3 * 16 * 16.0).reshape(1, 3, 16, 16)
+    patch = model.patchify(images)[0, 1 * 4 + 2].reshape(4, 4, 3)  # grid row 1, column 2
+    for row, column, channel in [(0, 0, 0), (0, 0, 2), (1, 3, 1)]:
+        assert patch[row, column, channel] == images[0, channel, 4 + row, 8 + column]
+
+
+def test_patchify_refuses_images_that_do_not_fit():
+    model = ViTMAEForPreTraining(TINY)
+    with pytest.raises(ValueError, match="3 channels and patch size 4"):
+        model.patchify(torch.zeros(1, 1, 16, 16))
+
+
+def test_embedding_visible_patches_equals_the_convolution_on_everything():
+    model = random_model(TINY)
+    images = torch.randn(2, 3, 16, 16)
+    embedded = model.embed_patches(model.patchify(images))
+    torch.testing.assert_close(embedded, model.patch_embed(images), rtol=0, atol=1e-5)
+    ids_keep = torch.tensor([[3, 0, 15], [7, 8, 1]])
+    index = ids_keep[:, :, None]
+    visible = torch.gather(model.patchify(images), 1, index.expand(-1, -1, 48))
+    expected = torch.gather(embedded, 1, index.expand(-1, -1, 32))
+    torch.testing.assert_close(model.embed_patches(visible), expected, rtol=0, atol=1e-6)
+
+
+def test_random_masking_keeps_the_smallest_noise():
+    noise = torch.tensor([[0.3, 0.1, 0.9, 0.2], [0.5, 0.6, 0.7, 0.4]])
+    ids_keep, ids_restore, mask = ViTMAEForPreTraining(TINY).random_masking(noise, 0.5)
+    assert ids_keep.tolist() == [[1, 3], [3, 0]]
+    assert mask.tolist() == [[1, 0, 1, 0], [0, 1, 1, 0]]
+    shuffled = torch.gather(noise, 1, torch.argsort(noise, dim=1))
+    assert torch.equal(torch.gather(shuffled, 1, ids_restore), noise)
+
+
+def test_random_masking_breaks_ties_by_position():
+    ids_keep, _, mask = ViTMAEForPreTraining(TINY).random_masking(torch.full((1, 64), 0.5), 0.75)
+    assert ids_keep.tolist() == [list(range(16))] and mask.sum() == 48
+
+
+def test_mask_has_exactly_the_removed_patches_per_row():
+    output = random_model(TINY)(torch.randn(5, 3, 16, 16), mask_ratio=0.9)
+    assert output.mask.sum(dim=1).tolist() == [16 - 1] * 5
+
+
+def test_noise_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"noise has shape \(2, 9\)"):
+        random_model(TINY)(torch.randn(2, 3, 16, 16), noise=torch.rand(2, 9))
+
+
+# -------------------------------------------------------------------------------- the encoder
+
+
+def test_encoder_without_masking_equals_the_whole_image_encoder():
+    model = random_model(TINY)
+    images = torch.randn(2, 3, 16, 16)
+    in_order = torch.arange(16.0).expand(2, -1)
+    latent, mask, _ = model.forward_encoder(images, mask_ratio=0.0, noise=in_order)
+    assert mask.sum() == 0
+    torch.testing.assert_close(latent, model.forward_features(images), rtol=0, atol=1e-6)
+
+
+def test_forward_features_equals_timm():
+    torch.manual_seed(0)
+    ours = random_model(MAEConfig())
+    theirs = timm.create_model("vit_base_patch16_224", num_classes=0)
+    encoder = {k: v for k, v in ours.state_dict().items() if not k.startswith(("decoder", "mask_token"))}
+    theirs.load_state_dict(encoder)
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours.forward_features(images), theirs.eval().forward_features(images), rtol=0, atol=1e-5
+        )
+
+
+def test_intermediate_layers_are_raw_block_outputs_in_grid_order():
+    config = dataclasses.replace(TINY, img_size=(8, 20))
+    model = random_model(config)
+    images = torch.randn(2, 3, 8, 20)
+    outputs = {}
+    for index, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda _module, _inputs, output, index=index: outputs.update({index: output}))
+    maps = model.get_intermediate_layers(images, [2, 0])
+    assert [tuple(m.shape) for m in maps] == [(2, 32, 2, 5)] * 2
+    for found, index in zip(maps, [2, 0], strict=True):
+        for row, column in [(0, 0), (0, 4), (1, 2)]:
+            assert torch.equal(found[:, :, row, column], outputs[index][:, 1 + row * 5 + column])
+
+
+def test_intermediate_layers_refuse_blocks_that_do_not_exist():
+    with pytest.raises(ValueError, match=r"must lie in 0\.\.2"):
+        random_model(TINY).get_intermediate_layers(torch.zeros(1, 3, 16, 16), [3])
+
+
+def test_encoder_takes_other_sizes_than_its_own():
+    config = dataclasses.replace(TINY, img_size=(8, 24))
+    model = VisionTransformer(config)
+    assert model.forward_features(torch.randn(2, 3, 16, 12)).shape == (2, 1 + 4 * 3, 32)
+
+
+def test_pretraining_takes_other_sizes_than_its_own():
+    output = random_model(TINY)(torch.randn(2, 3, 8, 24), noise=torch.rand(2, 12))
+    assert output.pred.shape == (2, 12, 48) and output.loss.isfinite()
+
+
+# -------------------------------------------------------------------------------- against transformers
+
+
+def to_transformers(state_dict: dict) -> dict:
+    """Rename our keys to those of transformers' ViTMAE, and split the fused q, k, v."""
+    renamed = {}
+    for key, value in state_dict.items():
+        prefix = "decoder." if key.startswith("decoder") or key == "mask_token" else "vit."
+        key = key.replace("patch_embed.proj", "embeddings.patch_embeddings.projection")
+        key = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"}.get(key, key)
+        key = key.replace("decoder_blocks", "decoder_layers").replace("blocks.", "layers.")
+        key = key.replace("norm1", "layernorm_before").replace("norm2", "layernorm_after")
+        key = key.replace("attn.proj", "attention.o_proj")
+        if prefix == "vit.":
+            key = key.replace("norm.", "layernorm.") if key.startswith("norm.") else key
+        if "attn.qkv" in key:
+            for name, part in zip("qkv", value.chunk(3), strict=True):
+                renamed[prefix + key.replace("attn.qkv", f"attention.{name}_proj")] = part
+        else:
+            renamed[prefix + key] = value
+    return renamed
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+@pytest.mark.parametrize("mask_ratio", [0.75, 0.6])
+def test_loss_prediction_and_mask_equal_transformers(norm_pix_loss, mask_ratio):
+    config = dataclasses.replace(TINY, img_size=32, norm_pix_loss=norm_pix_loss)
+    ours = random_model(config)
+    theirs = transformers.ViTMAEForPreTraining(
+        transformers.ViTMAEConfig(
+            image_size=32,
+            patch_size=4,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=128,
+            decoder_hidden_size=16,
+            decoder_num_hidden_layers=2,
+            decoder_num_attention_heads=2,
+            decoder_intermediate_size=64,
+            layer_norm_eps=1e-6,
+            norm_pix_loss=norm_pix_loss,
+            mask_ratio=mask_ratio,
+        )
+    ).eval()
+    theirs.load_state_dict(to_transformers(ours.state_dict()))
+    images, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 64)
+    with torch.no_grad():
+        loss, pred, mask = ours(images, mask_ratio, noise)
+        expected = theirs(images, noise=noise)
+    assert torch.equal(mask, expected.mask)
+    torch.testing.assert_close(pred, expected.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(loss, expected.loss, rtol=0, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------- loss
+
+
+def test_loss_counts_removed_patches_only():
+    model = random_model(TINY_PIXELS)
+    images = torch.randn(1, 3, 16, 16)
+    pred = model.patchify(images).clone()
+    pred[0, 3] += 2.0  # squared error 4 on patch 3
+    pred[0, 5] += 100.0
+    mask = torch.zeros(1, 16)
+    mask[0, 3] = mask[0, 4] = 1
+    assert model.forward_loss(images, pred, mask).item() == pytest.approx(2.0, abs=1e-5)
+
+
+def test_norm_pix_target_uses_the_unbiased_variance():
+    model = random_model(TINY)
+    images = torch.randn(1, 3, 16, 16)
+    patch = model.patchify(images)[0, 0]
+    expected = (patch - patch.mean()) / (patch.var(unbiased=True) + 1e-6).sqrt()
+    mask = torch.zeros(1, 16)
+    mask[0, 0] = 1
+    loss = model.forward_loss(images, torch.zeros(1, 16, 48), mask)
+    assert loss.item() == pytest.approx(expected.square().mean().item(), rel=1e-5)
+
+
+def test_norm_pix_of_a_constant_image_has_a_target_of_zeros():
+    model = random_model(TINY)
+    loss = model.forward_loss(torch.full((1, 3, 16, 16), 0.5), torch.zeros(1, 16, 48), torch.ones(1, 16))
+    assert loss.item() == 0.0
+
+
+def test_loss_is_float32_under_bfloat16():
+    model = random_model(TINY)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(torch.randn(2, 3, 16, 16), noise=torch.rand(2, 16))
+    assert output.pred.dtype == torch.bfloat16 and output.loss.dtype == torch.float32
+    target_error = model.forward_loss(torch.zeros(1, 3, 16, 16), torch.ones(1, 16, 48).bfloat16(), torch.ones(1, 16))
+    assert target_error.item() == 1.0
+
+
+def test_every_trainable_parameter_gets_a_gradient():
+    model = random_model(TINY)
+    model(torch.randn(2, 3, 16, 16)).loss.backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == ["pos_embed", "decoder_pos_embed"]
+
+
+# -------------------------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_reconstruct_of_a_perfect_prediction_is_the_image(norm_pix_loss):
+    model = random_model(dataclasses.replace(TINY, norm_pix_loss=norm_pix_loss))
+    images = torch.randn(2, 3, 16, 16)
+    pred = model.patchify(images)
+    if norm_pix_loss:
+        pred = (pred - pred.mean(dim=2, keepdim=True)) / (pred.var(dim=2, keepdim=True) + 1e-6).sqrt()
+    mask = (torch.rand(2, 16) > 0.25).float()
+    masked, reconstructed, pasted = model.reconstruct(images, pred, mask)
+    torch.testing.assert_close(reconstructed, images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(pasted, images, rtol=0, atol=1e-5)
+    assert torch.equal(model.patchify(masked)[mask == 1], torch.zeros(int(mask.sum()), 48))
+    assert torch.equal(model.patchify(masked)[mask == 0], model.patchify(images)[mask == 0])
+
+
+# -------------------------------------------------------------------------------- initialisation
+
+
+def test_custom_weight_init_follows_the_original():
+    torch.manual_seed(0)
+    model = ViTMAEForPreTraining(MODEL_CONFIGS["mae_vit_small_patch16"])
+    qkv, patch = model.blocks[0].attn.qkv, model.patch_embed.proj
+    assert qkv.weight.std().item() == pytest.approx(math.sqrt(2 / (384 + 3 * 384)), rel=0.02)
+    assert qkv.weight.abs().max().item() <= math.sqrt(6 / (384 + 3 * 384))
+    assert patch.weight.std().item() == pytest.approx(math.sqrt(2 / (384 + 768)), rel=0.02)
+    assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.mask_token.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+
+
+def test_no_custom_weight_init_leaves_the_layers_own():
+    torch.manual_seed(0)
+    model = ViTMAEForPreTraining(TINY, custom_weight_init=False)
+    assert model.blocks[0].attn.qkv.bias.any()
+    assert model.decoder_pred.weight.abs().max() <= 1 / math.sqrt(16)
+    assert model.mask_token.std() > 0
+
+
+# -------------------------------------------------------------------------------- weight files
+
+
+def write_checkpoint(folder, model):
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"config": dataclasses.asdict(model.config)}))
+
+
+def test_load_pretrained_mae_takes_sizes_from_the_folder(tmp_path):
+    model = random_model(dataclasses.replace(TINY, img_size=(8, 20), input_channels=1))
+    write_checkpoint(tmp_path / "checkpoint_1", model)
+    for path in (tmp_path / "checkpoint_1", tmp_path / "checkpoint_1" / "model.safetensors"):
+        loaded = load_pretrained_mae(path)
+        assert loaded.config == model.config
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+def test_load_pretrained_mae_infers_the_size_of_an_original_file(tmp_path):
+    config = MODEL_CONFIGS["mae_vit_tiny_patch16"]
+    model = random_model(config)
+    content = {"model": model.state_dict(), "args": argparse.Namespace(lr=1.0), "epoch": 3}
+    torch.save(content, tmp_path / "full.pth")
+    loaded = load_pretrained_mae(tmp_path / "full.pth", norm_pix_loss=False)
+    assert loaded.config == dataclasses.replace(config, norm_pix_loss=False)
+    assert torch.equal(loaded.decoder_pred.weight, model.decoder_pred.weight)
+
+
+def test_load_pretrained_mae_refuses_an_encoder_only_file(tmp_path):
+    encoder = VisionTransformer(TINY).state_dict()
+    torch.save({"model": encoder}, tmp_path / "mae_pretrain_vit.pth")
+    with pytest.raises(ValueError, match=r"encoder only.*mae_visualize_vit_\*\.pth"):
+        load_pretrained_mae(tmp_path / "mae_pretrain_vit.pth")
+
+
+def test_load_pretrained_mae_says_what_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors"):
+        load_pretrained_mae(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint folder or weight file"):
+        load_pretrained_mae(tmp_path / "nowhere")
+
+
+class Hostile:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (open, (self.target, "w"))
+
+
+def test_read_state_dict_runs_no_code(tmp_path):
+    torch.save({"model": Hostile(str(tmp_path / "owned"))}, tmp_path / "hostile.pth")
+    with pytest.raises(pickle.UnpicklingError):
+        read_state_dict(tmp_path / "hostile.pth")
+    assert not (tmp_path / "owned").exists()
