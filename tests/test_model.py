@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from model import (
     MODEL_CONFIGS,
     MAEConfig,
-    ViTMAEForPreTraining,
     VisionTransformer,
+    ViTMAEForPreTraining,
     get_2d_sincos_pos_embed,
     load_pretrained_mae,
     num_kept_patches,

@@ -1,0 +1,600 @@
+"""Images and labels from disk: decoding, file lists, transforms, random numbers, samplers, loaders, demo data.
+
+What a training sample looks like is a function of (seed, epoch, index) and of nothing else: the sampler hands the
+workers (epoch, index), and the dataset seeds every generator from them. Nothing here knows a network.
+
+Shapes   N batch   C channels   H W image   L patches
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import struct
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as tvf
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# ------------------------------------------------------------------------------------------------ decoding
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # the contents decide, not the file name
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+# What Pillow raises on files that are cut, damaged, disguised or hostile. DecompressionBombError is Pillow's own
+# limit on the declared size, checked before anything is decoded.
+DECODE_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+CHANNEL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def read_image(path: str | Path, channels: int = 3) -> Image.Image:
+    """Decode a file into the 8-bit picture a person sees, with 1 (grey), 3 (RGB) or 4 (RGBA) channels.
+
+    Rotation flags are applied, 16-bit values scaled, transparent pixels laid on white. Raises one of DECODE_ERRORS.
+
+    Deviation: the original release ignores EXIF rotation and shows what lies under transparent pixels. Reason: both
+    train on pictures nobody sees. Effect: none on ImageNet but for a handful of files.
+    """
+    with Image.open(path, formats=IMAGE_FORMATS) as image:
+        image.load()
+    image = scale_to_8_bit(upright(image))
+    mode = CHANNEL_MODES[channels]
+    if image.has_transparency_data and mode != "RGBA":
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF rotation; a damaged EXIF block of a sound picture counts as none."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except DECODE_ERRORS:
+        return image
+
+
+def scale_to_8_bit(image: Image.Image) -> Image.Image:
+    """Scale 16-bit, 32-bit and float greys to 8 bits; Pillow's own conversion clips them to white."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image).astype(np.float64)
+    white = 65535.0  # mode I, too, is how Pillow reads 16-bit files
+    if image.mode == "F":
+        white = 1.0 if values.max(initial=0) <= 1 else 255.0
+    transparent = values == image.info.get("transparency", -1)
+    values = np.where(transparent, 1, (values / white).clip(0, 1))
+    return Image.fromarray((values * 255).round().astype(np.uint8))
+
+
+# ------------------------------------------------------------------------------------------------ file lists
+
+
+@dataclass(frozen=True)
+class FileList:
+    """The images below a folder: relative paths, and where they lie in class folders a label each.
+
+    `paths` is an array of bytes, not a list of strings: worker processes share its pages, and a million strings they
+    would copy one reference count at a time.
+    """
+
+    root: Path
+    paths: np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.paths[index]))
+
+    def fingerprint(self) -> str:
+        """Hash the relative paths, so that a resumed run can tell whether its data is still the same."""
+        return hashlib.sha256(b"\0".join(self.paths.tolist())).hexdigest()[:16]
+
+    def describe(self) -> str:
+        classes = f" in {len(self.classes):,} classes" if self.classes else ""
+        return f"{len(self):,} images{classes} in {self.root}"
+
+
+LAYOUT = """expected one of
+  <path_to_data>/train/<class>/*.jpg  and  <path_to_data>/val/<class>/*.jpg   (or validation/; ImageNet's layout)
+  <path_to_data>/any/folders/*.jpg                                           (pretraining only: no classes needed)
+with files ending in """ + " ".join(IMAGE_SUFFIXES)
+
+
+def find_splits(path_to_data: str | Path) -> tuple[Path, Path | None]:
+    """Give the training and the validation folder of a data root; without train/ the whole root is for training."""
+    root = Path(path_to_data)
+    if not root.is_dir():
+        raise FileNotFoundError(f"--path_to_data {root} is not a folder; {LAYOUT}")
+    if not (root / "train").is_dir():
+        return root, None
+    validation = [root / name for name in ("val", "validation") if (root / name).is_dir()]
+    if len(validation) > 1:
+        raise ValueError(f"{root} holds both val/ and validation/; keep one, so that it is clear which is meant")
+    return root / "train", validation[0] if validation else None
+
+
+def scan_images(root: Path) -> tuple[list[str], dict[str, int]]:
+    """Walk a folder tree, links included: sorted relative image paths, and every folder's modification time (ns)."""
+    files, folders, visited = [], {}, set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in visited:  # a link that leads back up
+            subfolders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        subfolders.sort()
+        relative = os.path.relpath(folder, root)
+        folders[relative] = status.st_mtime_ns
+        files += [os.path.normpath(os.path.join(relative, n)) for n in names if n.lower().endswith(IMAGE_SUFFIXES)]
+    return sorted(files), folders
+
+
+def list_images(root: Path, cache_folder: Path | None = None, *, rescan: bool = False) -> FileList:
+    """List the images below `root`; the first folder of a path is its class, where every image has one.
+
+    With `cache_folder` the list is kept there, one file per root, and is read again while no folder has changed:
+    a million-file tree on a network disk is then a thousand look-ups instead of minutes. FileNotFoundError shows the
+    expected layout beside what is there.
+    """
+    root = Path(root).resolve()
+    cache = None
+    if cache_folder is not None:
+        cache = Path(cache_folder) / f"{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.npz"
+        if cache.is_file() and not rescan:
+            cached = read_file_list(cache, root)
+            if cached is not None:
+                return cached
+    files, folders = scan_images(root)
+    if not files:
+        there = ", ".join(sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())[:10]) or "nothing"
+        raise FileNotFoundError(f"no images below {root}; {LAYOUT}\nwhat is there: {there}")
+    first_folders = [file.split(os.sep, 1)[0] if os.sep in file else None for file in files]
+    classes = () if None in first_folders else tuple(sorted(set(first_folders)))
+    index = {name: i for i, name in enumerate(classes)}
+    file_list = FileList(
+        root,
+        np.array([os.fsencode(file) for file in files]),
+        np.array([index.get(name, -1) for name in first_folders], dtype=np.int32),
+        classes,
+    )
+    if cache is not None:
+        write_file_list(cache, file_list, folders)
+    return file_list
+
+
+def write_file_list(cache: Path, file_list: FileList, folders: dict[str, int]) -> None:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp.npz")
+    np.savez(
+        temporary,
+        root=np.array(os.fsencode(file_list.root)),
+        paths=file_list.paths,
+        labels=file_list.labels,
+        classes=np.array([os.fsencode(name) for name in file_list.classes], dtype=bytes),
+        folders=np.array([os.fsencode(folder) for folder in folders]),
+        folder_times=np.array(list(folders.values()), dtype=np.int64),
+    )
+    os.replace(temporary, cache)
+
+
+def read_file_list(cache: Path, root: Path) -> FileList | None:
+    """Read a cached list; None when it is damaged, is of another root, or a folder has changed since."""
+    try:
+        with np.load(cache, allow_pickle=False) as content:
+            stored = {name: content[name] for name in content.files}
+        same_root = os.fsdecode(stored["root"].item()) == str(root)
+        unchanged = same_root and all(
+            os.stat(os.path.join(root, os.fsdecode(folder))).st_mtime_ns == time
+            for folder, time in zip(stored["folders"], stored["folder_times"], strict=True)
+        )
+        classes = tuple(os.fsdecode(name) for name in stored["classes"])
+        return FileList(root, stored["paths"], stored["labels"], classes) if unchanged else None
+    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile):
+        return None
+
+
+# ------------------------------------------------------------------------------------------------ randomness
+
+
+class SampleKey(NamedTuple):
+    """What decides a sample's every random draw, together with the seed."""
+
+    epoch: int
+    index: int
+
+
+def random_key(*parts: int | str) -> int:
+    """Hash (seed, epoch, index, ...) into 64 bits, alike in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
+@contextlib.contextmanager
+def seeded(*parts: int | str) -> Iterator[None]:
+    """Make every draw inside (torch's CPU generator, random, numpy) a function of `parts`; restore the state after."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    key = random_key(*parts)
+    torch.default_generator.manual_seed(key)  # torch.manual_seed would walk every device: 30 times slower
+    random.seed(key)
+    np.random.seed(key % 2**32)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+
+
+# ------------------------------------------------------------------------------------------------ transforms
+
+
+def build_pretraining_transform(img_size: tuple[int, int], min_crop_scale: float) -> Callable:
+    """Random resized crop and flip, nothing else (paper, appendix A.1; table 1e: colour jitter hurts)."""
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(img_size, scale=(min_crop_scale, 1.0), interpolation=InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class ResizeCenterCrop:
+    """Resize (bicubic, ratio kept) until `img_size` / `crop_ratio` is covered, and cut `img_size` from the middle."""
+
+    img_size: tuple[int, int]
+    crop_ratio: float = 1.0
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        height, width = (int(side / self.crop_ratio) for side in self.img_size)
+        scale = max(height / image.height, width / image.width)
+        size = max(height, int(image.height * scale)), max(width, int(image.width * scale))
+        image = tvf.resize(image, list(size), interpolation=InterpolationMode.BICUBIC)
+        return tvf.center_crop(image, list(self.img_size))
+
+
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Turn uint8 (N, C, H, W) into normalised float32, on the device where it lies."""
+    mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (mean, std))
+    return (images.float() / 255 - mean) / std
+
+
+def denormalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Undo `normalize` up to the scale: float (N, C, H, W) with 0 black and 1 white, not clipped."""
+    mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (mean, std))
+    return images.float() * std + mean
+
+
+# ------------------------------------------------------------------------------------------------ data sets and loaders
+
+EVAL_EPOCH = -1  # evaluation draws its masks from (seed, EVAL_EPOCH, index): the same at every evaluation
+MAX_REPLACEMENTS = 100
+
+
+class BadFile(NamedTuple):
+    path: str
+    reason: str
+
+
+class Sample(NamedTuple):
+    """`image` uint8 (C, H, W); `label`, -1 without classes; `noise` (L,) for masking; undecodable files met."""
+
+    image: Tensor
+    label: int
+    noise: Tensor
+    bad_files: list[BadFile]
+
+
+class Batch(NamedTuple):
+    """`images` uint8 (N, C, H, W); `labels` int64 (N,); `noise` float32 (N, L); undecodable files met."""
+
+    images: Tensor
+    labels: Tensor
+    noise: Tensor
+    bad_files: list[BadFile]
+
+
+class ImageDataset(Dataset):
+    """Decode and transform the images of a list; `dataset[SampleKey(epoch, index)]` is a `Sample`.
+
+    A file that cannot be decoded is replaced by another one, drawn from the same (seed, epoch, index), and reported
+    in `bad_files`; ValueError when that goes on for MAX_REPLACEMENTS files.
+    Indices past the end start over, each time with new random draws.
+    """
+
+    def __init__(self, files: FileList, transform: Callable, *, seed: int, channels: int = 3, num_patches: int = 0):
+        if channels not in CHANNEL_MODES:
+            raise ValueError(
+                f"--input_channels {channels}: image files give 1 (grey), 3 (RGB) or 4 (RGBA) channels; for other "
+                "counts the model works, but the data set has to be your own"
+            )
+        self.files, self.transform, self.seed = files, transform, seed
+        self.channels, self.num_patches = channels, num_patches
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: SampleKey) -> Sample:
+        bad_files = []
+        with seeded(self.seed, *key):
+            noise = torch.rand(self.num_patches)  # drawn first, so that masks do not hang on the augmentation
+            image, label = self.decode(key.index % len(self.files), bad_files)
+            image = tvf.pil_to_tensor(self.transform(image))
+        return Sample(image, label, noise, bad_files)
+
+    def decode(self, index: int, bad_files: list[BadFile]) -> tuple[Image.Image, int]:
+        while True:
+            path = self.files.path(index)
+            try:
+                return read_image(path, self.channels), int(self.files.labels[index])
+            except DECODE_ERRORS as error:
+                reason = f"{type(error).__name__}: {error}"
+                bad_files.append(BadFile(path, reason))
+            if len(bad_files) == MAX_REPLACEMENTS:
+                raise ValueError(f"{MAX_REPLACEMENTS} files in a row cannot be decoded; the last is {path}: {reason}")
+            index = int(torch.randint(len(self.files), ()))
+
+
+def collate(samples: list[Sample]) -> Batch:
+    images, labels, noise, bad_files = zip(*samples, strict=True)
+    flat = [bad for bad_list in bad_files for bad in bad_list]
+    return Batch(torch.stack(images), torch.tensor(labels), torch.stack(noise), flat)
+
+
+class StepSampler(Sampler):
+    """Cut each epoch's order into optimizer steps, and each step into the micro-batches of one process.
+
+    The images of step s of epoch e are the same whatever the number of processes and accumulation steps, as long as
+    their product with the micro-batch size, `images_per_step`, is. Every step is full: the remainder of an epoch is
+    left out, as in the original release (another one each epoch). A data set smaller than one step is repeated,
+    freshly shuffled, until the step is full.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        micro_batch_size: int,
+        *,
+        accumulation_steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+    ):
+        self.num_images, self.micro_batch_size, self.accumulation_steps = (
+            num_images,
+            micro_batch_size,
+            accumulation_steps,
+        )
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.images_per_step = micro_batch_size * accumulation_steps * world_size
+        self.steps_per_epoch = max(1, num_images // self.images_per_step)
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def order(self) -> list[int]:
+        """Give the epoch's indices; those of the r-th repetition of the data set are raised by r * num_images."""
+        generator = torch.Generator().manual_seed(random_key(self.seed, self.epoch, "order"))
+        needed = self.steps_per_epoch * self.images_per_step
+        repeats = -(-needed // self.num_images)
+        shuffles = [torch.randperm(self.num_images, generator=generator) + r * self.num_images for r in range(repeats)]
+        return torch.cat(shuffles)[:needed].tolist()
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * self.accumulation_steps
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        order, size = self.order(), self.micro_batch_size
+        first = self.rank * size
+        for start in range(first, len(order), self.world_size * size):
+            yield [SampleKey(self.epoch, index) for index in order[start : start + size]]
+
+
+def build_training_loader(
+    dataset: ImageDataset, sampler: StepSampler, num_workers: int, pin_memory: bool
+) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+        # Without a generator of its own every pass would draw from the global one, and a resumed run would drift.
+        generator=torch.Generator(),
+    )
+
+
+def build_eval_loader(
+    dataset: ImageDataset, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1
+) -> DataLoader:
+    """Give every image exactly once over all processes: this one's share is every `world_size`-th, unpadded."""
+    return DataLoader(
+        dataset,
+        sampler=[SampleKey(EVAL_EPOCH, index) for index in range(rank, len(dataset), world_size)],
+        batch_size=batch_size,
+        collate_fn=collate,
+        num_workers=num_workers,
+        generator=torch.Generator(),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ demo data
+
+# One large object of ten kinds before a gradient and a pattern. Colour, place, size and tilt are drawn without regard
+# to the kind, so only the outline gives it away. A scene follows from (seed, kind, size) alone.
+DEMO_KINDS = ("circle", "ring", "square", "triangle", "star", "cross", "heart", "crescent", "house", "tree")
+# The index is the value in a label map. 0 is ADE20K's "other", which training and metrics ignore:
+# here the rim of a shape, where antialiasing mixes two regions in one pixel.
+DEMO_LABEL_NAMES = ("other", "background", *DEMO_KINDS, "clutter")
+DEMO_OVERSAMPLING = 4  # drawn this many times larger, then averaged: antialiased edges
+DEMO_VAL_SEED = 2_000_000  # training scenes have the seeds below, validation scenes those from here on
+DEMO_VERSION = 1  # raise it with every change to the drawing: data on disk is reused only if it agrees
+
+
+def demo_outlines(kind: str) -> list[np.ndarray]:
+    """Give the polygon of a kind, and that of its hole if it has one; (points, 2) in [-1, 1], y down."""
+    turn = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+    circle = np.stack([np.cos(turn), np.sin(turn)], axis=1)
+    if kind == "circle":
+        return [circle]
+    if kind == "ring":
+        return [circle, 0.5 * circle]
+    if kind == "crescent":
+        return [circle, 0.8 * circle + (0.5, 0)]
+    if kind == "heart":
+        x, y = np.sin(turn) ** 3, -(13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn))
+        return [np.stack([x, (y - 2.5) / 15], axis=1)]
+    if kind == "star":
+        radius = np.where(np.arange(10) % 2, 0.45, 1.05)
+        angle = np.pi * np.arange(10) / 5
+        return [np.stack([radius * np.sin(angle), 0.08 - radius * np.cos(angle)], axis=1)]
+    points = {
+        "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+        "triangle": [(0, -0.95), (1, 0.8), (-1, 0.8)],
+        "cross": [(-0.35, -1), (0.35, -1), (0.35, -0.35), (1, -0.35), (1, 0.35), (0.35, 0.35),
+                  (0.35, 1), (-0.35, 1), (-0.35, 0.35), (-1, 0.35), (-1, -0.35), (-0.35, -0.35)],
+        "house": [(0, -1), (1, -0.1), (0.75, -0.1), (0.75, 0.95), (-0.75, 0.95), (-0.75, -0.1), (-1, -0.1)],
+        "tree": [(0, -1), (0.6, -0.2), (0.35, -0.2), (0.9, 0.5), (0.2, 0.5), (0.2, 1),
+                 (-0.2, 1), (-0.2, 0.5), (-0.9, 0.5), (-0.35, -0.2), (-0.6, -0.2)],
+    }  # fmt: skip
+    return [np.array(points[kind])]
+
+
+def draw_coverage(outlines: list[np.ndarray], center: np.ndarray, radius: float, tilt: float, size: int) -> np.ndarray:
+    """Give how much of each pixel a shape covers, (size, size) in [0, 1]; center and radius in image widths."""
+    side = size * DEMO_OVERSAMPLING
+    rotation = np.array([[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]])
+    canvas = Image.new("L", (side, side))
+    for outline, fill in zip(outlines, (255, 0), strict=False):  # the second outline is a hole
+        points = (center + radius * outline @ rotation.T) * side
+        ImageDraw.Draw(canvas).polygon([tuple(point) for point in points.tolist()], fill=fill)
+    return np.asarray(canvas.reduce(DEMO_OVERSAMPLING), dtype=np.float32) / 255
+
+
+def draw_gradient(
+    rng: np.random.Generator, color: np.ndarray, strength: float, x: np.ndarray, y: np.ndarray
+) -> np.ndarray:
+    """Give a colour that brightens by `strength` across the image in a random direction, (3, size, size)."""
+    angle = rng.uniform(0, 2 * np.pi)
+    ramp = np.cos(angle) * (x - 0.5) + np.sin(angle) * (y - 0.5)
+    tint = rng.uniform(0.4, 1, size=3)  # unequal channels, so that the hue drifts as well
+    return color[:, None, None] + (strength * tint)[:, None, None] * ramp
+
+
+def draw_pattern(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Give soft stripes, checks or waves in [-1, 1], (size, size)."""
+    waves_across = rng.uniform(1, 2.5)
+    phase_u, phase_v = rng.uniform(0, 2 * np.pi, size=2)
+    angle = rng.uniform(0, np.pi)
+    u = 2 * np.pi * waves_across * (np.cos(angle) * x + np.sin(angle) * y) + phase_u
+    v = 2 * np.pi * waves_across * (np.cos(angle) * y - np.sin(angle) * x) + phase_v
+    style = rng.integers(3)
+    if style == 0:
+        return np.sin(u)
+    if style == 1:
+        return np.sin(u) * np.sin(v)
+    return np.sin(u + np.sin(v / 2))
+
+
+def draw_demo_scene(seed: int, kind: int, size: int = 80) -> tuple[Image.Image, Image.Image]:
+    """Draw a scene and its label map, modes RGB and L; see DEMO_KINDS and DEMO_LABEL_NAMES."""
+    rng = np.random.default_rng([seed, kind])
+    y, x = (np.mgrid[:size, :size].astype(np.float32) + 0.5) / size
+
+    # Three colours at a distance, or an object might not stand out.
+    while True:
+        ground, body, clutter = rng.uniform(0.1, 0.9, size=(3, 3))
+        if min(np.linalg.norm(ground - body), np.linalg.norm(ground - clutter)) > 0.5:
+            break
+    scene = draw_gradient(rng, ground, rng.uniform(0.1, 0.35), x, y)
+    scene += rng.uniform(0.02, 0.06) * draw_pattern(rng, x, y)
+    labels = np.full((size, size), DEMO_LABEL_NAMES.index("background"), dtype=np.uint8)
+
+    # The clutter first, so that the object may hide some of it and never the reverse.
+    radius = rng.uniform(0.29, 0.4)
+    center = rng.uniform(radius, 1 - radius, size=2)
+    shapes = []
+    for _ in range(rng.integers(1, 4)):
+        outlines = demo_outlines(("circle", "square", "triangle")[rng.integers(3)])
+        spot = (outlines, rng.uniform(0.06, 0.94, size=2), rng.uniform(0.035, 0.055), rng.uniform(-np.pi, np.pi))
+        shapes.append((spot, clutter, DEMO_LABEL_NAMES.index("clutter")))
+    main = (demo_outlines(DEMO_KINDS[kind]), center, radius, rng.uniform(-0.2, 0.2))
+    shapes.append((main, body, DEMO_LABEL_NAMES.index(DEMO_KINDS[kind])))
+
+    for shape, color, label in shapes:
+        coverage = draw_coverage(*shape, size)
+        fill = draw_gradient(rng, color, rng.uniform(0.05, 0.2), x, y)
+        scene += coverage * (fill - scene)
+        labels[coverage > 0.25] = 0
+        labels[coverage > 0.75] = label
+    pixels = (scene.clip(0, 1) * 255).round().astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))), Image.fromarray(labels)
+
+
+def write_demo_data(root: Path, num_train: int = 3000, num_val: int = 400) -> None:
+    """Write the scenes below `root` as imagefolder/ and as ADEChallengeData2016/, once.
+
+    Does nothing where `root` already holds the same scenes. Raises FileExistsError where it holds anything else.
+    """
+    recipe = {"version": DEMO_VERSION, "num_train": num_train, "num_val": num_val}
+    stamp = root / "demo.json"
+    if stamp.is_file() and json.loads(stamp.read_text()) == recipe:
+        return
+    if root.exists():
+        raise FileExistsError(f"{root} exists and is not the demo data for {recipe}; remove it or name another folder")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    # Renamed only when complete, so a killed run leaves no half data set under the final name.
+    partial = Path(tempfile.mkdtemp(prefix=f"{root.name}.", dir=root.parent))
+    try:
+        splits = (("train", "training", num_train, 0), ("val", "validation", num_val, DEMO_VAL_SEED))
+        for split, ade_split, num_scenes, first_seed in splits:
+            for kind in DEMO_KINDS:
+                (partial / "imagefolder" / split / kind).mkdir(parents=True)
+            ade_folders = [partial / "ADEChallengeData2016" / part / ade_split for part in ("images", "annotations")]
+            for folder in ade_folders:
+                folder.mkdir(parents=True)
+            for index in range(num_scenes):
+                kind = index % len(DEMO_KINDS)
+                image, labels = draw_demo_scene(first_seed + index, kind)
+                stem = f"demo_{split}_{index:06d}"
+                ade_image = ade_folders[0] / f"{stem}.jpg"
+                image.save(ade_image, quality=92, subsampling=0)  # 4:4:4, or thin shapes lose their colour
+                shutil.copyfile(ade_image, partial / "imagefolder" / split / DEMO_KINDS[kind] / ade_image.name)
+                labels.save(ade_folders[1] / f"{stem}.png")
+        (partial / stamp.name).write_text(json.dumps(recipe))
+        partial.rename(root)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

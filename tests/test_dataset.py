@@ -1,0 +1,422 @@
+"""Decoding, file lists, random numbers, samplers: hand-made cases, round trips and invariances."""
+
+import csv
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode, v2
+
+import dataset
+from dataset import (
+    DECODE_ERRORS,
+    DEMO_KINDS,
+    EVAL_EPOCH,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageDataset,
+    ResizeCenterCrop,
+    SampleKey,
+    StepSampler,
+    build_eval_loader,
+    build_pretraining_transform,
+    build_training_loader,
+    denormalize,
+    draw_demo_scene,
+    find_splits,
+    list_images,
+    normalize,
+    read_image,
+    scan_images,
+    seeded,
+    write_demo_data,
+)
+
+# -------------------------------------------------------------------------------- decoding
+
+
+def save(image: Image.Image, path, **options):
+    image.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tiff", "gif"])
+def test_read_image_opens_every_named_format(tmp_path, suffix):
+    path = save(Image.new("RGB", (6, 4), (200, 200, 200)), tmp_path / f"image.{suffix}")
+    image = read_image(path)
+    assert image.mode == "RGB" and image.size == (6, 4)
+    assert np.abs(np.asarray(image).astype(int) - 200).max() <= 2
+
+
+def test_read_image_turns_a_rotated_photograph_upright(tmp_path):
+    stored = Image.new("RGB", (40, 20), "black")
+    stored.paste("white", (0, 0, 20, 20))  # left half white; turned a quarter clockwise it is on top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = np.asarray(read_image(save(stored, tmp_path / "turned.jpg", exif=exif)))
+    assert image.shape == (40, 20, 3)
+    assert image[:15].min() > 240 and image[-15:].max() < 15
+
+
+def test_read_image_scales_16_bit_grey(tmp_path):
+    values = np.array([[0, 257 * 100, 65535]], dtype=np.uint16)
+    path = save(Image.fromarray(values), tmp_path / "deep.png")
+    assert np.asarray(read_image(path))[0].tolist() == [[0] * 3, [100] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize(("values", "expected"), [([0.0, 0.5, 1.0], [0, 128, 255]), ([0.0, 51.0, 300.0], [0, 51, 255])])
+def test_read_image_scales_float_grey(tmp_path, values, expected):
+    path = save(Image.fromarray(np.array([values], dtype=np.float32)), tmp_path / "float.tiff")
+    assert np.asarray(read_image(path, channels=1))[0].tolist() == expected
+
+
+def test_read_image_lays_transparent_pixels_on_white(tmp_path):
+    rgba = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    rgba.putpixel((1, 0), (0, 0, 0, 0))
+    path = save(rgba, tmp_path / "clear.png")
+    assert np.asarray(read_image(path))[0].tolist() == [[255, 0, 0], [255, 255, 255]]
+    assert np.asarray(read_image(path, channels=4))[0, 1].tolist() == [0, 0, 0, 0]
+    palette = save(rgba.convert("P"), tmp_path / "palette.png", transparency=rgba.convert("P").getpixel((1, 0)))
+    assert np.asarray(read_image(palette))[0, 1].tolist() == [255, 255, 255]
+
+
+def test_read_image_shows_cmyk_in_its_colours(tmp_path):
+    path = save(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), tmp_path / "cyan.jpg")
+    red, green, blue = np.asarray(read_image(path))[4, 4]
+    assert red < 60 and green > 120 and blue > 120
+
+
+def test_read_image_gives_the_asked_number_of_channels(tmp_path):
+    path = save(Image.new("RGB", (5, 5), "red"), tmp_path / "red.png")
+    assert [np.asarray(read_image(path, channels=c)).shape for c in (1, 3, 4)] == [(5, 5), (5, 5, 3), (5, 5, 4)]
+
+
+def test_read_image_refuses_formats_that_are_not_pictures_of_ours(tmp_path):
+    path = tmp_path / "program.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    with pytest.raises(DECODE_ERRORS):
+        read_image(path)
+
+
+def read_manifest(photographs):
+    with (photographs / "bad_images" / "MANIFEST.tsv").open() as file:
+        return {row["file"]: row for row in csv.DictReader(file, delimiter="\t")}
+
+
+def test_every_awkward_file_decodes_or_is_refused_as_its_manifest_says(photographs):
+    manifest = read_manifest(photographs)
+    assert len(manifest) >= 40
+    wrong = []
+    for name, row in manifest.items():
+        try:
+            image = read_image(photographs / "bad_images" / name)
+        except DECODE_ERRORS:
+            decoded = "no"
+        else:
+            decoded = "yes"
+            width, height = (int(side) for side in row["size"].split("x"))
+            turned = row["exif_orientation"] in {"5", "6", "7", "8"}
+            assert image.size == ((height, width) if turned else (width, height)), name
+        if decoded != row["decodable"]:
+            wrong.append(name)
+    assert not wrong
+
+
+# -------------------------------------------------------------------------------- file lists
+
+
+def test_find_splits_takes_either_name_of_the_validation_folder(tmp_path):
+    (tmp_path / "train").mkdir()
+    assert find_splits(tmp_path) == (tmp_path / "train", None)
+    (tmp_path / "validation").mkdir()
+    assert find_splits(tmp_path) == (tmp_path / "train", tmp_path / "validation")
+    (tmp_path / "val").mkdir()
+    with pytest.raises(ValueError, match="both val/ and validation/"):
+        find_splits(tmp_path)
+
+
+def test_find_splits_takes_a_tree_without_splits_as_training_images(tmp_path):
+    assert find_splits(tmp_path) == (tmp_path, None)
+    with pytest.raises(FileNotFoundError, match="is not a folder; expected one of"):
+        find_splits(tmp_path / "nowhere")
+
+
+def test_list_images_finds_classes_and_labels(image_folder):
+    files = list_images(image_folder / "train")
+    assert files.classes == ("cats", "dogs") and len(files) == 24
+    assert [files.classes[files.labels[i]] in files.path(i) for i in range(24)] == [True] * 24
+
+
+def test_list_images_takes_any_letter_case_depth_and_strange_names(tmp_path):
+    names = ["a.JPEG", "deep/er/b.PnG", "deep/with space é.Tif", "deep/readme.txt", "deep/c.jpg.bak"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    files = list_images(tmp_path)
+    assert [os.path.relpath(files.path(i), tmp_path) for i in range(len(files))] == sorted(names[:3])
+    assert files.classes == () and set(files.labels) == {-1}
+
+
+def test_list_images_shows_expected_and_found_when_there_is_nothing(tmp_path):
+    (tmp_path / "archive.tar").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match=r"(?s)no images below.*expected one of.*what is there: archive\.tar, empty/"
+    ):
+        list_images(tmp_path)
+
+
+def test_scan_images_survives_a_link_back_up(image_folder):
+    (image_folder / "train" / "cats" / "loop").symlink_to(image_folder / "train")
+    assert len(scan_images(image_folder / "train")[0]) == 24
+
+
+def test_list_images_reads_the_cached_list_while_nothing_changed(image_folder, tmp_path, monkeypatch):
+    first = list_images(image_folder / "train", tmp_path / "lists")
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "scan_images", lambda root: pytest.fail("scanned although the list was cached"))
+        second = list_images(image_folder / "train", tmp_path / "lists")
+    assert second.classes == first.classes and second.fingerprint() == first.fingerprint()
+    assert np.array_equal(second.labels, first.labels)
+
+
+def test_list_images_scans_again_after_a_change_a_damage_or_when_asked(image_folder, tmp_path, monkeypatch):
+    train, lists = image_folder / "train", tmp_path / "lists"
+    first = list_images(train, lists)
+    (train / "dogs" / "new.png").touch()
+    changed = list_images(train, lists)
+    assert len(changed) == 25 and changed.fingerprint() != first.fingerprint()
+    (cache,) = lists.iterdir()
+    for damage in (cache.read_bytes()[:200], b"", b"no list"):
+        cache.write_bytes(damage)
+        assert len(list_images(train, lists)) == 25
+    scans = []
+    monkeypatch.setattr(dataset, "scan_images", lambda root: scans.append(root) or scan_images(root))
+    list_images(train, lists, rescan=True)
+    assert len(scans) == 1
+
+
+# -------------------------------------------------------------------------------- randomness
+
+
+def draws():
+    return torch.rand(2).tolist(), random.random(), np.random.rand()
+
+
+def test_seeded_draws_are_a_function_of_the_key_and_leave_no_trace():
+    before = draws.__name__, torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
+    with seeded(1, 2, 3):
+        first = draws()
+    assert torch.equal(torch.get_rng_state(), before[1]) and random.getstate() == before[2]
+    assert np.array_equal(np.random.get_state()[1], before[3])
+    with seeded(1, 2, 3):
+        assert draws() == first
+    for other in [(0, 2, 3), (1, 0, 3), (1, 2, 0), (1, 23), (12, 3)]:
+        with seeded(*other):
+            assert draws() != first
+
+
+def build_dataset(root, **options):
+    return ImageDataset(
+        list_images(root / "train"), build_pretraining_transform((16, 16), 0.2), seed=5, num_patches=16, **options
+    )
+
+
+def test_sample_is_a_function_of_seed_epoch_and_index(image_folder):
+    data = build_dataset(image_folder)
+    first = data[SampleKey(3, 7)]
+    data[SampleKey(3, 8)]
+    torch.manual_seed(99)
+    again = data[SampleKey(3, 7)]
+    assert torch.equal(first.image, again.image) and torch.equal(first.noise, again.noise)
+    assert first.image.dtype == torch.uint8 and first.image.shape == (3, 16, 16)
+    other_epoch = data[SampleKey(4, 7)]
+    assert not torch.equal(first.image, other_epoch.image) and not torch.equal(first.noise, other_epoch.noise)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loader_gives_the_samples_of_its_sampler_with_any_number_of_workers(image_folder, num_workers):
+    data, sampler = build_dataset(image_folder), StepSampler(24, 4, accumulation_steps=2, seed=1)
+    loader = build_training_loader(data, sampler, num_workers, pin_memory=False)
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        for keys, batch in zip(list(sampler), loader, strict=True):
+            expected = torch.stack([data[key].image for key in keys])
+            assert torch.equal(batch.images, expected) and {key.epoch for key in keys} == {epoch}
+
+
+def test_loader_does_not_touch_the_global_generator(image_folder):
+    loader = build_training_loader(build_dataset(image_folder), StepSampler(24, 4), 0, pin_memory=False)
+    before = torch.get_rng_state()
+    list(loader)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dataset_refuses_channel_counts_that_files_cannot_give(image_folder):
+    with pytest.raises(ValueError, match="--input_channels 6"):
+        build_dataset(image_folder, channels=6)
+
+
+# -------------------------------------------------------------------------------- bad files
+
+
+def test_bad_file_is_replaced_by_the_same_sample_each_time_and_reported(image_folder):
+    bad = image_folder / "train" / "cats" / "003.jpg"
+    bad.write_bytes(bad.read_bytes()[:100])
+    data = build_dataset(image_folder)
+    index = [data.files.path(i) for i in range(24)].index(str(bad))
+    sample, again = data[SampleKey(0, index)], data[SampleKey(0, index)]
+    assert [entry.path for entry in sample.bad_files] == [str(bad)]
+    assert torch.equal(sample.image, again.image) and sample.image.float().std() > 0
+    assert data[SampleKey(0, (index + 1) % 24)].bad_files == []
+
+
+def test_nothing_but_bad_files_is_an_error_that_names_one(image_folder):
+    for path in (image_folder / "train").rglob("*.jpg"):
+        path.write_text("<html>404</html>")
+    with pytest.raises(ValueError, match=r"100 files in a row cannot be decoded; the last is .*jpg: Unidentified"):
+        build_dataset(image_folder)[SampleKey(0, 0)]
+
+
+def test_awkward_files_train_or_are_skipped_and_no_worker_dies(photographs):
+    files = list_images(photographs / "bad_images")
+    transform = build_pretraining_transform((16, 16), 0.2)
+    data = ImageDataset(files, transform, seed=0, num_patches=16)
+    sampler = StepSampler(len(files), 4)
+    loader = build_training_loader(data, sampler, 2, pin_memory=False)
+    found, images = set(), 0
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        for batch in loader:
+            images += len(batch.images)
+            found |= {os.path.basename(bad.path) for bad in batch.bad_files}
+    assert images == 2 * (len(files) // 4) * 4
+    assert found == {name for name, row in read_manifest(photographs).items() if row["decodable"] == "no"}
+
+
+# -------------------------------------------------------------------------------- samplers
+
+
+def global_steps(num_images, per_process, accumulation_steps, world_size, epoch=2):
+    """Give the set of indices of every optimizer step, put together from all processes."""
+    steps = []
+    for rank in range(world_size):
+        sampler = StepSampler(
+            num_images, per_process // accumulation_steps, accumulation_steps=accumulation_steps, rank=rank,
+            world_size=world_size, seed=3,
+        )  # fmt: skip
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert len(batches) == len(sampler)
+        for step in range(sampler.steps_per_epoch):
+            if rank == 0:
+                steps.append([])
+            for batch in batches[step * accumulation_steps : (step + 1) * accumulation_steps]:
+                steps[step] += [key.index for key in batch]
+    return [sorted(step) for step in steps]
+
+
+def test_step_sampler_gives_the_same_steps_to_any_number_of_processes():
+    serial = global_steps(50, 12, 1, 1)
+    assert len(serial) == 4 and all(len(step) == 12 for step in serial)
+    assert len({index for step in serial for index in step}) == 48  # disjoint
+    assert serial == global_steps(50, 12, 3, 1) == global_steps(50, 6, 1, 2) == global_steps(50, 4, 2, 3)
+
+
+def test_step_sampler_leaves_out_another_remainder_each_epoch():
+    left_out = [
+        set(range(50)) - {index for step in global_steps(50, 12, 1, 1, epoch) for index in step} for epoch in range(20)
+    ]
+    assert all(len(indices) == 2 for indices in left_out) and len(set().union(*left_out)) > 20
+
+
+def test_step_sampler_fills_one_step_from_a_small_data_set():
+    (step,) = global_steps(10, 24, 2, 1)
+    counts = np.bincount(np.array(step) % 10, minlength=10)
+    assert len(set(step)) == 24 and counts.min() >= 2 and counts.max() <= 3
+
+
+def test_eval_loaders_of_all_processes_give_every_image_once(image_folder):
+    files = list_images(image_folder / "val")
+    data = ImageDataset(files, ResizeCenterCrop((16, 16)), seed=0, num_patches=16)
+    expected = torch.stack([data[SampleKey(EVAL_EPOCH, index)].noise for index in range(8)])
+    for world_size in (1, 3):
+        loaders = [build_eval_loader(data, 2, 0, rank, world_size) for rank in range(world_size)]
+        noise = torch.cat([batch.noise for loader in loaders for batch in loader])
+        assert torch.equal(noise.sort(dim=0).values, expected.sort(dim=0).values)
+
+
+# -------------------------------------------------------------------------------- transforms
+
+
+def test_resize_center_crop_equals_resize_256_and_crop_224():
+    generator = np.random.default_rng(0)
+    for width, height in [(300, 400), (500, 333), (224, 224), (100, 90)]:
+        image = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        reference = v2.Compose([v2.Resize(256, interpolation=InterpolationMode.BICUBIC), v2.CenterCrop(224)])
+        assert np.array_equal(np.asarray(ResizeCenterCrop((224, 224), 224 / 256)(image)), np.asarray(reference(image)))
+
+
+def test_resize_center_crop_covers_rectangles_without_padding():
+    image = Image.new("RGB", (30, 100), "white")
+    for size in [(16, 48), (48, 16), (7, 7)]:
+        cropped = np.asarray(ResizeCenterCrop(size)(image))
+        assert cropped.shape == (*size, 3) and cropped.min() == 255
+
+
+def test_normalize_and_denormalize():
+    images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
+    normalized = normalize(images, IMAGENET_MEAN, IMAGENET_STD)
+    reference = v2.functional.normalize(images / 255, list(IMAGENET_MEAN), list(IMAGENET_STD))
+    torch.testing.assert_close(normalized, reference)
+    torch.testing.assert_close(denormalize(normalized, IMAGENET_MEAN, IMAGENET_STD), images / 255)
+
+
+# -------------------------------------------------------------------------------- demo data
+
+
+def test_demo_scene_is_a_function_of_seed_and_kind():
+    image, labels = draw_demo_scene(7, 4)
+    again, again_labels = draw_demo_scene(7, 4)
+    assert image.tobytes() == again.tobytes() and labels.tobytes() == again_labels.tobytes()
+    assert draw_demo_scene(8, 4)[0].tobytes() != image.tobytes()
+    assert (image.mode, labels.mode) == ("RGB", "L") and image.size == labels.size
+
+
+@pytest.mark.parametrize("kind", range(10))
+def test_demo_labels_mark_the_object_on_its_background(kind):
+    image, labels = (np.asarray(picture) for picture in draw_demo_scene(3, kind))
+    assert set(np.unique(labels)) <= {0, 1, 2 + kind, 12}
+    inside, outside = labels == 2 + kind, labels == 1
+    assert 0.05 < inside.mean() < 0.6 and outside.mean() > 0.3
+    assert np.abs(image[inside].mean(axis=0) - image[outside].mean(axis=0)).max() > 20  # it can be seen
+
+
+def test_demo_data_has_both_layouts_and_is_written_once(tmp_path):
+    write_demo_data(tmp_path / "demo", num_train=20, num_val=10)
+    (train, val) = find_splits(tmp_path / "demo" / "imagefolder")
+    files = list_images(train)
+    assert files.classes == tuple(sorted(DEMO_KINDS)) and np.bincount(files.labels).tolist() == [2] * 10
+    assert len(list_images(val)) == 10
+    ade = tmp_path / "demo" / "ADEChallengeData2016"
+    for split, count in (("training", 20), ("validation", 10)):
+        stems = [sorted(p.stem for p in (ade / part / split).iterdir()) for part in ("images", "annotations")]
+        assert stems[0] == stems[1] and len(stems[0]) == count
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*")}
+    write_demo_data(tmp_path / "demo", num_train=20, num_val=10)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*")} == before
+    with pytest.raises(FileExistsError, match="is not the demo data"):
+        write_demo_data(tmp_path / "demo", num_train=30, num_val=10)
+
+
+def test_demo_data_that_was_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(seed, kind):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dataset, "draw_demo_scene", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_demo_data(tmp_path / "demo", num_train=20, num_val=10)
+    assert list(tmp_path.iterdir()) == []
