@@ -1,0 +1,237 @@
+"""The shared verbs: golden values, oracles, hand-made folders, and the texts of errors."""
+
+import argparse
+import json
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import TINY
+from timm.scheduler import CosineLRScheduler
+
+import utils
+from model import ViTMAEForPreTraining
+from utils import (
+    BadFiles,
+    RunLog,
+    StepClock,
+    cap_workers,
+    check_resumable,
+    cosine_lr,
+    draw_rows,
+    find_checkpoint,
+    is_epoch_checkpoint,
+    open_experiment,
+    reconstruction_titles,
+    save_checkpoint,
+    scaled_lr,
+    set_learning_rate,
+)
+
+# -------------------------------------------------------------------------------- optimisation
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0, 0.0), (20, 1.2e-3), (40, 2.4e-3), (420, 1.2e-3), (800, 0.0)])
+def test_cosine_lr_golden_values(step, expected):
+    assert cosine_lr(step, peak=2.4e-3, warmup_steps=40, total_steps=800) == pytest.approx(expected, abs=1e-12)
+
+
+def test_cosine_lr_equals_timm():
+    peak, warmup, total, minimum = 2.4e-3, 7, 50, 1e-6
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    oracle = CosineLRScheduler(
+        optimizer, t_initial=total - warmup, lr_min=minimum, warmup_t=warmup, warmup_prefix=True, t_in_epochs=False
+    )
+    for step in range(total + 5):
+        oracle.step_update(step)
+        ours = cosine_lr(step, peak=peak, warmup_steps=warmup, total_steps=total, minimum=minimum)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-15)
+
+
+def test_cosine_lr_without_warmup_starts_at_the_peak():
+    assert cosine_lr(0, peak=1.0, warmup_steps=0, total_steps=10) == 1.0
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(2048, 1.2e-3), (4096, 2.4e-3)])
+def test_scaled_lr_of_the_given_commands(batch, expected):
+    assert scaled_lr(1.5e-4, batch) == pytest.approx(expected)
+
+
+def test_set_learning_rate_multiplies_the_scale_of_a_group():
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": parameters[:1], "lr_scale": 0.5}, {"params": parameters[1:]}], lr=1.0)
+    set_learning_rate(optimizer, 0.2)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
+
+
+# -------------------------------------------------------------------------------- run set-up
+
+
+def test_cap_workers_shares_the_cores(monkeypatch):
+    monkeypatch.setattr(utils.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert cap_workers(32) == 8 and cap_workers(3) == 3 and cap_workers(0) == 0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert cap_workers(32) == 2
+
+
+def run_flags(folder, **changes):
+    flags = {"working_directory": str(folder), "experiment_name": "run", "resume_from_checkpoint": None}
+    return argparse.Namespace(**{**flags, **changes})
+
+
+def add_checkpoint(folder, epoch):
+    checkpoint = folder / "run" / f"checkpoint_{epoch}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text("{}")
+    return checkpoint
+
+
+def test_open_experiment_refuses_to_train_over_checkpoints(tmp_path):
+    assert open_experiment(run_flags(tmp_path), is_epoch_checkpoint) == (tmp_path / "run", None)
+    latest = run_flags(tmp_path, resume_from_checkpoint="latest")
+    assert open_experiment(latest, is_epoch_checkpoint) == (tmp_path / "run", None)
+    add_checkpoint(tmp_path, 3)
+    with pytest.raises(FileExistsError, match=r"--resume_from_checkpoint latest.*another --experiment_name"):
+        open_experiment(run_flags(tmp_path), is_epoch_checkpoint)
+    assert open_experiment(latest, is_epoch_checkpoint)[1] == tmp_path / "run" / "checkpoint_3"
+
+
+def test_find_checkpoint_takes_latest_a_name_and_a_folder(tmp_path):
+    third, twelfth = add_checkpoint(tmp_path, 3), add_checkpoint(tmp_path, 12)
+    (tmp_path / "run" / "checkpoint_99.tmp").mkdir()
+    assert find_checkpoint(tmp_path / "run", "latest") == twelfth
+    assert find_checkpoint(tmp_path / "run", "checkpoint_3") == third
+    assert find_checkpoint(tmp_path / "elsewhere", str(third)) == third
+    with pytest.raises(FileNotFoundError, match=r"checkpoint_4: no checkpoint.*checkpoint_3, checkpoint_12"):
+        find_checkpoint(tmp_path / "run", "checkpoint_4")
+
+
+def test_world_of_separate_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(utils, "Accelerator", lambda **_: argparse.Namespace(num_processes=1))
+    with pytest.raises(RuntimeError, match="ACCELERATE_USE_CPU=true"):
+        utils.build_accelerator(1)
+
+
+# -------------------------------------------------------------------------------- checkpoints
+
+
+def test_checkpoint_with_weights_that_are_not_finite_is_not_written(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(ViTMAEForPreTraining(TINY))
+    save_checkpoint(accelerator, model, tmp_path / "checkpoint_1", {"a": 1}, {"epoch": 1})
+    assert json.loads((tmp_path / "checkpoint_1" / "config.json").read_text()) == {"a": 1}
+    with torch.no_grad():
+        model.decoder_pred.bias[0] = math.nan
+    with pytest.raises(FloatingPointError, match="no longer finite"):
+        save_checkpoint(accelerator, model, tmp_path / "checkpoint_2", {"a": 1}, {"epoch": 2})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint_1"]
+
+
+def test_check_resumable_names_every_difference(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"depth": 3, "width": 8}}))
+    (tmp_path / "state.json").write_text(json.dumps({"epoch": 2, "seed": 0}))
+    assert check_resumable(tmp_path, {"config": {"depth": 3, "width": 8}}, {"seed": 0})["epoch"] == 2
+    with pytest.raises(
+        ValueError, match=r"(?s)config\.depth: 3 in the checkpoint, 4 now.*seed: 0 in the checkpoint, 1 now"
+    ):
+        check_resumable(tmp_path, {"config": {"depth": 4, "width": 8}}, {"seed": 1})
+
+
+# -------------------------------------------------------------------------------- logging
+
+
+def test_log_cuts_the_rows_beyond_the_resumed_step(tmp_path):
+    log = RunLog(tmp_path, enabled=True)
+    for step in (1, 20, 40):
+        log.write({"step": step})
+    RunLog(tmp_path, enabled=True, resumed_step=20).write({"step": 30})
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 20, 30]
+
+
+def test_log_of_other_processes_writes_nothing(tmp_path):
+    RunLog(tmp_path, enabled=False).write({"step": 1})
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_wandb_costs_a_message_and_nothing_else(tmp_path, monkeypatch, capsys):
+    def refuse(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(utils.importlib, "import_module", refuse)
+    log = RunLog(tmp_path, enabled=True)
+    log.start_wandb(argparse.Namespace(experiment_name="run", wandb_run_name=None))
+    log.write({"step": 1})
+    log.close()
+    assert "wandb cannot be imported" in capsys.readouterr().out
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_wandb_that_breaks_in_mid_run_is_left_alone(tmp_path, capsys):
+    class BrokenRun:
+        def log(self, values):
+            raise ConnectionError("the service went away")
+
+    log = RunLog(tmp_path, enabled=True)
+    log.wandb, log.wandb_run = argparse.Namespace(Error=RuntimeError), BrokenRun()
+    log.write({"step": 1})
+    log.write({"step": 2})
+    assert capsys.readouterr().out.count("the service went away") == 1
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_bad_files_are_named_once_and_stop_above_the_limit(tmp_path):
+    accelerator, said = Accelerator(cpu=True), []
+    bad_files = BadFiles(tmp_path, num_images=200, max_fraction=0.01)
+    bad_files.note([("a.jpg", "OSError: cut\noff"), ("a.jpg", "OSError: cut\noff")])
+    assert bad_files.share(accelerator, said.append) == 1
+    bad_files.note([("a.jpg", "OSError: cut\noff"), ("b.jpg", "ValueError")])
+    assert bad_files.share(accelerator, said.append) == 2
+    assert (tmp_path / "bad_files.txt").read_text() == "a.jpg\tOSError: cut off\nb.jpg\tValueError\n"
+    assert len(said) == 2
+    resumed = BadFiles(tmp_path, num_images=200, max_fraction=0.01)
+    resumed.note([("b.jpg", "ValueError"), ("c.jpg", "ValueError")])
+    with pytest.raises(ValueError, match=r"3 of 200 images cannot be decoded, more than --max_bad_fraction 0\.01"):
+        resumed.share(accelerator, said.append)
+    assert len(said) == 3
+
+
+def test_step_clock_counts_images_and_waiting(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(utils.time, "perf_counter", lambda: now[0])
+
+    def loader():
+        for _ in range(3):
+            now[0] += 1.0  # a second to get a batch
+            yield argparse.Namespace(images=torch.zeros(4, 1))
+
+    clock = StepClock()
+    for _ in clock.watch(loader()):
+        now[0] += 3.0  # three to train on it
+    figures = clock.read(num_processes=2)
+    assert figures == {"images_per_second": pytest.approx(2.0), "data_wait_fraction": pytest.approx(0.25)}
+    now[0] += 1.0
+    assert clock.read(num_processes=2)["images_per_second"] == 0
+
+
+# -------------------------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("channels", [1, 3, 6])
+def test_draw_rows_paints_the_images_it_is_given(channels):
+    images = torch.full((3, channels, 32, 64), 0.5)
+    images[1] = 2.0  # clipped to white
+    picture = draw_rows({"one": images, "two": images}, min_side=32, margin=4)
+    assert picture.size == (3 * 68 + 4, 2 * (20 + 32 + 4) + 4)
+    assert picture.getpixel((4 + 30, 4 + 20 + 16)) == (128,) * 3
+    assert picture.getpixel((72 + 30, 4 + 20 + 16)) == (255,) * 3
+
+
+def test_draw_rows_enlarges_small_images_by_whole_numbers():
+    assert draw_rows({"one": torch.zeros(1, 3, 10, 20)}, min_side=25, margin=0).size == (60, 20 + 30)
+
+
+def test_norm_pix_pictures_are_labelled_so():
+    assert "true mean and contrast" in reconstruction_titles(0.75, True)[2]
+    assert reconstruction_titles(0.75, False)[1:3] == ["masked (75% removed)", "reconstruction"]
