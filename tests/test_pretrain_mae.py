@@ -1,0 +1,349 @@
+"""The pretraining run: resumed, accumulated and spread runs against the plain one, refusals, and what it leaves."""
+
+import json
+import math
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, launch
+from PIL import Image
+from safetensors.torch import load_file
+
+import pretrain_mae
+from model import MAEConfig, ViTMAEForPreTraining
+from pretrain_mae import build_config, main, parse_args, trivial_answers
+
+TINY_FLAGS = """--experiment_name run --img_size 16 --patch_size 4 --encoder_embed_dim 32 --encoder_depth 2
+ --encoder_num_heads 4 --decoder_embed_dim 16 --decoder_depth 1 --decoder_num_heads 2 --epochs 4 --warmup_epochs 1
+ --per_gpu_batch_size 8 --gradient_accumulation_steps 1 --base_learning_rate 0.01 --save_checkpoint_interval 2
+ --num_workers 0 --log_interval 2"""
+
+
+def flags(data: Path, work: Path, *more: str) -> list[str]:
+    return [*shlex.split(TINY_FLAGS), "--path_to_data", str(data), "--working_directory", str(work), *more]
+
+
+def train(data: Path, work: Path, *more: str) -> Path:
+    main(parse_args(flags(data, work, *more)))
+    return work / "run"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def rows(experiment: Path) -> list[dict]:
+    return [json.loads(line) for line in (experiment / "log.jsonl").read_text().splitlines()]
+
+
+def without_key_bias(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Drop the keys' third of the qkv biases, in which two equal runs may differ.
+
+    It shifts all attention scores of a query alike, so its true gradient is zero; what is computed is rounding noise,
+    which Adam scales up to full steps of random sign.
+    """
+    return {
+        name: torch.cat([value.chunk(3)[0], value.chunk(3)[2]]) if name.endswith("qkv.bias") else value
+        for name, value in weights.items()
+    }
+
+
+def assert_close(a: dict, b: dict, atol: float) -> None:
+    assert a.keys() == b.keys()
+    if atol > 0:
+        a, b = without_key_bias(a), without_key_bias(b)
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.fixture(scope="module")
+def finished(drawn_images, tmp_path_factory) -> Path:
+    """One plain run of 12 steps, not to be changed."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    experiment = train(drawn_images, tmp_path_factory.mktemp("work"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return experiment
+
+
+# -------------------------------------------------------------------------------- what a run leaves
+
+
+def test_run_leaves_checkpoints_arguments_log_and_pictures(finished):
+    assert sorted(entry.name for entry in finished.iterdir()) == [
+        "args.json",
+        "checkpoint_2",
+        "checkpoint_4",
+        "log.jsonl",
+        "reconstructions",
+    ]
+    assert json.loads((finished / "args.json").read_text())["base_learning_rate"] == 0.01
+    log = rows(finished)
+    assert [row["step"] for row in log] == [1, 2, 4, 6, 8, 10, 12]
+    assert all(math.isfinite(row["training_loss"]) for row in log)
+    assert log[0]["learning_rate"] == 0.0 and 0 < log[-1]["learning_rate"] < log[3]["learning_rate"]
+    assert [("testing_loss" in row) for row in log] == [row["step"] in (6, 12) for row in log]
+    figures = {"images_per_second", "data_wait_fraction", "memory_gb", "bad_files", "epoch"}
+    assert all(figures <= row.keys() for row in log)
+    with Image.open(finished / "reconstructions" / "epoch_4.png") as picture:
+        assert picture.width > 8 * 128 and picture.height > 4 * 128
+
+
+def test_run_learns(finished):
+    log = rows(finished)
+    assert log[-1]["testing_loss"] < log[3]["testing_loss"] < log[0]["training_loss"]
+
+
+def test_checkpoint_loads_into_the_model_its_config_names(finished):
+    record = json.loads((finished / "checkpoint_4" / "config.json").read_text())
+    model = ViTMAEForPreTraining(MAEConfig(**record["config"]))
+    model.load_state_dict(weights(finished / "checkpoint_4"))
+    assert record["image_mean"] == [0.485, 0.456, 0.406]
+
+
+# -------------------------------------------------------------------------------- the same run, otherwise
+
+
+def test_resumed_run_equals_the_uninterrupted_bit_for_bit(finished, drawn_images, tmp_path):
+    # The interrupted run is the plain one without what came after its first checkpoint.
+    experiment = tmp_path / "run"
+    (experiment / "checkpoint_2").mkdir(parents=True)
+    for file in (finished / "checkpoint_2").iterdir():
+        (experiment / "checkpoint_2" / file.name).write_bytes(file.read_bytes())
+    (experiment / "log.jsonl").write_text((finished / "log.jsonl").read_text())
+    torch.rand(3)  # whatever else the process draws must not matter
+    train(drawn_images, tmp_path, "--resume_from_checkpoint", "latest")
+    assert_close(weights(experiment / "checkpoint_4"), weights(finished / "checkpoint_4"), atol=0)
+    losses = [{k: row[k] for k in ("step", "training_loss", "learning_rate")} for row in rows(finished)]
+    assert [{k: row[k] for k in losses[0]} for row in rows(experiment)] == losses
+    assert (experiment / "args_from_checkpoint_2.json").exists()
+
+
+def test_accumulated_run_equals_the_plain_one(finished, drawn_images, tmp_path):
+    experiment = train(drawn_images, tmp_path, "--gradient_accumulation_steps", "4")
+    assert_close(weights(experiment / "checkpoint_4"), weights(finished / "checkpoint_4"), atol=1e-6)
+
+
+def test_two_processes_equal_one_and_resume_on_one(finished, drawn_images, tmp_path):
+    halves = flags(drawn_images, tmp_path, "--per_gpu_batch_size", "4", "--gradient_accumulation_steps", "2")
+    printed = launch("pretrain_mae.py", halves, num_processes=2)
+    assert "8 = 2 processes x 2 forward passes x 2 images" in printed
+    experiment = tmp_path / "run"
+    assert_close(weights(experiment / "checkpoint_4"), weights(finished / "checkpoint_4"), atol=1e-6)
+    for ours, plain in zip(rows(experiment), rows(finished), strict=True):
+        assert ours["learning_rate"] == plain["learning_rate"]
+        assert ours["training_loss"] == pytest.approx(plain["training_loss"], abs=1e-5)
+        if "testing_loss" in plain:
+            assert ours["testing_loss"] == pytest.approx(plain["testing_loss"], abs=1e-5)
+    # What two processes began, one ends.
+    for entry in (experiment / "checkpoint_4").iterdir():
+        entry.unlink()
+    (experiment / "checkpoint_4").rmdir()
+    train(drawn_images, tmp_path, "--resume_from_checkpoint", "latest")
+    assert_close(weights(experiment / "checkpoint_4"), weights(finished / "checkpoint_4"), atol=1e-6)
+
+
+def test_workers_do_not_change_the_run(finished, drawn_images, tmp_path):
+    experiment = train(drawn_images, tmp_path, "--num_workers", "2")
+    assert_close(weights(experiment / "checkpoint_4"), weights(finished / "checkpoint_4"), atol=0)
+
+
+def test_compiled_run_writes_keys_without_a_prefix(finished, drawn_images, tmp_path):
+    launch(
+        "pretrain_mae.py",
+        flags(drawn_images, tmp_path, "--epochs", "2"),
+        ACCELERATE_DYNAMO_BACKEND="EAGER",
+    )
+    assert weights(tmp_path / "run" / "checkpoint_2").keys() == weights(finished / "checkpoint_2").keys()
+
+
+def test_run_on_grey_rectangles_without_classes_or_validation(image_folder, tmp_path):
+    more = ("--input_channels", "1", "--img_size", "8", "20", "--epochs", "2", "--no-norm_pix_loss")
+    experiment = train(image_folder / "train" / "cats", tmp_path, *more)
+    assert weights(experiment / "checkpoint_2")["patch_embed.proj.weight"].shape == (32, 1, 4, 4)
+    assert "testing_loss" not in rows(experiment)[-1]
+    assert (experiment / "reconstructions" / "epoch_2.png").exists()
+
+
+def test_data_smaller_than_one_step_repeats_and_says_so(image_folder, tmp_path, capsys):
+    experiment = train(image_folder, tmp_path, "--per_gpu_batch_size", "32", "--epochs", "2")
+    assert rows(experiment)[-1]["step"] == 2
+    assert "24 images do not fill one step of 32" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------- refusals
+
+
+def test_neither_data_nor_demo_is_an_error_that_names_both(capsys):
+    with pytest.raises(SystemExit):
+        parse_args([])
+    error = capsys.readouterr().err
+    assert "--path_to_data" in error and "--demo" in error
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--img_size 230", "img_size 230 is not a multiple of patch_size 16; use 224 or 240"),
+        ("--img_size 224 224 224", "--img_size takes one number, or height and width"),
+        ("--mask_ratio 1.0", "mask_ratio 1.0 keeps 0 of 196 patches"),
+        ("--mask_ratio 0", "--mask_ratio 0 removes nothing"),
+        (
+            "--per_gpu_batch_size 10 --gradient_accumulation_steps 4",
+            "cannot be cut into --gradient_accumulation_steps 4",
+        ),
+        ("--epochs 40", "--warmup_epochs 40 leaves nothing of --epochs 40"),
+        ("--mean 0.5 0.5", "--mean has 2 values, --input_channels is 3"),
+        ("--std 0", "--std must be positive"),
+        ("--max_bad_fraction 2", "--max_bad_fraction is a share"),
+        ("--experiment_name a/b", "the path goes into --working_directory"),
+        ("--epoch 3", "unrecognized arguments: --epoch 3"),
+    ],
+)
+def test_impossible_flags_are_refused_before_any_work(more, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--path_to_data", "nowhere", *shlex.split(more)])
+    assert message in capsys.readouterr().err
+
+
+def test_finished_experiment_is_not_trained_over(finished, drawn_images):
+    before = weights(finished / "checkpoint_4")
+    with pytest.raises(FileExistsError, match="--resume_from_checkpoint latest"):
+        train(drawn_images, finished.parent)
+    assert_close(weights(finished / "checkpoint_4"), before, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--encoder_depth 3", r"config\.encoder_depth: 2 in the checkpoint, 3 now"),
+        ("--per_gpu_batch_size 4", "effective_batch_size: 8 in the checkpoint, 4 now"),
+        ("--seed 1", "seed: 0 in the checkpoint, 1 now"),
+    ],
+)
+def test_resume_as_another_run_is_refused_with_the_difference(finished, drawn_images, more, message):
+    with pytest.raises(ValueError, match=message):
+        train(drawn_images, finished.parent, "--resume_from_checkpoint", "checkpoint_2", *shlex.split(more))
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(finished, drawn_images, tmp_path, monkeypatch):
+    experiment = tmp_path / "run"
+    (experiment / "checkpoint_2").mkdir(parents=True)
+    for file in (finished / "checkpoint_2").iterdir():
+        (experiment / "checkpoint_2" / file.name).write_bytes(file.read_bytes())
+    calls = []
+
+    def poisoned(images, mean, std):
+        calls.append(1)
+        return images.float() * (math.nan if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(pretrain_mae, "normalize", poisoned)
+    with pytest.raises(FloatingPointError, match=r"step 8 \(epoch 2\.67, learning rate near .*checkpoint_2"):
+        train(drawn_images, tmp_path, "--resume_from_checkpoint", "latest")
+    assert [entry.name for entry in experiment.glob("checkpoint_*")] == ["checkpoint_2"]
+    assert_close(weights(experiment / "checkpoint_2"), weights(finished / "checkpoint_2"), atol=0)
+
+
+def test_bad_files_are_named_and_the_run_goes_on_until_there_are_too_many(image_folder, tmp_path):
+    bad = image_folder / "train" / "dogs" / "005.jpg"
+    bad.write_bytes(b"")
+    experiment = train(image_folder, tmp_path / "tolerant", "--max_bad_fraction", "0.05")
+    (line,) = (experiment / "bad_files.txt").read_text().splitlines()
+    assert line.startswith(str(bad)) and rows(experiment)[-1]["bad_files"] == 1
+    with pytest.raises(ValueError, match="1 of 24 images cannot be decoded"):
+        train(image_folder, tmp_path / "strict")
+
+
+# -------------------------------------------------------------------------------- the given interface
+
+
+def test_given_command_is_understood_as_it_stands():
+    args = parse_args(
+        shlex.split(
+            """--experiment_name "MAEPretraining" --wandb_run_name "pretrain_mae" --path_to_data "<IMAGENET>"
+            --working_directory "work_dir" --img_size 224 --input_channels 3 --epochs 800 --warmup_epochs 40
+            --save_checkpoint_interval 10 --per_gpu_batch_size 2048 --gradient_accumulation_steps 4
+            --base_learning_rate 1.5e-4 --weight_decay 0.05 --max_grad_norm 1.0 --img_size 224 --encoder_embed_dim 768
+            --encoder_depth 12 --encoder_num_heads 12 --encoder_mlp_ratio 4 --decoder_embed_dim 512 --decoder_depth 8
+            --decoder_num_heads 16 --decoder_mlp_ratio 4 --num_workers 32 --custom_weight_init --log_wandb"""
+        )
+    )
+    assert build_config(args) == MAEConfig() and args.log_wandb and args.custom_weight_init
+    assert (args.per_gpu_batch_size, args.gradient_accumulation_steps, args.img_size) == (2048, 4, 224)
+
+
+def test_defaults_are_the_given_command():
+    args = parse_args(["--path_to_data", "x"])
+    assert build_config(args) == MAEConfig()
+    assert (args.epochs, args.warmup_epochs, args.per_gpu_batch_size, args.gradient_accumulation_steps) == (
+        800,
+        40,
+        2048,
+        4,
+    )
+    assert (args.base_learning_rate, args.weight_decay, args.max_grad_norm, args.mask_ratio) == (
+        1.5e-4,
+        0.05,
+        1.0,
+        0.75,
+    )
+
+
+def test_size_flags_override_single_fields_of_the_named_model():
+    args = parse_args(
+        ["--path_to_data", "x", "--model", "mae_vit_large_patch16", "--decoder_depth", "2", "--img_size", "32", "64"]
+    )
+    config = build_config(args)
+    assert (config.encoder_depth, config.decoder_depth, config.img_size) == (24, 2, (32, 64))
+
+
+def test_wandb_offline_run_is_written_and_resumed_under_the_same_id(drawn_images, tmp_path):
+    offline = dict(WANDB_MODE="offline", WANDB_SILENT="true")
+    launch("pretrain_mae.py", flags(drawn_images, tmp_path, "--epochs", "2", "--log_wandb"), **offline)
+    run_id = (tmp_path / "run" / "wandb_id.txt").read_text().strip()
+    assert list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}"))
+
+
+# -------------------------------------------------------------------------------- trivial answers
+
+
+def test_trivial_answers_of_a_hand_made_image():
+    model = ViTMAEForPreTraining(MAEConfig(
+        img_size=(2, 8), patch_size=2, input_channels=3, encoder_embed_dim=8, encoder_depth=1, encoder_num_heads=1,
+        decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=1, norm_pix_loss=False,
+    ))  # fmt: skip
+    images = torch.zeros(1, 3, 2, 8)
+    for patch, colour in enumerate([(1.0, 0.0, 0.0), (0.0, 0.5, 0.0), (0.0, 0.0, 0.2), (0.0, 1.0, 0.6)]):
+        images[0, :, :, 2 * patch : 2 * patch + 2] = torch.tensor(colour)[:, None, None]
+    mask = torch.tensor([[0.0, 1.0, 1.0, 0.0]])  # the middle two of four patches in a row are removed
+    answers = trivial_answers(model.patchify(images), mask, model)
+    copied = model.unpatchify(answers["nearest_patch_error"])[0, :, 0, ::2].T
+    assert copied.tolist() == images[0, :, 0, [0, 0, 6, 6]].T.tolist()
+    mean = model.unpatchify(answers["mean_colour_error"])[0, :, 0, ::2].T
+    torch.testing.assert_close(mean, torch.tensor([[0.5, 0.5, 0.3]] * 4))
+
+
+# -------------------------------------------------------------------------------- tools/reconstruct.py
+
+
+def test_reconstruct_tool_draws_images_of_any_size(finished, image_folder, tmp_path):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("reconstruct", ROOT / "tools" / "reconstruct.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    images = [str(path) for path in sorted((image_folder / "val").rglob("*.jpg"))[:3]]
+    output = tmp_path / "out" / "picture.png"
+    arguments = ["--checkpoint", str(finished / "checkpoint_4"), *images, "--output", str(output)]
+    tool.main(tool.parse_args(arguments))
+    with Image.open(output) as picture:
+        assert picture.width == 3 * (128 + 4) + 4
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        tool.main(tool.parse_args(arguments))
+    encoder = {k: v for k, v in weights(finished / "checkpoint_4").items() if not k.startswith(("decoder", "mask"))}
+    torch.save({"model": encoder}, tmp_path / "encoder.pth")
+    with pytest.raises(ValueError, match="encoder only"):
+        tool.main(tool.parse_args(["--checkpoint", str(tmp_path / "encoder.pth"), *images, "--output", "x.png"]))

@@ -1,0 +1,66 @@
+"""Draw what a masked autoencoder makes of images: original, masked, reconstruction, and the latter with the visible
+patches pasted in.
+
+    python tools/reconstruct.py --checkpoint work_dir/MAEPretraining/checkpoint_800 IMAGE... --output out.png
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torchvision.transforms.v2 import functional as tvf
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dataset import DECODE_ERRORS, IMAGENET_MEAN, IMAGENET_STD, ResizeCenterCrop, denormalize, normalize, read_image
+from model import find_weights, load_pretrained_mae, num_kept_patches, read_config
+from utils import draw_rows, reconstruction_titles
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="of any size; resized and cropped to the model's")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint folder or weight file, with a decoder")
+    parser.add_argument("--output", type=Path, required=True, help="picture to write")
+    parser.add_argument("--overwrite", action="store_true", help="allow --output to exist")
+    parser.add_argument("--mask_ratio", type=float, default=0.75, help="share of the patches removed (default: 0.75)")
+    parser.add_argument("--seed", type=int, default=0, help="decides the masks (default: 0)")
+    parser.add_argument(
+        "--norm_pix_loss",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="how weights without a config.json were trained: mae_visualize_vit_*.pth without (default), "
+        "mae_pretrain_vit_*_full.pth with",
+    )
+    return parser.parse_args(argv)
+
+
+@torch.no_grad()
+def main(args: argparse.Namespace) -> None:
+    if args.output.exists() and not args.overwrite:
+        raise FileExistsError(f"{args.output} exists; choose another --output or add --overwrite")
+    model = load_pretrained_mae(args.checkpoint, norm_pix_loss=args.norm_pix_loss).eval()
+    num_kept_patches(model.config.num_patches, args.mask_ratio)
+    record = read_config(find_weights(args.checkpoint)) or {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+    mean, std = record["image_mean"], record["image_std"]
+    fit = ResizeCenterCrop(model.config.image_hw)
+    pictures = []
+    for path in args.images:
+        try:
+            image = read_image(path, model.config.input_channels)
+        except DECODE_ERRORS as error:
+            raise ValueError(f"cannot decode {path}: {type(error).__name__}: {error}") from error
+        pictures.append(tvf.pil_to_tensor(fit(image)))
+    images = normalize(torch.stack(pictures), mean, std)  #                            (N, C, H, W)
+    noise = torch.rand(len(images), model.config.num_patches, generator=torch.Generator().manual_seed(args.seed))
+    _, pred, mask = model(images, args.mask_ratio, noise)
+    panels = [denormalize(x, mean, std) for x in (images, *model.reconstruct(images, pred, mask))]
+    titles = reconstruction_titles(args.mask_ratio, model.config.norm_pix_loss)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    draw_rows(dict(zip(titles, panels, strict=True))).save(args.output)
+    print(f"{args.output}: {len(images)} images")
+
+
+if __name__ == "__main__":
+    main(parse_args())
