@@ -3,10 +3,12 @@
 Three quarters of an image's patches are removed, a ViT encodes the rest, and a light decoder predicts the removed
 pixels. The encoder is then finetuned with finetune_classifier.py or finetune_segmentation.py.
 
-Try it, no data needed:
+Try it, no data needed, four minutes on two CPU cores:
     accelerate launch pretrain_mae.py --demo
 ImageNet, ViT-B/16, 800 epochs, effective batch 4096 (paper, table 8), here on 8 GPUs:
     accelerate launch pretrain_mae.py --path_to_data IMAGENET --per_gpu_batch_size 512 --gradient_accumulation_steps 1
+Published: 81 % top-1 after 800 epochs and 100 of finetuning (PyTorch-Adventures), 83.6 % after 1600 (paper, table 3).
+This code at that size: not run yet.
 """
 
 import argparse
@@ -65,8 +67,9 @@ from utils import (
     write_args,
 )
 
-# The paper's recipe (table 8) but for clipping, which the given command has. Deviation: --max_grad_norm is 1, the
-# original release never clips. Reason: the project's command is older than this code. Effect: none that was measured.
+# The paper's recipe (table 8), in the batches of the project's command.
+# Deviation: gradients are clipped to a norm of 1 (--max_grad_norm); the original release never clips. Reason: the
+# project's command does. Effect: not measured; 0 turns it off.
 RECIPE = dict(
     experiment_name="MAEPretraining",
     epochs=800,
@@ -460,7 +463,8 @@ def describe_run(
         "learning rate": f"{learning_rate:.2e} = {args.base_learning_rate:.2e} x {sampler.images_per_step} / 256",
         "schedule": f"{args.epochs} epochs of {sampler.steps_per_epoch:,} steps, warmup {args.warmup_epochs:g} epochs",
         "runs on": f"{num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}, "
-        f"{num_workers} data workers each, torch {torch.__version__}, timm {timm.__version__}",
+        f"{torch.get_num_threads()} CPU threads and {num_workers} data workers each, torch {torch.__version__}, "
+        f"timm {timm.__version__}",
     }
     if len(train_files) < sampler.images_per_step:
         lines["note"] = (

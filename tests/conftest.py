@@ -1,10 +1,12 @@
 """Fixtures: tiny models, folders of drawn images, and the photographs that only developers and CI have."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -66,6 +68,14 @@ def drawn_images(tmp_path_factory) -> Path:
 def image_folder(drawn_images, tmp_path) -> Path:
     """An ImageNet-style folder of 24 training and 8 validation images, free to be changed by the test."""
     return shutil.copytree(drawn_images, tmp_path / "images")
+
+
+def load_tool(name: str) -> ModuleType:
+    """Import a file of tools/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
 
 
 def launch(script: str, arguments: list[str], *, num_processes: int = 1, **environment: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, launch
+from conftest import launch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -324,26 +324,3 @@ def test_trivial_answers_of_a_hand_made_image():
     assert copied.tolist() == images[0, :, 0, [0, 0, 6, 6]].T.tolist()
     mean = model.unpatchify(answers["mean_colour_error"])[0, :, 0, ::2].T
     torch.testing.assert_close(mean, torch.tensor([[0.5, 0.5, 0.3]] * 4))
-
-
-# -------------------------------------------------------------------------------- tools/reconstruct.py
-
-
-def test_reconstruct_tool_draws_images_of_any_size(finished, image_folder, tmp_path):
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("reconstruct", ROOT / "tools" / "reconstruct.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    images = [str(path) for path in sorted((image_folder / "val").rglob("*.jpg"))[:3]]
-    output = tmp_path / "out" / "picture.png"
-    arguments = ["--checkpoint", str(finished / "checkpoint_4"), *images, "--output", str(output)]
-    tool.main(tool.parse_args(arguments))
-    with Image.open(output) as picture:
-        assert picture.width == 3 * (128 + 4) + 4
-    with pytest.raises(FileExistsError, match="--overwrite"):
-        tool.main(tool.parse_args(arguments))
-    encoder = {k: v for k, v in weights(finished / "checkpoint_4").items() if not k.startswith(("decoder", "mask"))}
-    torch.save({"model": encoder}, tmp_path / "encoder.pth")
-    with pytest.raises(ValueError, match="encoder only"):
-        tool.main(tool.parse_args(["--checkpoint", str(tmp_path / "encoder.pth"), *images, "--output", "x.png"]))
