@@ -65,6 +65,8 @@ def read_image(path: str | Path, channels: int = 3) -> Image.Image:
     train on pictures nobody sees. Effect: none on ImageNet but for a handful of files.
     """
     with Image.open(path, formats=IMAGE_FORMATS) as image:
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow alone warns up to twice that
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
         image.load()
     image = scale_to_8_bit(upright(image))
     mode = CHANNEL_MODES[channels]
@@ -87,9 +89,10 @@ def scale_to_8_bit(image: Image.Image) -> Image.Image:
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.asarray(image).astype(np.float64)
-    white = 65535.0  # mode I, too, is how Pillow reads 16-bit files
-    if image.mode == "F":
-        white = 1.0 if values.max(initial=0) <= 1 else 255.0
+    white = 65535.0
+    if image.mode in ("I", "F"):  # 32 bits say nothing of the range, the values have to
+        tops = (255.0,) if image.mode == "I" else (1.0, 255.0)
+        white = next((top for top in tops if values.max() <= top), white)
     transparent = values == image.info.get("transparency", -1)
     values = np.where(transparent, 1, (values / white).clip(0, 1))
     return Image.fromarray((values * 255).round().astype(np.uint8))
@@ -136,7 +139,8 @@ def find_splits(path_to_data: str | Path) -> tuple[Path, Path | None]:
     """Give the training and the validation folder of a data root; without train/ the whole root is for training."""
     root = Path(path_to_data)
     if not root.is_dir():
-        raise FileNotFoundError(f"--path_to_data {root} is not a folder; {LAYOUT}")
+        there = contents(root.parent)
+        raise FileNotFoundError(f"--path_to_data {root} is not a folder; {LAYOUT}\nin {root.parent}: {there}")
     if not (root / "train").is_dir():
         return root, None
     validation = [root / name for name in ("val", "validation") if (root / name).is_dir()]
@@ -145,8 +149,18 @@ def find_splits(path_to_data: str | Path) -> tuple[Path, Path | None]:
     return root / "train", validation[0] if validation else None
 
 
+def contents(folder: Path) -> str:
+    """Name the first ten entries of a folder, for error messages."""
+    if not folder.is_dir():
+        return "no such folder"
+    return ", ".join(sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())[:10]) or "nothing"
+
+
 def scan_images(root: Path) -> tuple[list[str], dict[str, int]]:
-    """Walk a folder tree, links included: sorted relative image paths, and every folder's modification time (ns)."""
+    """Walk a folder tree, links included: sorted relative image paths, and every folder's modification time (ns).
+
+    Names that begin with a dot are passed over: thumbnails and copies that file managers and notebooks leave.
+    """
     files, folders, visited = [], {}, set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         status = os.stat(folder)
@@ -154,10 +168,11 @@ def scan_images(root: Path) -> tuple[list[str], dict[str, int]]:
             subfolders.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
-        subfolders.sort()
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "__MACOSX"]
         relative = os.path.relpath(folder, root)
         folders[relative] = status.st_mtime_ns
-        files += [os.path.normpath(os.path.join(relative, n)) for n in names if n.lower().endswith(IMAGE_SUFFIXES)]
+        images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
+        files += [os.path.normpath(os.path.join(relative, name)) for name in images]
     return sorted(files), folders
 
 
@@ -178,8 +193,7 @@ def list_images(root: Path, cache_folder: Path | None = None, *, rescan: bool = 
                 return cached
     files, folders = scan_images(root)
     if not files:
-        there = ", ".join(sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())[:10]) or "nothing"
-        raise FileNotFoundError(f"no images below {root}; {LAYOUT}\nwhat is there: {there}")
+        raise FileNotFoundError(f"no images below {root}; {LAYOUT}\nwhat is there: {contents(root)}")
     first_folders = [file.split(os.sep, 1)[0] if os.sep in file else None for file in files]
     classes = () if None in first_folders else tuple(sorted(set(first_folders)))
     index = {name: i for i, name in enumerate(classes)}
@@ -595,6 +609,7 @@ def write_demo_data(root: Path, num_train: int = 3000, num_val: int = 400) -> No
                 shutil.copyfile(ade_image, partial / "imagefolder" / split / DEMO_KINDS[kind] / ade_image.name)
                 labels.save(ade_folders[1] / f"{stem}.png")
         (partial / stamp.name).write_text(json.dumps(recipe))
-        partial.rename(root)
+        if not stamp.is_file():  # else another run was faster
+            partial.rename(root)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

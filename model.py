@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -128,9 +128,15 @@ def get_2d_sincos_pos_embed(embed_dim: int, grid_size: tuple[int, int], cls_toke
 def resample_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
     """Resample a (1, 1 + h*w, D) position table to another grid, the cls row unchanged.
 
-    Bicubic, not antialiased, corners not aligned: the original release's rule, here for rectangles too.
+    Bicubic, not antialiased, corners not aligned: the original release's rule, here for rectangles too. (timm's
+    function antialiases by default, and older versions of it take a 2x8 grid for a 4x4 one.)
     """
-    return resample_abs_pos_embed(pos_embed, list(new_grid), list(old_grid), num_prefix_tokens=1, antialias=False)
+    if new_grid == old_grid:
+        return pos_embed
+    cls_row, table = pos_embed[:, :1], pos_embed[:, 1:]  #                  (1, 1, D), (1, h*w, D)
+    maps = table.float().transpose(1, 2).unflatten(2, old_grid)  #          (1, D, h, w)
+    maps = F.interpolate(maps, new_grid, mode="bicubic", align_corners=False)
+    return torch.cat([cls_row, maps.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
 # ------------------------------------------------------------------------------------------------ encoder
@@ -165,7 +171,8 @@ class VisionTransformer(nn.Module):
             width, config.encoder_depth, config.encoder_num_heads, config.encoder_mlp_ratio, drop_path_rate
         )
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.initialize_weights(custom_weight_init)
+        if type(self) is VisionTransformer:  # a subclass has more parameters, and calls it when they are there
+            self.initialize_weights(custom_weight_init)
 
     def initialize_weights(self, custom_weight_init: bool) -> None:
         """Set all weights as the original release does; False leaves the layers' own and sets only the tokens."""
@@ -289,7 +296,7 @@ class ViTMAEForPreTraining(VisionTransformer):
     """The masked autoencoder of He et al. (arXiv 2111.06377, section 3): encode the visible, decode all."""
 
     def __init__(self, config: MAEConfig, *, custom_weight_init: bool = True):
-        super().__init__(config, custom_weight_init=False)
+        super().__init__(config)
         width = config.decoder_embed_dim
         self.decoder_embed = nn.Linear(config.encoder_embed_dim, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
@@ -453,6 +460,8 @@ def load_pretrained_mae(path: str | Path, *, norm_pix_loss: bool = True) -> ViTM
     """
     file = find_weights(path)
     state_dict = read_state_dict(file)
+    if "patch_embed.proj.weight" not in state_dict:
+        raise ValueError(f"{file} has other key names than the original release, such as {sorted(state_dict)[:3]}")
     if not any(key.startswith("decoder_") for key in state_dict):
         raise ValueError(
             f"{file} holds an encoder only, so it cannot draw; a decoder is in the checkpoints of pretrain_mae.py and "

@@ -13,7 +13,9 @@ This code at that size: not run yet.
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import timm
 import torch
@@ -52,18 +54,20 @@ from utils import (
     add_run_flags,
     build_accelerator,
     cap_workers,
-    check_resumable,
     check_run_flags,
     compile_in_place,
     cosine_lr,
     draw_rows,
-    is_epoch_checkpoint,
+    find_checkpoints,
+    lock_experiment,
     open_experiment,
     peak_memory_gb,
     reconstruction_titles,
+    resume,
     save_checkpoint,
     scaled_lr,
     set_learning_rate,
+    weights_are_finite,
     write_args,
 )
 
@@ -179,7 +183,11 @@ def build_config(args: argparse.Namespace) -> MAEConfig:
 
 @torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, model: ViTMAEForPreTraining, loader: DataLoader, args: argparse.Namespace
+    accelerator: Accelerator,
+    model: ViTMAEForPreTraining,
+    loader: DataLoader,
+    bad_files: BadFiles,
+    args: argparse.Namespace,
 ) -> dict[str, float]:
     """Reconstruct held-out images, each with its own fixed mask, and average over the images of all processes.
 
@@ -189,6 +197,7 @@ def evaluate(
     sums, num_images = {}, 0
     model.eval()
     for batch in loader:
+        bad_files.note(batch.bad_files)
         images = normalize(batch.images.to(accelerator.device), args.mean, args.std)
         with accelerator.autocast():
             loss, pred, mask = model(images, args.mask_ratio, batch.noise.to(accelerator.device))
@@ -250,7 +259,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     # Run: processes, folder, what to resume
     accelerator = build_accelerator(args.gradient_accumulation_steps)
     say, device = accelerator.print, accelerator.device
-    experiment, resume_from = open_experiment(args, is_epoch_checkpoint)
+    experiment, resume_from = open_experiment(args)
     set_seed(args.seed)
     if args.demo and args.path_to_data is None:
         args.path_to_data = str(Path(args.working_directory) / "demo_data")
@@ -261,6 +270,11 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     # Data: uint8 crops and masking noise, both functions of (seed, epoch, index)
     config = build_config(args)
     train_folder, val_folder = find_splits(args.path_to_data)
+    if Path(args.working_directory).resolve().is_relative_to(train_folder.resolve()):
+        raise ValueError(
+            f"--working_directory {args.working_directory} lies in the training images, {train_folder}: the run would "
+            "train on its own pictures; choose one outside"
+        )
     with accelerator.local_main_process_first():
         cache = Path(args.working_directory) / "file_lists"
         train_files = list_images(train_folder, cache, rescan=args.rescan_data)
@@ -312,22 +326,23 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     }
     first_epoch, step = 0, 0
     if resume_from is not None:
-        state = check_resumable(resume_from, config_record, identity)
-        accelerator.load_state(resume_from)
-        accelerator.step = 0  # its position inside an accumulation; checkpoints lie between optimizer steps
+        state = resume(accelerator, resume_from, config_record, identity)
         first_epoch, step = state["epoch"], state["step"]
     total_steps = args.epochs * sampler.steps_per_epoch
 
+    # Records: one run at a time in this folder
     if accelerator.is_main_process:
-        experiment.mkdir(parents=True, exist_ok=True)
-        write_args(experiment, args, resume_from)
+        lock = lock_experiment(experiment)
+        changes = write_args(experiment, args, resume_from)
+        say(f"experiment      {experiment}" + (f", from {resume_from.name} on" if resume_from else ", from the start"))
+        if changes:
+            say(f"changed         since the first start: {', '.join(changes)}")
     accelerator.wait_for_everyone()
-    log = RunLog(experiment, enabled=accelerator.is_main_process, resumed_step=step)
+    log = RunLog(experiment, enabled=accelerator.is_main_process, resumed_step=step if resume_from else None)
     if args.log_wandb:
         log.start_wandb(args)
     bad_files = BadFiles(experiment, len(train_data), args.max_bad_fraction)
-    if resume_from is not None:
-        say(f"resumed         {resume_from} (epoch {first_epoch}, step {step:,})")
+    bad_files.note(shown.bad_files)
 
     # Loop
     bar = tqdm(
@@ -374,24 +389,31 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
             # Row: the losses cross to the host here and nowhere else
             window = accelerator.reduce(torch.stack(pending_losses), "mean")
-            stop_if_not_finite(window, step, sampler.steps_per_epoch, learning_rate, experiment)
             pending_losses.clear()
+            for index, finite in enumerate(window.isfinite().tolist()):
+                if not finite:
+                    bad_step = step - len(window) + index + 1
+                    stop_not_finite("loss", bad_step, sampler.steps_per_epoch, learning_rate, experiment)
+            throughput = clock.read(accelerator.num_processes)
+            if epoch_ends and saves:
+                if not weights_are_finite(accelerator, model):
+                    stop_not_finite("model", step, sampler.steps_per_epoch, learning_rate, experiment)
+                if eval_loader:
+                    figures = evaluate(accelerator, bare_model, eval_loader, bad_files, args)
             row = {
                 "step": step,
                 "epoch": step / sampler.steps_per_epoch,
                 "training_loss": window.mean().item(),
                 "learning_rate": learning_rate,
-                **clock.read(accelerator.num_processes),
+                **throughput,
                 "memory_gb": peak_memory_gb(device),
                 "bad_files": bad_files.share(accelerator, bar.write),
+                **(figures if epoch_ends and saves else {}),
             }
             bar.set_postfix_str(
                 f"loss {row['training_loss']:.4f}, lr {learning_rate:.1e}, {row['images_per_second']:.0f} images/s, "
                 f"{row['data_wait_fraction']:.0%} waiting for data"
             )
-            if epoch_ends and saves:
-                figures = evaluate(accelerator, bare_model, eval_loader, args) if eval_loader else {}
-                row |= figures
             log.write(row)
             if epoch_ends and saves:
                 picture = experiment / "reconstructions" / f"epoch_{epoch + 1}.png"
@@ -405,33 +427,33 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
     # Finish
     bar.close()
-    if not figures and eval_loader:  # a finished run that was started again
-        figures = evaluate(accelerator, bare_model, eval_loader, args)
     log.close()
+    if step != total_steps:
+        raise RuntimeError(f"{step} optimizer steps were made instead of {total_steps}: a bug, please report it")
+    if not figures and eval_loader:  # a finished run that was started again
+        figures = evaluate(accelerator, bare_model, eval_loader, bad_files, args)
     folder = experiment / f"checkpoint_{args.epochs}"
     say(f"checkpoint      {folder}")
-    say(f"pictures        {experiment / 'reconstructions' / f'epoch_{args.epochs}.png'}")
+    say(f"picture         {experiment / 'reconstructions' / f'epoch_{args.epochs}.png'}")
     for name, value in figures.items():
-        say(f"{name:<15} {value:.5f}")
+        say(f"{name:<20}{value:.5f}")
     if args.demo:
-        report_demo(say, figures, folder)
+        report_demo(say, figures, folder, val_files)
     accelerator.end_training()
+    if accelerator.is_main_process:
+        lock.close()
     return figures
 
 
-def stop_if_not_finite(losses: Tensor, step: int, steps_per_epoch: int, learning_rate: float, experiment: Path) -> None:
-    """Raise FloatingPointError when one of the last losses, ending at `step`, is NaN or infinite."""
-    bad = (~losses.isfinite()).nonzero()
-    if not len(bad):
-        return
-    bad_step = step - len(losses) + 1 + bad[0].item()
-    checkpoints = [entry.name for entry in experiment.glob("checkpoint_*") if is_epoch_checkpoint(entry.name)]
-    last = max(checkpoints, key=lambda name: int(name.rpartition("_")[2])) if checkpoints else None
-    way_out = f"go on from {experiment / last} with --resume_from_checkpoint latest" if last else "start again"
+def stop_not_finite(what: str, step: int, steps_per_epoch: int, learning_rate: float, experiment: Path) -> NoReturn:
+    """Raise FloatingPointError that says where a run left the finite numbers, and where to go on."""
+    checkpoints = find_checkpoints(experiment)
+    last = checkpoints[max(checkpoints)] if checkpoints else None
+    way_out = "Go on from there with --resume_from_checkpoint latest" if last else "Start again"
     raise FloatingPointError(
-        f"the loss is not finite at step {bad_step} (epoch {bad_step / steps_per_epoch:.2f}, learning rate near "
-        f"{learning_rate:.2e}). Nothing was saved since. Last good checkpoint: {last or 'none'}; {way_out} and a lower "
-        "--base_learning_rate, a --max_grad_norm of 1, or bf16 instead of fp16"
+        f"the {what} is not finite at step {step} (epoch {step / steps_per_epoch:.2f}, learning rate near "
+        f"{learning_rate:.2e}). Nothing was saved since the last good checkpoint: {last or 'none'}. {way_out}, with a "
+        "lower --base_learning_rate, --max_grad_norm 1, or bf16 instead of fp16"
     )
 
 
@@ -477,16 +499,22 @@ def describe_run(
         accelerator.print(f"{name:<16}{text}")
 
 
-def report_demo(say, figures: dict[str, float], folder: Path) -> None:
+def report_demo(
+    say: Callable[[str], None], figures: dict[str, float], folder: Path, val_files: FileList | None
+) -> None:
     """Say what the demo showed, and what to do next."""
+    if "model_error" not in figures:
+        say("\nNo errors beside trivial answers: they need --no-norm_pix_loss and data with train/ and val/.")
+        return
     model, copy, colour = (figures[f"{name}_error"] for name in ("model", "nearest_patch", "mean_colour"))
+    tool = Path(__file__).parent / "tools" / "reconstruct.py"
     say(
-        "\nMean squared error on the removed patches of unseen scenes (0 black, 1 white):\n"
+        "\nMean squared error on the removed patches of unseen images (0 black, 1 white):\n"
         f"  this model                              {model:.5f}\n"
         f"  copying the nearest visible patch       {copy:.5f}   ({copy / model:.1f} times the model's)\n"
         f"  the mean colour of the visible patches  {colour:.5f}   ({colour / model:.1f} times the model's)\n"
-        f"Next, the same with an image of your own:\n"
-        f"  python tools/reconstruct.py --checkpoint {folder} IMAGE --output reconstruction.png"
+        "Next, any image, such as this unseen one:\n"
+        f"  python {tool} --checkpoint {folder} {val_files.path(0)} --output reconstruction.png"
     )
 
 

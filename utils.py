@@ -5,17 +5,22 @@ loops are not here: each script shows its own.
 """
 
 import argparse
+import fcntl
 import importlib
+import itertools
 import json
 import math
+import netrc
 import os
 import re
 import resource
 import shutil
 import sys
 import time
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -29,7 +34,11 @@ from torch import Tensor, nn
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keep the module docstring's lines and show every default."""
+    """Keep the module docstring's lines, and show every default that says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        silent = action.default is None or "(default" in action.help
+        return action.help if silent else super()._get_help_string(action)
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +143,10 @@ def check_run_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         if getattr(args, name) < 0:
             parser.error(f"--{name} cannot be negative, and is {getattr(args, name)}")
     if args.warmup_epochs >= args.epochs:
-        parser.error(f"--warmup_epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}")
+        parser.error(
+            f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}; give both, the paper's "
+            "share is a twentieth"
+        )
     if args.per_gpu_batch_size % args.gradient_accumulation_steps:
         parser.error(
             f"--per_gpu_batch_size {args.per_gpu_batch_size} cannot be cut into --gradient_accumulation_steps "
@@ -158,7 +170,9 @@ def check_run_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--std must be positive, and is {args.std}")
     if not 0 <= args.max_bad_fraction <= 1:
         parser.error(f"--max_bad_fraction is a share between 0 and 1, not {args.max_bad_fraction}")
-    if Path(args.experiment_name).name != args.experiment_name:
+    if args.seed < 0:
+        parser.error(f"--seed cannot be negative, and is {args.seed}")
+    if Path(args.experiment_name).name != args.experiment_name or args.experiment_name in ("", ".."):
         parser.error(
             f"--experiment_name {args.experiment_name!r} is a folder name; the path goes into --working_directory"
         )
@@ -173,6 +187,11 @@ def build_accelerator(gradient_accumulation_steps: int) -> Accelerator:
         gradient_accumulation_steps=gradient_accumulation_steps,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    if accelerator.gradient_accumulation_steps != gradient_accumulation_steps:
+        raise RuntimeError(
+            f"the launcher or its environment sets {accelerator.gradient_accumulation_steps} gradient accumulation "
+            f"steps, this script {gradient_accumulation_steps}; give --gradient_accumulation_steps to the script alone"
+        )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise RuntimeError(
@@ -200,13 +219,13 @@ def cap_workers(num_workers: int) -> int:
     return min(num_workers, max(1, cores // local_processes))
 
 
-def open_experiment(args: argparse.Namespace, is_checkpoint: Callable[[str], bool]) -> tuple[Path, Path | None]:
+def open_experiment(args: argparse.Namespace) -> tuple[Path, Path | None]:
     """Give the experiment's folder and the checkpoint to resume from, if any; 'latest' of none is a fresh start.
 
-    An experiment that already holds checkpoints is never trained over: FileExistsError names both ways out.
+    Checkpoints are never trained over: FileExistsError names the ways out.
     """
     experiment = Path(args.working_directory) / args.experiment_name
-    existing = sorted(entry.name for entry in experiment.glob("*") if entry.is_dir() and is_checkpoint(entry.name))
+    existing = find_checkpoints(experiment)
     if args.resume_from_checkpoint is None and existing:
         raise FileExistsError(
             f"{experiment} already holds {len(existing)} checkpoints. Add --resume_from_checkpoint latest to go on "
@@ -214,13 +233,56 @@ def open_experiment(args: argparse.Namespace, is_checkpoint: Callable[[str], boo
         )
     if args.resume_from_checkpoint is None or (args.resume_from_checkpoint == "latest" and not existing):
         return experiment, None
-    return experiment, find_checkpoint(experiment, args.resume_from_checkpoint)
+    folder = find_checkpoint(experiment, args.resume_from_checkpoint)
+    epoch = json.loads((folder / STATE_FILE).read_text())["epoch"]
+    if existing and max(existing) > epoch:
+        raise FileExistsError(
+            f"going on from {folder} would train over {existing[max(existing)]}. Resume from 'latest', or give "
+            f"--resume_from_checkpoint {folder} with another --experiment_name"
+        )
+    if epoch > args.epochs:
+        raise ValueError(f"{folder} has {epoch} epochs behind it, more than --epochs {args.epochs}")
+    return experiment, folder
 
 
-def write_args(experiment: Path, args: argparse.Namespace, resumed_from: Path | None) -> None:
-    """Write args.json; a resumed run keeps the first file and adds its own, named after the checkpoint."""
-    name = "args.json" if resumed_from is None else f"args_from_{resumed_from.name}.json"
-    (experiment / name).write_text(json.dumps(vars(args), indent=2) + "\n")
+def lock_experiment(experiment: Path) -> TextIO:
+    """Create the experiment's folder and hold it for this run; BlockingIOError when another run does.
+
+    The lock goes with the process, however that ends. Keep the returned file open.
+    """
+    experiment.mkdir(parents=True, exist_ok=True)
+    lock = (experiment / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise BlockingIOError(f"another run is training in {experiment}; choose another --experiment_name") from error
+    return lock
+
+
+def set_aside(file: Path) -> None:
+    """Rename what an earlier run without a checkpoint left under this name, so that nothing is overwritten."""
+    if file.exists():
+        numbered = (file.with_name(f"{file.stem}_{number}{file.suffix}") for number in itertools.count(1))
+        file.rename(next(name for name in numbered if not name.exists()))
+
+
+def write_args(experiment: Path, args: argparse.Namespace, resumed_from: Path | None) -> list[str]:
+    """Write args.json; a resume keeps the first file and adds its own. Give the flags that differ from the first."""
+    flags = json.loads(json.dumps(vars(args)))
+    first = experiment / "args.json"
+    before = json.loads(first.read_text()) if first.exists() and resumed_from is not None else flags
+    file = first
+    if resumed_from is None:
+        set_aside(first)
+    elif first.exists():
+        file = experiment / f"args_from_{resumed_from.name}.json"
+    file.write_text(json.dumps(flags, indent=2) + "\n")
+    return [
+        f"--{name} {new} (was {old})"
+        for name, old, new in sorted(flat_differences(before, flags))
+        if name != "resume_from_checkpoint"
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ optimisation
@@ -253,20 +315,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 CHECKPOINT_NAME = re.compile(r"checkpoint_(\d+)")
 STATE_FILE = "state.json"
+WANDB_TIMEOUT_S = 20
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def is_epoch_checkpoint(name: str) -> bool:
-    return CHECKPOINT_NAME.fullmatch(name) is not None
+def find_checkpoints(experiment: Path) -> dict[int, Path]:
+    """Give the whole checkpoints of an experiment by epoch."""
+    matches = ((CHECKPOINT_NAME.fullmatch(entry.name), entry) for entry in experiment.glob("checkpoint_*"))
+    return {int(match[1]): entry for match, entry in matches if match and (entry / STATE_FILE).is_file()}
 
 
 def find_checkpoint(experiment: Path, name: str) -> Path:
     """Find a checkpoint: 'latest', the name of one inside the experiment, or a folder. FileNotFoundError lists them."""
-    inside = {
-        int(CHECKPOINT_NAME.fullmatch(entry.name)[1]): entry
-        for entry in experiment.glob("checkpoint_*")
-        if is_epoch_checkpoint(entry.name)
-    }
+    inside = find_checkpoints(experiment)
     if name == "latest" and inside:
         return inside[max(inside)]
     for folder in (experiment / name, Path(name)):
@@ -278,6 +339,13 @@ def find_checkpoint(experiment: Path, name: str) -> Path:
     )
 
 
+def weights_are_finite(accelerator: Accelerator, model: nn.Module) -> bool:
+    """Tell whether every weight of every process is a number; every process calls this."""
+    shards = [getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in model.parameters()]
+    finite = torch.stack([shard.isfinite().all() for shard in shards]).all()
+    return accelerator.reduce(finite.int(), "sum").item() == accelerator.num_processes
+
+
 def save_checkpoint(accelerator: Accelerator, model: nn.Module, folder: Path, config: Mapping, state: Mapping) -> None:
     """Write weights with their sizes (model.safetensors, config.json) and all that an exact resume needs.
 
@@ -285,8 +353,7 @@ def save_checkpoint(accelerator: Accelerator, model: nn.Module, folder: Path, co
     Every process calls this; the folder has to be on a disk that all of them see. Weights that are not finite raise
     FloatingPointError and are not written.
     """
-    finite = torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all()
-    if not accelerator.reduce(finite.int(), "sum").item() == accelerator.num_processes:
+    if not weights_are_finite(accelerator, model):
         raise FloatingPointError(f"the weights are no longer finite, so {folder} is not written")
     temporary = folder.with_name(folder.name + ".tmp")
     if accelerator.is_main_process:
@@ -307,18 +374,21 @@ def save_checkpoint(accelerator: Accelerator, model: nn.Module, folder: Path, co
     accelerator.wait_for_everyone()
 
 
-def check_resumable(folder: Path, config: Mapping, state: Mapping) -> dict:
-    """Read a checkpoint's state; ValueError names every difference that would make the run go on as another one."""
-    saved_state = json.loads((folder / STATE_FILE).read_text())
-    saved_config = json.loads((folder / "config.json").read_text())
-    saved = saved_config | {key: saved_state.get(key) for key in state}
-    current = json.loads(json.dumps(dict(config) | dict(state)))
-    differences = [
-        f"  {key}: {old!r} in the checkpoint, {new!r} now" for key, old, new in sorted(flat_differences(saved, current))
-    ]
+def resume(accelerator: Accelerator, folder: Path, config: Mapping, identity: Mapping) -> dict:
+    """Load a checkpoint into everything that was prepared, and give its state; every process calls this.
+
+    ValueError names every difference in the sizes or in `identity` that would make the run go on as another one.
+    """
+    state = json.loads((folder / STATE_FILE).read_text())
+    saved = json.loads((folder / "config.json").read_text()) | {key: state.get(key) for key in identity}
+    current = json.loads(json.dumps({**config, **identity}))
+    differences = sorted(flat_differences(saved, current))
     if differences:
-        raise ValueError(f"cannot resume from {folder}, because this run differs:\n" + "\n".join(differences))
-    return saved_state
+        lines = [f"  {key}: {old!r} in the checkpoint, {new!r} now" for key, old, new in differences]
+        raise ValueError(f"cannot resume from {folder}, because this run differs:\n" + "\n".join(lines))
+    accelerator.load_state(folder)
+    accelerator.step = 0  # its position inside an accumulation; checkpoints lie between optimizer steps
+    return state
 
 
 def flat_differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[tuple]:
@@ -376,19 +446,23 @@ def peak_memory_gb(device: torch.device) -> float:
 class RunLog:
     """Write `<experiment>/log.jsonl`, one row a line, and W&B when asked; only the main process writes.
 
-    After a resume the rows beyond the resumed step are cut, so steps rise strictly. W&B that is not installed, not
-    reachable or breaks costs one message, never the run.
+    A resume cuts the rows beyond its step, so steps rise strictly; a fresh start sets an older log aside. W&B that is
+    not installed, not reachable or breaks costs one message, never the run.
     """
 
     def __init__(self, experiment: Path, *, enabled: bool, resumed_step: int | None = None):
         self.file, self.enabled, self.wandb_run = experiment / "log.jsonl", enabled, None
-        if enabled and self.file.exists() and resumed_step is not None:
-            rows = [line for line in self.file.read_text().splitlines() if json.loads(line)["step"] <= resumed_step]
+        if enabled and resumed_step is None:
+            set_aside(self.file)
+        elif enabled and self.file.exists():
+            lines = self.file.read_text().splitlines()
+            kept = [line for line in lines if (row := parse_row(line)) is not None and row["step"] <= resumed_step]
             temporary = self.file.with_suffix(".tmp")
-            temporary.write_text("".join(row + "\n" for row in rows))
-            os.replace(temporary, self.file)
+            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.replace(self.file)
 
     def start_wandb(self, args: argparse.Namespace) -> None:
+        """Start or go on with a W&B run: online where a key is found, else offline."""
         if not self.enabled:
             return
         try:
@@ -396,30 +470,37 @@ class RunLog:
         except ImportError as error:
             print(f"--log_wandb: wandb cannot be imported ({error}); logging to {self.file} alone", flush=True)
             return
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb_key_exists() else "offline")
+        if "WANDB_MODE" not in os.environ and mode == "offline":
+            print("--log_wandb: no API key found, so W&B runs offline; `wandb sync` uploads it later", flush=True)
+        if self.with_wandb(lambda: self.init_wandb(args, mode)) is None and mode == "online":
+            self.with_wandb(lambda: self.init_wandb(args, "offline"))
+
+    def init_wandb(self, args: argparse.Namespace, mode: str):
         id_file = self.file.with_name("wandb_id.txt")
-        run_id = id_file.read_text().strip() if id_file.exists() else None
-        mode = os.environ.get("WANDB_MODE")
-        if mode is None and not (os.environ.get("WANDB_API_KEY") or self.wandb.api.api_key):
-            mode = "offline"
-            print("--log_wandb: no API key, so W&B runs offline; `wandb sync` uploads it later", flush=True)
-        for attempt in dict.fromkeys((mode, "offline")):
-            try:
-                self.wandb_run = self.wandb.init(
-                    project=args.experiment_name,
-                    name=args.wandb_run_name,
-                    dir=self.file.parent,
-                    id=run_id,
-                    resume="allow",
-                    config=vars(args),
-                    mode=attempt,
-                    settings=self.wandb.Settings(init_timeout=20),
-                )
-                break
-            except (self.wandb.Error, OSError) as error:
-                print(f"--log_wandb: W&B did not start ({error})", flush=True)
-        if self.wandb_run is not None:
-            id_file.write_text(self.wandb_run.id + "\n")
-            self.wandb_run.define_metric("*", step_metric="step")
+        run = self.wandb.init(
+            project=re.sub(r"[/\\#?%:]", "_", args.experiment_name),  # W&B refuses these
+            name=args.wandb_run_name,
+            dir=self.file.parent,
+            id=id_file.read_text().strip() if id_file.exists() else None,
+            resume="allow",
+            config=vars(args),
+            mode=mode,
+            settings=self.wandb.Settings(init_timeout=WANDB_TIMEOUT_S),
+        )
+        id_file.write_text(run.id + "\n")
+        run.define_metric("*", step_metric="step")
+        self.wandb_run = run
+        return run
+
+    def with_wandb(self, act: Callable):
+        """Do something with W&B; if it fails, say so and leave W&B alone from then on."""
+        try:
+            return act()
+        except (self.wandb.Error, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            print(f"--log_wandb: W&B failed ({type(error).__name__}: {error}); the run goes on without it", flush=True)
+            self.wandb_run = None
+            return None
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append a row; it carries "step"."""
@@ -427,25 +508,37 @@ class RunLog:
             return
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        self.to_wandb(dict(row))
+        if self.wandb_run is not None:
+            self.with_wandb(lambda: self.wandb_run.log(dict(row)))
 
     def picture(self, key: str, path: Path, step: int) -> None:
         """Send a picture file to W&B."""
         if self.wandb_run is not None:
-            self.to_wandb({key: self.wandb.Image(str(path)), "step": step})
-
-    def to_wandb(self, values: dict) -> None:
-        if self.wandb_run is None:
-            return
-        try:
-            self.wandb_run.log(values)
-        except (self.wandb.Error, OSError) as error:
-            print(f"--log_wandb: W&B failed and is left alone from here on ({error})", flush=True)
-            self.wandb_run = None
+            self.with_wandb(lambda: self.wandb_run.log({key: self.wandb.Image(str(path)), "step": step}))
 
     def close(self) -> None:
         if self.wandb_run is not None:
-            self.wandb_run.finish()
+            self.with_wandb(self.wandb_run.finish)
+
+
+def parse_row(line: str) -> dict | None:
+    """Read a row of a log; None for one that a crash cut short."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None
+
+
+def wandb_key_exists() -> bool:
+    """Look where `wandb login` leaves a key; wandb itself would stop the run to ask for one."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 class BadFiles:
@@ -453,37 +546,40 @@ class BadFiles:
 
     def __init__(self, experiment: Path, num_images: int, max_fraction: float):
         self.file, self.num_images, self.max_fraction = experiment / "bad_files.txt", num_images, max_fraction
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        self.known = {line.split("\t")[0] for line in lines}
-        self.new = {}
+        self.new: dict[str, str] = {}
+        self.met: set[str] = set()  # by this run; a file that was repaired since it was named counts no more
+        self.named: set[str] = set()
+        if self.file.exists():
+            lines = self.file.read_text(errors="surrogateescape").splitlines()
+            self.named = {line.split("\t")[0] for line in lines}
 
     def note(self, bad_files: Iterable[tuple[str, str]]) -> None:
         """Remember what one batch of this process met; nothing is written before `share`."""
-        self.new |= {path: reason for path, reason in bad_files if path not in self.known}
+        self.new |= {path: reason for path, reason in bad_files if path not in self.met}
 
     def share(self, accelerator: Accelerator, say: Callable[[str], None]) -> int:
         """Bring the processes' findings together, name the new ones and give the count; every process calls it.
 
         ValueError when the share of bad files is above the limit.
         """
-        found = dict(
-            sorted({path: reason for new in gather_object([self.new]) for path, reason in new.items()}.items())
-        )
-        found = {path: reason for path, reason in found.items() if path not in self.known}
-        self.known |= found.keys()
+        found = {path: reason for new in gather_object([self.new]) for path, reason in new.items()}
         self.new = {}
-        if found and accelerator.is_main_process:
-            with self.file.open("a") as file:
-                for path, reason in found.items():
-                    one_line = " ".join(reason.split())
-                    file.write(f"{path}\t{one_line}\n")
-                    say(f"skipped and replaced, cannot be decoded: {path} ({one_line})")
-        if len(self.known) > self.max_fraction * self.num_images:
+        self.met |= found.keys()
+        unnamed = sorted(found.keys() - self.named)
+        self.named |= found.keys()
+        if unnamed and accelerator.is_main_process:
+            # File names are bytes; those that are no UTF-8 are written back as they are, and shown with a mark.
+            with self.file.open("a", errors="surrogateescape") as file:
+                for path in unnamed:
+                    line = f"{path}\t{' '.join(found[path].split())}"
+                    file.write(line + "\n")
+                    say(f"cannot be decoded, replaced by another: {line.encode(errors='replace').decode()}")
+        if len(self.met) > self.max_fraction * self.num_images:
             raise ValueError(
-                f"{len(self.known)} of {self.num_images:,} images cannot be decoded, more than --max_bad_fraction "
+                f"{len(self.met)} of {self.num_images:,} images cannot be decoded, more than --max_bad_fraction "
                 f"{self.max_fraction} allows; they are named in {self.file}"
             )
-        return len(self.known)
+        return len(self.met)
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -499,9 +595,9 @@ def draw_rows(rows: Mapping[str, Tensor], *, min_side: int = 128, margin: int = 
     height, width = height * zoom, width * zoom
     font = ImageFont.load_default(size=14)
     title_height, columns = 20, max(len(images) for images in rows.values())
-    canvas = Image.new(
-        "RGB", (columns * (width + margin) + margin, len(rows) * (title_height + height + margin) + margin), "white"
-    )
+    longest_title = math.ceil(max(font.getlength(title) for title in rows))
+    canvas_width = max(columns * (width + margin), longest_title + margin) + margin
+    canvas = Image.new("RGB", (canvas_width, len(rows) * (title_height + height + margin) + margin), "white")
     draw = ImageDraw.Draw(canvas)
     for row, (title, images) in enumerate(rows.items()):
         top = margin + row * (title_height + height + margin)

@@ -78,15 +78,17 @@ def load_tool(name: str) -> ModuleType:
     return tool
 
 
-def launch(script: str, arguments: list[str], *, num_processes: int = 1, **environment: str) -> str:
+def launch(
+    script: str, arguments: list[str], *, num_processes: int = 1, dynamo_backend: str = "no", **environment: str
+) -> str:
     """Run a script as users do, on the CPU with one or several processes, and give all that it printed."""
     flags = ["--multi_gpu", "--num_processes", str(num_processes)] if num_processes > 1 else ["--num_processes", "1"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", dynamo_backend, "--main_process_port", "0"]
     command += [str(ROOT / script), *arguments]
     defaults = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, env={**os.environ, **defaults, **environment}, capture_output=True, text=True, timeout=300, check=False
+        command, env={**os.environ, **defaults, **environment}, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

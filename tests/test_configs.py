@@ -11,7 +11,7 @@ from conftest import ROOT
 def test_launch_file_is_understood_by_accelerate(path):
     config = load_config_from_file(str(path))
     assert config.num_processes == {"cpu": 1, "one_gpu": 1, "several_nodes": 32}.get(path.stem, 8)
-    assert config.mixed_precision == ("no" if path.stem == "cpu" else "bf16")
+    assert config.mixed_precision == ("no" if path.stem in ("cpu", "fsdp") else "bf16")
 
 
 def test_slurm_script_is_valid_bash():

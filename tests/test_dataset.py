@@ -67,7 +67,10 @@ def test_read_image_scales_16_bit_grey(tmp_path):
     assert np.asarray(read_image(path))[0].tolist() == [[0] * 3, [100] * 3, [255] * 3]
 
 
-@pytest.mark.parametrize(("values", "expected"), [([0.0, 0.5, 1.0], [0, 128, 255]), ([0.0, 51.0, 300.0], [0, 51, 255])])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([0.0, 0.5, 1.0], [0, 128, 255]), ([0.0, 51.0, 200.0], [0, 51, 200]), ([0.0, 51.0 * 257, 65535.0], [0, 51, 255])],
+)
 def test_read_image_scales_float_grey(tmp_path, values, expected):
     path = save(Image.fromarray(np.array([values], dtype=np.float32)), tmp_path / "float.tiff")
     assert np.asarray(read_image(path, channels=1))[0].tolist() == expected
@@ -92,6 +95,19 @@ def test_read_image_shows_cmyk_in_its_colours(tmp_path):
 def test_read_image_gives_the_asked_number_of_channels(tmp_path):
     path = save(Image.new("RGB", (5, 5), "red"), tmp_path / "red.png")
     assert [np.asarray(read_image(path, channels=c)).shape for c in (1, 3, 4)] == [(5, 5), (5, 5, 3), (5, 5, 4)]
+
+
+def test_read_image_refuses_decompression_bombs_before_decoding(tmp_path, monkeypatch):
+    path = save(Image.new("L", (100, 100)), tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9_999)  # Pillow alone only warns up to twice its limit
+    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(Image.DecompressionBombError, match="100 x 100"):
+        read_image(path)
+
+
+def test_read_image_finds_the_range_of_32_bit_integers(tmp_path):
+    for top, factor in ((200, 1), (200 * 257, 257)):
+        path = save(Image.fromarray(np.array([[0, top]], dtype=np.int32)), tmp_path / f"{top}.tiff")
+        assert np.asarray(read_image(path, channels=1))[0].tolist() == [0, top // factor]
 
 
 def test_read_image_refuses_formats_that_are_not_pictures_of_ours(tmp_path):
@@ -140,7 +156,8 @@ def test_find_splits_takes_either_name_of_the_validation_folder(tmp_path):
 
 def test_find_splits_takes_a_tree_without_splits_as_training_images(tmp_path):
     assert find_splits(tmp_path) == (tmp_path, None)
-    with pytest.raises(FileNotFoundError, match="is not a folder; expected one of"):
+    (tmp_path / "here").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"(?s)is not a folder; expected one of.*: here/"):
         find_splits(tmp_path / "nowhere")
 
 
@@ -167,6 +184,16 @@ def test_list_images_shows_expected_and_found_when_there_is_nothing(tmp_path):
         FileNotFoundError, match=r"(?s)no images below.*expected one of.*what is there: archive\.tar, empty/"
     ):
         list_images(tmp_path)
+
+
+def test_list_images_passes_over_hidden_files_and_folders(image_folder):
+    train = image_folder / "train"
+    (train / "cats" / "._000.jpg").touch()
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        (train / name).mkdir()
+        (train / name / "copy.jpg").touch()
+    files = list_images(train)
+    assert len(files) == 24 and files.classes == ("cats", "dogs")
 
 
 def test_scan_images_survives_a_link_back_up(image_folder):
@@ -410,6 +437,17 @@ def test_demo_data_has_both_layouts_and_is_written_once(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*")} == before
     with pytest.raises(FileExistsError, match="is not the demo data"):
         write_demo_data(tmp_path / "demo", num_train=30, num_val=10)
+
+
+def test_demo_data_of_two_runs_at_once_is_written_by_one(tmp_path, monkeypatch):
+    def draw_while_another_run_finishes(seed, kind):
+        monkeypatch.undo()
+        write_demo_data(tmp_path / "demo", num_train=20, num_val=10)
+        return draw_demo_scene(seed, kind)
+
+    monkeypatch.setattr(dataset, "draw_demo_scene", draw_while_another_run_finishes)
+    write_demo_data(tmp_path / "demo", num_train=20, num_val=10)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["demo"]
 
 
 def test_demo_data_that_was_interrupted_leaves_nothing(tmp_path, monkeypatch):

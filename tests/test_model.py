@@ -10,8 +10,10 @@ import pytest
 import timm
 import torch
 import transformers
+from accelerate import Accelerator
 from conftest import TINY
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
 
 from model import (
     MODEL_CONFIGS,
@@ -24,6 +26,7 @@ from model import (
     read_state_dict,
     resample_pos_embed,
 )
+from utils import save_checkpoint
 
 TINY_PIXELS = dataclasses.replace(TINY, norm_pix_loss=False)
 
@@ -113,14 +116,19 @@ def test_sincos_rectangle_puts_the_column_first_and_the_row_second():
     assert token[15].item() == pytest.approx(math.cos(2 / 10000 ** (3 / 4)), abs=1e-6)
 
 
-def test_resample_pos_embed_is_plain_bicubic_and_keeps_the_cls_row():
-    table = get_2d_sincos_pos_embed(32, (4, 6))[None]
-    table[:, 0] = 7.0
-    resampled = resample_pos_embed(table, (4, 6), (8, 3))
-    maps = table[0, 1:].reshape(4, 6, 32).permute(2, 0, 1)[None]
-    expected = torch.nn.functional.interpolate(maps, (8, 3), mode="bicubic", align_corners=False)
-    torch.testing.assert_close(resampled[0, 1:], expected[0].flatten(1).T, rtol=0, atol=0)
-    assert (resampled[:, 0] == 7.0).all()
+@pytest.mark.parametrize(("old", "new"), [((4, 6), (8, 3)), ((14, 14), (32, 32)), ((8, 8), (4, 6))])
+def test_resample_pos_embed_equals_timm_without_antialiasing(old, new):
+    table = torch.randn(1, 1 + old[0] * old[1], 32)
+    expected = resample_abs_pos_embed(table, list(new), list(old), antialias=False)
+    torch.testing.assert_close(resample_pos_embed(table, old, new), expected, rtol=0, atol=0)
+
+
+def test_resample_pos_embed_minds_the_shape_not_the_count():
+    table = torch.randn(1, 1 + 16, 8)
+    assert resample_pos_embed(table, (4, 4), (4, 4)) is table
+    resampled = resample_pos_embed(table, (2, 8), (4, 4))
+    assert resampled.shape == table.shape and torch.equal(resampled[:, 0], table[:, 0])
+    assert not torch.allclose(resampled[:, 1:], table[:, 1:])
 
 
 # -------------------------------------------------------------------------------- patches and masks
@@ -199,17 +207,17 @@ def test_encoder_without_masking_equals_the_whole_image_encoder():
     torch.testing.assert_close(latent, model.forward_features(images), rtol=0, atol=1e-6)
 
 
-def test_forward_features_equals_timm():
-    torch.manual_seed(0)
-    ours = random_model(MAEConfig())
-    theirs = timm.create_model("vit_base_patch16_224", num_classes=0)
-    encoder = {k: v for k, v in ours.state_dict().items() if not k.startswith(("decoder", "mask_token"))}
-    theirs.load_state_dict(encoder)
+def test_checkpoint_of_ours_gives_the_same_features_in_timm(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    ours = accelerator.prepare(random_model(MAEConfig()))
+    save_checkpoint(accelerator, ours, tmp_path / "checkpoint_1", {}, {})
+    weights = load_file(tmp_path / "checkpoint_1" / "model.safetensors")
+    theirs = timm.create_model("vit_base_patch16_224", num_classes=0).eval()
+    theirs.load_state_dict({k: v for k, v in weights.items() if not k.startswith(("decoder", "mask_token"))})
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
-        torch.testing.assert_close(
-            ours.forward_features(images), theirs.eval().forward_features(images), rtol=0, atol=1e-5
-        )
+        found, expected = ours.forward_features(images), theirs.forward_features(images)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_intermediate_layers_are_raw_block_outputs_in_grid_order():
@@ -425,6 +433,12 @@ def test_load_pretrained_mae_says_what_is_not_there(tmp_path):
         load_pretrained_mae(tmp_path)
     with pytest.raises(FileNotFoundError, match="no checkpoint folder or weight file"):
         load_pretrained_mae(tmp_path / "nowhere")
+
+
+def test_load_pretrained_mae_refuses_other_key_names(tmp_path):
+    torch.save(to_transformers(random_model(TINY).state_dict()), tmp_path / "theirs.pth")
+    with pytest.raises(ValueError, match=r"other key names than the original release, such as \['decoder\."):
+        load_pretrained_mae(tmp_path / "theirs.pth")
 
 
 class Hostile:

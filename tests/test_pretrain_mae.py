@@ -1,8 +1,10 @@
 """The pretraining run: resumed, accumulated and spread runs against the plain one, refusals, and what it leaves."""
 
+import functools
 import json
 import math
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,13 +14,29 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import pretrain_mae
-from model import MAEConfig, ViTMAEForPreTraining
+from dataset import (
+    EVAL_EPOCH,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageDataset,
+    ResizeCenterCrop,
+    SampleKey,
+    StepSampler,
+    build_pretraining_transform,
+    collate,
+    list_images,
+    write_demo_data,
+)
+from model import MAEConfig, ViTMAEForPreTraining, load_pretrained_mae
 from pretrain_mae import build_config, main, parse_args, trivial_answers
 
 TINY_FLAGS = """--experiment_name run --img_size 16 --patch_size 4 --encoder_embed_dim 32 --encoder_depth 2
  --encoder_num_heads 4 --decoder_embed_dim 16 --decoder_depth 1 --decoder_num_heads 2 --epochs 4 --warmup_epochs 1
  --per_gpu_batch_size 8 --gradient_accumulation_steps 1 --base_learning_rate 0.01 --save_checkpoint_interval 2
  --num_workers 0 --log_interval 2"""
+
+
+MEAN, STD = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
 
 
 def flags(data: Path, work: Path, *more: str) -> list[str]:
@@ -74,6 +92,7 @@ def finished(drawn_images, tmp_path_factory) -> Path:
 
 def test_run_leaves_checkpoints_arguments_log_and_pictures(finished):
     assert sorted(entry.name for entry in finished.iterdir()) == [
+        ".lock",
         "args.json",
         "checkpoint_2",
         "checkpoint_4",
@@ -107,19 +126,62 @@ def test_checkpoint_loads_into_the_model_its_config_names(finished):
 # -------------------------------------------------------------------------------- the same run, otherwise
 
 
-def test_resumed_run_equals_the_uninterrupted_bit_for_bit(finished, drawn_images, tmp_path):
-    # The interrupted run is the plain one without what came after its first checkpoint.
-    experiment = tmp_path / "run"
-    (experiment / "checkpoint_2").mkdir(parents=True)
-    for file in (finished / "checkpoint_2").iterdir():
-        (experiment / "checkpoint_2" / file.name).write_bytes(file.read_bytes())
-    (experiment / "log.jsonl").write_text((finished / "log.jsonl").read_text())
+def test_resumed_run_equals_the_uninterrupted_bit_for_bit(finished, interrupted, drawn_images):
     torch.rand(3)  # whatever else the process draws must not matter
-    train(drawn_images, tmp_path, "--resume_from_checkpoint", "latest")
-    assert_close(weights(experiment / "checkpoint_4"), weights(finished / "checkpoint_4"), atol=0)
+    train(drawn_images, interrupted.parent, "--resume_from_checkpoint", "latest")
+    assert_close(weights(interrupted / "checkpoint_4"), weights(finished / "checkpoint_4"), atol=0)
     losses = [{k: row[k] for k in ("step", "training_loss", "learning_rate")} for row in rows(finished)]
-    assert [{k: row[k] for k in losses[0]} for row in rows(experiment)] == losses
-    assert (experiment / "args_from_checkpoint_2.json").exists()
+    assert [{k: row[k] for k in losses[0]} for row in rows(interrupted)] == losses
+    assert (interrupted / "args_from_checkpoint_2.json").exists()
+
+
+def test_run_equals_the_same_steps_in_plain_torch(drawn_images, tmp_path):
+    """Replay the recipe by hand: groups, betas, decay, warmup, cosine, accumulation, and clipping once a step."""
+    more = (
+        "--gradient_accumulation_steps 2 --max_grad_norm 0.1 --weight_decay 0.5 --epochs 3 --save_checkpoint_interval 3"
+    )
+    experiment = train(drawn_images, tmp_path, *shlex.split(more))
+
+    config = build_config(parse_args(flags(drawn_images, tmp_path)))
+    torch.manual_seed(0)
+    model = ViTMAEForPreTraining(config)
+    trained = [(name, p) for name, p in model.named_parameters() if not name.endswith("pos_embed")]
+    decayed = [p for name, p in trained if p.ndim > 1]
+    free = [p for name, p in trained if p.ndim == 1]
+    assert any(p is model.mask_token for p in decayed) and any(p is model.norm.weight for p in free)
+    groups = [{"params": decayed, "weight_decay": 0.5}, {"params": free, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    data = ImageDataset(
+        list_images(drawn_images / "train"), build_pretraining_transform((16, 16), 0.2), seed=0, num_patches=16
+    )
+    sampler = StepSampler(24, 4, accumulation_steps=2, seed=0)
+    norms, step = [], 0
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        batches = [collate([data[key] for key in keys]) for keys in sampler]
+        for pair in zip(batches[::2], batches[1::2], strict=True):
+            for batch in pair:
+                images = (batch.images / 255 - MEAN) / STD
+                (model(images, 0.75, batch.noise).loss / 2).backward()
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1).item())
+            peak, warmup = 0.01 * 8 / 256, 3
+            share = peak * step / warmup if step < warmup else peak / 2 * (1 + math.cos(math.pi * (step - warmup) / 6))
+            for group in optimizer.param_groups:
+                group["lr"] = share
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+    assert min(norms) > 0.1  # the clipping was felt at every step
+    assert_close(weights(experiment / "checkpoint_3"), dict(model.state_dict()), atol=1e-6)
+
+
+def test_accumulated_run_resumes_as_it_was(drawn_images, tmp_path):
+    accumulated = ("--gradient_accumulation_steps", "2")
+    whole = train(drawn_images, tmp_path / "whole", *accumulated)
+    part = tmp_path / "part" / "run"
+    shutil.copytree(whole / "checkpoint_2", part / "checkpoint_2")
+    train(drawn_images, tmp_path / "part", *accumulated, "--resume_from_checkpoint", "latest")
+    assert_close(weights(part / "checkpoint_4"), weights(whole / "checkpoint_4"), atol=0)
 
 
 def test_accumulated_run_equals_the_plain_one(finished, drawn_images, tmp_path):
@@ -152,11 +214,13 @@ def test_workers_do_not_change_the_run(finished, drawn_images, tmp_path):
 
 
 def test_compiled_run_writes_keys_without_a_prefix(finished, drawn_images, tmp_path):
-    launch(
+    printed = launch(
         "pretrain_mae.py",
         flags(drawn_images, tmp_path, "--epochs", "2"),
-        ACCELERATE_DYNAMO_BACKEND="EAGER",
+        dynamo_backend="eager",
+        TORCH_LOGS="dynamo",
     )
+    assert "torchdynamo start compiling" in printed or "torchdynamo start tracing" in printed
     assert weights(tmp_path / "run" / "checkpoint_2").keys() == weights(finished / "checkpoint_2").keys()
 
 
@@ -195,11 +259,13 @@ def test_neither_data_nor_demo_is_an_error_that_names_both(capsys):
             "--per_gpu_batch_size 10 --gradient_accumulation_steps 4",
             "cannot be cut into --gradient_accumulation_steps 4",
         ),
-        ("--epochs 40", "--warmup_epochs 40 leaves nothing of --epochs 40"),
+        ("--epochs 40", "--warmup_epochs 40 leaves nothing of --epochs 40; give both"),
         ("--mean 0.5 0.5", "--mean has 2 values, --input_channels is 3"),
         ("--std 0", "--std must be positive"),
         ("--max_bad_fraction 2", "--max_bad_fraction is a share"),
         ("--experiment_name a/b", "the path goes into --working_directory"),
+        ("--experiment_name ..", "the path goes into --working_directory"),
+        ("--seed -1", "--seed cannot be negative"),
         ("--epoch 3", "unrecognized arguments: --epoch 3"),
     ],
 )
@@ -216,6 +282,16 @@ def test_finished_experiment_is_not_trained_over(finished, drawn_images):
     assert_close(weights(finished / "checkpoint_4"), before, atol=0)
 
 
+@pytest.fixture
+def interrupted(finished, tmp_path) -> Path:
+    """The plain run as it was after its first checkpoint."""
+    experiment = tmp_path / "interrupted" / "run"
+    shutil.copytree(finished / "checkpoint_2", experiment / "checkpoint_2")
+    for name in ("log.jsonl", "args.json"):
+        shutil.copy(finished / name, experiment)
+    return experiment
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -224,16 +300,24 @@ def test_finished_experiment_is_not_trained_over(finished, drawn_images):
         ("--seed 1", "seed: 0 in the checkpoint, 1 now"),
     ],
 )
-def test_resume_as_another_run_is_refused_with_the_difference(finished, drawn_images, more, message):
+def test_resume_as_another_run_is_refused_with_the_difference(interrupted, drawn_images, more, message):
+    before = {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=message):
-        train(drawn_images, finished.parent, "--resume_from_checkpoint", "checkpoint_2", *shlex.split(more))
+        train(drawn_images, interrupted.parent, "--resume_from_checkpoint", "checkpoint_2", *shlex.split(more))
+    assert {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()} == before
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(finished, drawn_images, tmp_path, monkeypatch):
-    experiment = tmp_path / "run"
-    (experiment / "checkpoint_2").mkdir(parents=True)
-    for file in (finished / "checkpoint_2").iterdir():
-        (experiment / "checkpoint_2" / file.name).write_bytes(file.read_bytes())
+def test_resume_names_the_flags_that_changed(interrupted, drawn_images, capsys):
+    train(drawn_images, interrupted.parent, "--resume_from_checkpoint", "latest", "--mask_ratio", "0.5")
+    assert "changed         since the first start: --mask_ratio 0.5 (was 0.75)" in capsys.readouterr().out
+
+
+def test_working_directory_inside_the_training_images_is_refused(image_folder):
+    with pytest.raises(ValueError, match="lies in the training images"):
+        train(image_folder / "train", image_folder / "train" / "work")
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(finished, interrupted, drawn_images, monkeypatch):
     calls = []
 
     def poisoned(images, mean, std):
@@ -241,10 +325,28 @@ def test_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(finished, 
         return images.float() * (math.nan if len(calls) == 2 else 1.0)
 
     monkeypatch.setattr(pretrain_mae, "normalize", poisoned)
-    with pytest.raises(FloatingPointError, match=r"step 8 \(epoch 2\.67, learning rate near .*checkpoint_2"):
-        train(drawn_images, tmp_path, "--resume_from_checkpoint", "latest")
-    assert [entry.name for entry in experiment.glob("checkpoint_*")] == ["checkpoint_2"]
-    assert_close(weights(experiment / "checkpoint_2"), weights(finished / "checkpoint_2"), atol=0)
+    with pytest.raises(FloatingPointError, match=r"the loss is not finite at step 8 \(epoch 2\.67, .*checkpoint_2"):
+        train(drawn_images, interrupted.parent, "--resume_from_checkpoint", "latest")
+    assert [entry.name for entry in interrupted.glob("checkpoint_*")] == ["checkpoint_2"]
+    assert_close(weights(interrupted / "checkpoint_2"), weights(finished / "checkpoint_2"), atol=0)
+
+
+def test_weights_that_are_not_finite_are_not_saved(interrupted, drawn_images, monkeypatch):
+    class Diverging(torch.optim.AdamW):
+        """Writes an infinity into the weights with the last step before the checkpoint."""
+
+        def step(self, *args, **kwargs):
+            result = super().step(*args, **kwargs)
+            self.steps = getattr(self, "steps", 0) + 1
+            if self.steps == 6:
+                with torch.no_grad():
+                    self.param_groups[0]["params"][0].view(-1)[0] = math.inf
+            return result
+
+    monkeypatch.setattr(torch.optim, "AdamW", Diverging)
+    with pytest.raises(FloatingPointError, match=r"the model is not finite at step 12 .*checkpoint_2"):
+        train(drawn_images, interrupted.parent, "--resume_from_checkpoint", "latest")
+    assert [entry.name for entry in interrupted.glob("checkpoint_*")] == ["checkpoint_2"]
 
 
 def test_bad_files_are_named_and_the_run_goes_on_until_there_are_too_many(image_folder, tmp_path):
@@ -255,6 +357,14 @@ def test_bad_files_are_named_and_the_run_goes_on_until_there_are_too_many(image_
     assert line.startswith(str(bad)) and rows(experiment)[-1]["bad_files"] == 1
     with pytest.raises(ValueError, match="1 of 24 images cannot be decoded"):
         train(image_folder, tmp_path / "strict")
+
+
+def test_bad_held_out_files_are_named_too(image_folder, tmp_path):
+    bad = image_folder / "val" / "dogs" / "002.jpg"
+    bad.write_bytes(b"")
+    experiment = train(image_folder, tmp_path, "--max_bad_fraction", "0.05", "--epochs", "2")
+    assert (experiment / "bad_files.txt").read_text().startswith(str(bad))
+    assert rows(experiment)[-1]["bad_files"] == 1
 
 
 # -------------------------------------------------------------------------------- the given interface
@@ -301,10 +411,60 @@ def test_size_flags_override_single_fields_of_the_named_model():
 
 
 def test_wandb_offline_run_is_written_and_resumed_under_the_same_id(drawn_images, tmp_path):
-    offline = dict(WANDB_MODE="offline", WANDB_SILENT="true")
-    launch("pretrain_mae.py", flags(drawn_images, tmp_path, "--epochs", "2", "--log_wandb"), **offline)
+    arguments = flags(drawn_images, tmp_path, "--epochs", "2", "--log_wandb")
+    launch("pretrain_mae.py", arguments, WANDB_MODE="offline")
     run_id = (tmp_path / "run" / "wandb_id.txt").read_text().strip()
-    assert list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}"))
+    launch("pretrain_mae.py", [*arguments, "--epochs", "4", "--resume_from_checkpoint", "latest"], WANDB_MODE="offline")
+    assert len(list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}"))) == 2
+
+
+def test_wandb_that_refuses_its_settings_does_not_stop_the_run(drawn_images, tmp_path):
+    arguments = flags(drawn_images, tmp_path, "--epochs", "2", "--log_wandb")
+    printed = launch("pretrain_mae.py", arguments, WANDB_MODE="no such mode")
+    assert "--log_wandb: W&B failed" in printed and len(rows(tmp_path / "run")) == 4
+
+
+# -------------------------------------------------------------------------------- the demo
+
+
+def test_demo_draws_its_data_and_reports_three_errors(tmp_path, monkeypatch, capsys):
+    few = functools.partial(write_demo_data, num_train=40, num_val=10)
+    monkeypatch.setattr(pretrain_mae, "write_demo_data", few)
+    shorter = ["--demo", "--epochs", "2", "--num_workers", "0", "--working_directory", str(tmp_path)]
+    figures = main(parse_args(shorter))
+    assert set(figures) == {"testing_loss", "model_error", "mean_colour_error", "nearest_patch_error"}
+    printed = capsys.readouterr().out
+    assert f"this model                              {figures['model_error']:.5f}" in printed
+    assert "tools/reconstruct.py --checkpoint" in printed
+    assert (tmp_path / "demo" / "reconstructions" / "epoch_2.png").exists()
+
+
+def test_demo_with_other_flags_ends_without_the_errors_it_cannot_have(tmp_path, monkeypatch, capsys):
+    few = functools.partial(write_demo_data, num_train=40, num_val=10)
+    monkeypatch.setattr(pretrain_mae, "write_demo_data", few)
+    arguments = ["--demo", "--epochs", "2", "--num_workers", "0", "--working_directory", str(tmp_path)]
+    assert set(main(parse_args([*arguments, "--norm_pix_loss"]))) == {"testing_loss"}
+    assert "No errors beside trivial answers" in capsys.readouterr().out
+
+
+def test_evaluate_equals_the_errors_of_whole_images(finished, drawn_images, tmp_path):
+    """Count the errors another way: on pixels of whole images, with the mask painted at full size."""
+    pixels = train(drawn_images, tmp_path, "--no-norm_pix_loss")
+    model = load_pretrained_mae(pixels / "checkpoint_4").eval()
+    data = ImageDataset(list_images(drawn_images / "val"), ResizeCenterCrop((16, 16)), seed=0, num_patches=16)
+    batch = collate([data[SampleKey(EVAL_EPOCH, index)] for index in range(8)])
+    images = (batch.images / 255 - MEAN) / STD
+    with torch.no_grad():
+        loss, pred, mask = model(images, 0.75, batch.noise)
+    removed = mask.reshape(8, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1).bool()
+    shown = model.unpatchify(pred) * STD + MEAN
+    truth = batch.images / 255
+    colour = torch.stack([image[~gone].reshape(3, -1).mean(1) for image, gone in zip(truth, removed, strict=True)])
+    last = rows(pixels)[-1]
+    assert last["testing_loss"] == pytest.approx(loss.item(), abs=1e-6)
+    assert last["model_error"] == pytest.approx((shown - truth)[removed].square().mean().item(), abs=1e-6)
+    error = (colour[:, :, None, None] - truth)[removed].square().mean().item()
+    assert last["mean_colour_error"] == pytest.approx(error, abs=1e-6)
 
 
 # -------------------------------------------------------------------------------- trivial answers

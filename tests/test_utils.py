@@ -17,16 +17,17 @@ from utils import (
     RunLog,
     StepClock,
     cap_workers,
-    check_resumable,
     cosine_lr,
     draw_rows,
     find_checkpoint,
-    is_epoch_checkpoint,
+    lock_experiment,
     open_experiment,
     reconstruction_titles,
+    resume,
     save_checkpoint,
     scaled_lr,
     set_learning_rate,
+    write_args,
 )
 
 # -------------------------------------------------------------------------------- optimisation
@@ -76,30 +77,41 @@ def test_cap_workers_shares_the_cores(monkeypatch):
 
 
 def run_flags(folder, **changes):
-    flags = {"working_directory": str(folder), "experiment_name": "run", "resume_from_checkpoint": None}
+    flags = {"working_directory": str(folder), "experiment_name": "run", "epochs": 10, "resume_from_checkpoint": None}
     return argparse.Namespace(**{**flags, **changes})
 
 
 def add_checkpoint(folder, epoch):
     checkpoint = folder / "run" / f"checkpoint_{epoch}"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text("{}")
+    (checkpoint / "state.json").write_text(json.dumps({"epoch": epoch}))
     return checkpoint
 
 
 def test_open_experiment_refuses_to_train_over_checkpoints(tmp_path):
-    assert open_experiment(run_flags(tmp_path), is_epoch_checkpoint) == (tmp_path / "run", None)
     latest = run_flags(tmp_path, resume_from_checkpoint="latest")
-    assert open_experiment(latest, is_epoch_checkpoint) == (tmp_path / "run", None)
-    add_checkpoint(tmp_path, 3)
+    assert open_experiment(run_flags(tmp_path)) == open_experiment(latest) == (tmp_path / "run", None)
+    third = add_checkpoint(tmp_path, 3)
     with pytest.raises(FileExistsError, match=r"--resume_from_checkpoint latest.*another --experiment_name"):
-        open_experiment(run_flags(tmp_path), is_epoch_checkpoint)
-    assert open_experiment(latest, is_epoch_checkpoint)[1] == tmp_path / "run" / "checkpoint_3"
+        open_experiment(run_flags(tmp_path))
+    assert open_experiment(latest) == (tmp_path / "run", third)
+    add_checkpoint(tmp_path, 4)
+    with pytest.raises(FileExistsError, match=r"would train over .*checkpoint_4.*another --experiment_name"):
+        open_experiment(run_flags(tmp_path, resume_from_checkpoint="checkpoint_3"))
+    elsewhere = run_flags(tmp_path, resume_from_checkpoint=str(third), experiment_name="branch")
+    assert open_experiment(elsewhere) == (tmp_path / "branch", third)
+
+
+def test_open_experiment_refuses_a_checkpoint_beyond_the_last_epoch(tmp_path):
+    add_checkpoint(tmp_path, 12)
+    with pytest.raises(ValueError, match="has 12 epochs behind it, more than --epochs 10"):
+        open_experiment(run_flags(tmp_path, resume_from_checkpoint="latest"))
 
 
 def test_find_checkpoint_takes_latest_a_name_and_a_folder(tmp_path):
     third, twelfth = add_checkpoint(tmp_path, 3), add_checkpoint(tmp_path, 12)
-    (tmp_path / "run" / "checkpoint_99.tmp").mkdir()
+    for name in ("checkpoint_99.tmp", "checkpoint_99"):  # neither is whole
+        (tmp_path / "run" / name).mkdir()
     assert find_checkpoint(tmp_path / "run", "latest") == twelfth
     assert find_checkpoint(tmp_path / "run", "checkpoint_3") == third
     assert find_checkpoint(tmp_path / "elsewhere", str(third)) == third
@@ -107,9 +119,34 @@ def test_find_checkpoint_takes_latest_a_name_and_a_folder(tmp_path):
         find_checkpoint(tmp_path / "run", "checkpoint_4")
 
 
+def test_lock_lets_one_run_into_an_experiment(tmp_path):
+    lock = lock_experiment(tmp_path / "run")
+    with pytest.raises(BlockingIOError, match="another run is training in"):
+        lock_experiment(tmp_path / "run")
+    lock.close()
+    lock_experiment(tmp_path / "run").close()
+
+
+def test_write_args_keeps_the_first_file_and_names_what_changed(tmp_path):
+    checkpoint = tmp_path / "checkpoint_3"
+    assert write_args(tmp_path, run_flags(tmp_path, seed=1), None) == []
+    assert write_args(tmp_path, run_flags(tmp_path, seed=2), checkpoint) == ["--seed 2 (was 1)"]
+    assert json.loads((tmp_path / "args.json").read_text())["seed"] == 1
+    assert json.loads((tmp_path / "args_from_checkpoint_3.json").read_text())["seed"] == 2
+    write_args(tmp_path, run_flags(tmp_path, seed=3), None)
+    assert json.loads((tmp_path / "args_1.json").read_text())["seed"] == 1
+
+
+def test_accumulation_set_by_the_launcher_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    with pytest.raises(RuntimeError, match="sets 2 gradient accumulation steps, this script 1"):
+        utils.build_accelerator(1)
+
+
 def test_world_of_separate_processes_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(utils, "Accelerator", lambda **_: argparse.Namespace(num_processes=1))
+    alone = argparse.Namespace(num_processes=1, gradient_accumulation_steps=1)
+    monkeypatch.setattr(utils, "Accelerator", lambda **_: alone)
     with pytest.raises(RuntimeError, match="ACCELERATE_USE_CPU=true"):
         utils.build_accelerator(1)
 
@@ -129,14 +166,20 @@ def test_checkpoint_with_weights_that_are_not_finite_is_not_written(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint_1"]
 
 
-def test_check_resumable_names_every_difference(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"config": {"depth": 3, "width": 8}}))
-    (tmp_path / "state.json").write_text(json.dumps({"epoch": 2, "seed": 0}))
-    assert check_resumable(tmp_path, {"config": {"depth": 3, "width": 8}}, {"seed": 0})["epoch"] == 2
-    with pytest.raises(
-        ValueError, match=r"(?s)config\.depth: 3 in the checkpoint, 4 now.*seed: 0 in the checkpoint, 1 now"
-    ):
-        check_resumable(tmp_path, {"config": {"depth": 4, "width": 8}}, {"seed": 1})
+def test_resume_restores_what_was_saved_and_names_every_difference(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(ViTMAEForPreTraining(TINY))
+    config, identity = {"config": {"depth": 3, "width": 8}, "image_mean": (0.5,)}, {"seed": 0}
+    save_checkpoint(accelerator, model, tmp_path / "checkpoint_2", config, {**identity, "epoch": 2})
+    saved = model.decoder_pred.bias.detach().clone()
+    with torch.no_grad():
+        model.decoder_pred.bias += 1
+    assert resume(accelerator, tmp_path / "checkpoint_2", config, identity)["epoch"] == 2
+    assert torch.equal(model.decoder_pred.bias, saved)
+    config["config"]["depth"] = 4
+    message = r"(?s)config\.depth: 3 in the checkpoint, 4 now.*seed: 0 in the checkpoint, 1 now"
+    with pytest.raises(ValueError, match=message):
+        resume(accelerator, tmp_path / "checkpoint_2", config, {"seed": 1})
 
 
 # -------------------------------------------------------------------------------- logging
@@ -146,8 +189,17 @@ def test_log_cuts_the_rows_beyond_the_resumed_step(tmp_path):
     log = RunLog(tmp_path, enabled=True)
     for step in (1, 20, 40):
         log.write({"step": step})
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 60, "training_l')  # cut short by a crash
     RunLog(tmp_path, enabled=True, resumed_step=20).write({"step": 30})
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 20, 30]
+
+
+def test_log_of_an_earlier_start_is_set_aside(tmp_path):
+    for step in (1, 2, 3):
+        RunLog(tmp_path, enabled=True).write({"step": step})
+    found = {path.name: json.loads(path.read_text())["step"] for path in tmp_path.iterdir()}
+    assert found == {"log_1.jsonl": 1, "log_2.jsonl": 2, "log.jsonl": 3}
 
 
 def test_log_of_other_processes_writes_nothing(tmp_path):
@@ -186,15 +238,21 @@ def test_bad_files_are_named_once_and_stop_above_the_limit(tmp_path):
     bad_files = BadFiles(tmp_path, num_images=200, max_fraction=0.01)
     bad_files.note([("a.jpg", "OSError: cut\noff"), ("a.jpg", "OSError: cut\noff")])
     assert bad_files.share(accelerator, said.append) == 1
-    bad_files.note([("a.jpg", "OSError: cut\noff"), ("b.jpg", "ValueError")])
+    bad_files.note([("a.jpg", "OSError: cut\noff"), ("b\udcff.jpg", "ValueError")])
     assert bad_files.share(accelerator, said.append) == 2
-    assert (tmp_path / "bad_files.txt").read_text() == "a.jpg\tOSError: cut off\nb.jpg\tValueError\n"
-    assert len(said) == 2
-    resumed = BadFiles(tmp_path, num_images=200, max_fraction=0.01)
-    resumed.note([("b.jpg", "ValueError"), ("c.jpg", "ValueError")])
+    assert (tmp_path / "bad_files.txt").read_bytes() == b"a.jpg\tOSError: cut off\nb\xff.jpg\tValueError\n"
+    assert len(said) == 2 and said[1].endswith("b?.jpg\tValueError")
+    bad_files.note([("c.jpg", "ValueError")])
     with pytest.raises(ValueError, match=r"3 of 200 images cannot be decoded, more than --max_bad_fraction 0\.01"):
-        resumed.share(accelerator, said.append)
-    assert len(said) == 3
+        bad_files.share(accelerator, said.append)
+
+
+def test_bad_files_that_were_repaired_count_no_more(tmp_path):
+    accelerator, said = Accelerator(cpu=True), []
+    (tmp_path / "bad_files.txt").write_text("a.jpg\tOSError\nb.jpg\tOSError\nc.jpg\tOSError\n")
+    bad_files = BadFiles(tmp_path, num_images=200, max_fraction=0.01)
+    bad_files.note([("c.jpg", "OSError")])
+    assert bad_files.share(accelerator, said.append) == 1 and not said
 
 
 def test_step_clock_counts_images_and_waiting(monkeypatch):
@@ -216,6 +274,14 @@ def test_step_clock_counts_images_and_waiting(monkeypatch):
 
 
 # -------------------------------------------------------------------------------- pictures
+
+
+def test_draw_rows_shows_the_whole_title_over_a_single_image():
+    title = "reconstruction (true mean and contrast of each patch put back: norm-pix)"
+    picture = draw_rows({title: torch.zeros(1, 3, 16, 16)})
+    columns = torch.tensor(list(picture.crop((0, 0, picture.width, 20)).convert("L").get_flattened_data()))
+    inked = (columns.reshape(20, -1) < 128).any(dim=0).nonzero()
+    assert 400 < inked.max() < picture.width - 4
 
 
 @pytest.mark.parametrize("channels", [1, 3, 6])
