@@ -24,12 +24,12 @@ def checkpoint(tmp_path):
 
 def test_reconstruct_draws_images_of_any_size(checkpoint, image_folder, tmp_path):
     tool = load_tool("reconstruct")
-    images = [str(path) for path in sorted((image_folder / "val").rglob("*.jpg"))[:3]]
+    images = [str(path) for path in sorted((image_folder / "val").rglob("*.jpg"))[:4]]
     output = tmp_path / "out" / "picture.png"
     arguments = ["--checkpoint", str(checkpoint), *images, "--output", str(output)]
     tool.main(tool.parse_args(arguments))
     with Image.open(output) as picture:
-        assert picture.width == 3 * (128 + 4) + 4
+        assert picture.width == 4 * (128 + 4) + 4
         first = picture.tobytes()
     with pytest.raises(FileExistsError, match="--overwrite"):
         tool.main(tool.parse_args(arguments))
