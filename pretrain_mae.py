@@ -3,7 +3,7 @@
 Three quarters of an image's patches are removed, a ViT encodes the rest, and a light decoder predicts the removed
 pixels. The encoder is then finetuned with finetune_classifier.py or finetune_segmentation.py.
 
-Try it, no data needed, four minutes on two CPU cores:
+Try it, no data needed, three to four minutes on two CPU cores:
     accelerate launch pretrain_mae.py --demo
 ImageNet, ViT-B/16, 800 epochs, effective batch 4096 (paper, table 8), here on 8 GPUs:
     accelerate launch pretrain_mae.py --path_to_data IMAGENET --per_gpu_batch_size 512 --gradient_accumulation_steps 1
@@ -83,7 +83,7 @@ RECIPE = dict(
     weight_decay=0.05,
     num_workers=32,
 )
-# Four minutes on two CPU cores. Plain pixels, so that the pictures and errors need no true mean put back.
+# Three to four minutes on two CPU cores. Plain pixels, so that the pictures and errors need no true mean put back.
 DEMO_RECIPE = dict(
     experiment_name="demo",
     img_size=[64],
