@@ -262,10 +262,11 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     experiment, resume_from = open_experiment(args)
     set_seed(args.seed)
     if args.demo and args.path_to_data is None:
-        args.path_to_data = str(Path(args.working_directory) / "demo_data")
+        demo_data = Path(args.working_directory) / "demo_data"
+        say(f"demo            scenes are drawn into {demo_data}, unless they are there already")
         with accelerator.main_process_first():
-            write_demo_data(Path(args.path_to_data))
-        args.path_to_data += "/imagefolder"
+            write_demo_data(demo_data)
+        args.path_to_data = str(demo_data / "imagefolder")
 
     # Data: uint8 crops and masking noise, both functions of (seed, epoch, index)
     config = build_config(args)
@@ -277,8 +278,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         )
     with accelerator.local_main_process_first():
         cache = Path(args.working_directory) / "file_lists"
-        train_files = list_images(train_folder, cache, rescan=args.rescan_data)
-        val_files = list_images(val_folder, cache, rescan=args.rescan_data) if val_folder else None
+        rescan = args.rescan_data and accelerator.is_local_main_process  # the others read what it found
+        train_files = list_images(train_folder, cache, rescan=rescan)
+        val_files = list_images(val_folder, cache, rescan=rescan) if val_folder else None
     sample = dict(seed=args.seed, channels=args.input_channels, num_patches=config.num_patches)
     train_data = ImageDataset(train_files, build_pretraining_transform(config.image_hw, args.min_crop_scale), **sample)
     eval_data = ImageDataset(val_files or train_files, ResizeCenterCrop(config.image_hw), **sample)
