@@ -402,6 +402,49 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     return patches.mean(dim=2, keepdim=True), (patches.var(dim=2, keepdim=True) + NORM_PIX_EPS).sqrt()
 
 
+# ------------------------------------------------------------------------------------------------ classifier
+
+HEAD_INIT_STD = 2e-5  # so small that finetuning starts from even scores
+
+
+class ViTMAEForImageClassification(VisionTransformer):
+    """The encoder as a classifier (paper, appendix A.1), with the keys of the original finetuned release.
+
+    `global_pool` "avg" averages the patch tokens and normalises the mean (`fc_norm`; there is no final `norm`); "cls"
+    takes the normalised cls token. Position embeddings are trained, as in the original finetuning.
+    """
+
+    def __init__(
+        self,
+        config: MAEConfig,
+        num_classes: int,
+        global_pool: str = "avg",
+        drop_path_rate: float = 0.0,
+        *,
+        custom_weight_init: bool = True,
+    ):
+        if global_pool not in ("avg", "cls"):
+            raise ValueError(f"global_pool must be 'avg' or 'cls', not {global_pool!r}")
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+        super().__init__(config, drop_path_rate=drop_path_rate)
+        self.pos_embed.requires_grad_(True)
+        self.global_pool = global_pool
+        self.fc_norm = nn.Identity()
+        if global_pool == "avg":
+            self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(config.encoder_embed_dim, eps=LAYER_NORM_EPS)
+        self.head = nn.Linear(config.encoder_embed_dim, num_classes)
+        self.initialize_weights(custom_weight_init)
+        nn.init.trunc_normal_(self.head.weight, std=HEAD_INIT_STD)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Score the classes: (N, C, H, W) -> (N, K)."""
+        x = self.forward_features(images)  #                                (N, 1 + L, D)
+        x = x[:, 1:].mean(dim=1) if self.global_pool == "avg" else x[:, 0]  # (N, D)
+        return self.head(self.fc_norm(x))  #                                (N, K)
+
+
 # ------------------------------------------------------------------------------------------------ weight files
 
 
@@ -472,3 +515,62 @@ def load_pretrained_mae(path: str | Path, *, norm_pix_loss: bool = True) -> ViTM
     model = ViTMAEForPreTraining(config)
     model.load_state_dict(state_dict)
     return model
+
+
+class LoadReport(NamedTuple):
+    """Which keys of a weight file went into a model, which of the model's are not in it, and which were left over."""
+
+    loaded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    resampled: list[str]
+
+    def describe(self) -> str:
+        lines = [f"{len(self.loaded)} tensors loaded"]
+        for name, keys in zip(self._fields[1:], self[1:], strict=True):
+            if keys:
+                groups = sorted({key.split(".")[0] for key in keys})
+                lines.append(f"{len(keys)} {name} ({', '.join(groups)})")
+        return ", ".join(lines)
+
+
+MAY_BE_MISSING = ("head.", "fc_norm.")  # new in finetuning
+MAY_BE_UNEXPECTED = ("decoder_", "mask_token", "norm.")  # of pretraining alone
+
+
+def load_pretrained_encoder(model: VisionTransformer, path: str | Path) -> LoadReport:
+    """Load the encoder of a checkpoint folder or weight file into a model, position embeddings resampled to its grid.
+
+    Only a new head may be missing, only the decoder and the final norm left over; anything else raises ValueError with
+    the names, before a weight is touched.
+    """
+    file = find_weights(path)
+    state_dict = read_state_dict(file)
+    own = model.state_dict()
+    missing = sorted(own.keys() - state_dict.keys())
+    unexpected = sorted(state_dict.keys() - own.keys())
+    problems = [f"missing: {key}" for key in missing if not key.startswith(MAY_BE_MISSING)]
+    problems += [f"unexpected: {key}" for key in unexpected if not key.startswith(MAY_BE_UNEXPECTED)]
+    loaded = {key: value for key, value in state_dict.items() if key in own}
+    resampled = []
+    if "pos_embed" in loaded:
+        record = read_config(file)
+        num_patches = loaded["pos_embed"].shape[1] - 1
+        side = round(num_patches**0.5)
+        old_grid = MAEConfig(**record["config"]).grid_size if record else (side, side)
+        if old_grid[0] * old_grid[1] != num_patches:
+            problems.append(f"pos_embed of {num_patches} patches fits no grid of {old_grid[0]} x {old_grid[1]}")
+        elif old_grid != model.config.grid_size:
+            loaded["pos_embed"] = resample_pos_embed(loaded["pos_embed"], old_grid, model.config.grid_size)
+            resampled.append("pos_embed")
+    problems += [
+        f"{key}: {tuple(value.shape)} in the file, {tuple(own[key].shape)} in the model"
+        for key, value in loaded.items()
+        if value.shape != own[key].shape
+    ]
+    if problems:
+        shown = "".join(f"\n  {problem}" for problem in problems[:10])
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError(f"{file} does not fit this encoder:{shown}{more}")
+    model.load_state_dict(loaded, strict=False)
+    return LoadReport(sorted(loaded), missing, unexpected, resampled)

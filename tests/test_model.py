@@ -19,8 +19,10 @@ from model import (
     MODEL_CONFIGS,
     MAEConfig,
     VisionTransformer,
+    ViTMAEForImageClassification,
     ViTMAEForPreTraining,
     get_2d_sincos_pos_embed,
+    load_pretrained_encoder,
     load_pretrained_mae,
     num_kept_patches,
     read_state_dict,
@@ -391,6 +393,126 @@ def test_no_custom_weight_init_leaves_the_layers_own():
     assert model.blocks[0].attn.qkv.bias.any()
     assert model.decoder_pred.weight.abs().max() <= 1 / math.sqrt(16)
     assert model.mask_token.std() > 0
+
+
+# -------------------------------------------------------------------------------- classifier
+
+
+def random_classifier(global_pool: str, num_classes: int = 7) -> ViTMAEForImageClassification:
+    torch.manual_seed(0)
+    model = ViTMAEForImageClassification(TINY, num_classes, global_pool)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def test_classifier_has_the_original_parameter_count():
+    with torch.device("meta"):
+        model = ViTMAEForImageClassification(MAEConfig(), 1000, custom_weight_init=False)
+    assert sum(p.numel() for p in model.parameters()) == 86_567_656
+    assert {"fc_norm.weight", "head.bias"} <= model.state_dict().keys()
+    assert not any(key.startswith("norm.") for key in model.state_dict())
+
+
+@pytest.mark.parametrize(("global_pool", "theirs"), [("avg", "avg"), ("cls", "token")])
+def test_classifier_equals_timm(global_pool, theirs):
+    ours = random_classifier(global_pool)
+    expected = timm.models.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4, num_classes=7, global_pool=theirs
+    ).eval()
+    expected.load_state_dict(ours.state_dict())
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), expected(images), rtol=0, atol=1e-5)
+
+
+def test_classifier_of_the_cls_token_equals_transformers():
+    ours = random_classifier("cls")
+    theirs = transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            image_size=16,
+            patch_size=4,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=128,
+            layer_norm_eps=1e-6,
+            num_labels=7,
+        )
+    ).eval()
+    head = {"classifier.weight": ours.head.weight, "classifier.bias": ours.head.bias}
+    encoder = {key: value for key, value in ours.state_dict().items() if not key.startswith("head")}
+    theirs.load_state_dict(to_transformers(encoder) | head)
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images).logits, rtol=0, atol=1e-5)
+
+
+def test_classifier_trains_its_positions_and_starts_from_even_scores():
+    torch.manual_seed(0)
+    model = ViTMAEForImageClassification(TINY, 7)
+    assert all(p.requires_grad for p in model.parameters())
+    assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.2) and not model.head.bias.any()
+    assert model(torch.randn(2, 3, 16, 16)).abs().max() < 1e-3
+
+
+def test_classifier_drops_paths_more_often_with_depth():
+    model = ViTMAEForImageClassification(TINY, 7, drop_path_rate=0.2)
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"global_pool": "max"}, "'avg' or 'cls'"), ({"num_classes": 0}, "at least 1")]
+)
+def test_classifier_refuses_what_it_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ViTMAEForImageClassification(**{"config": TINY, "num_classes": 7, **changes})
+
+
+def test_load_pretrained_encoder_takes_the_encoder_and_nothing_else(tmp_path):
+    pretrained = random_model(TINY)
+    write_checkpoint(tmp_path / "checkpoint_1", pretrained)
+    for pool, missing in (("avg", {"fc_norm", "head"}), ("cls", {"head"})):
+        model = ViTMAEForImageClassification(TINY, 7, pool)
+        report = load_pretrained_encoder(model, tmp_path / "checkpoint_1")
+        assert {key.split(".")[0] for key in report.missing} == missing and not report.resampled
+        left_over = {key.split("_")[0].split(".")[0] for key in report.unexpected}
+        assert left_over == {"decoder", "mask"} | ({"norm"} if pool == "avg" else set())
+        assert all(torch.equal(model.state_dict()[key], pretrained.state_dict()[key]) for key in report.loaded)
+        assert len(report.loaded) == 4 + 3 * 12 + (2 if pool == "cls" else 0)
+
+
+def test_load_pretrained_encoder_resamples_positions_of_rectangles(tmp_path):
+    pretrained = random_model(dataclasses.replace(TINY, img_size=(8, 24)))
+    write_checkpoint(tmp_path / "checkpoint_1", pretrained)
+    model = ViTMAEForImageClassification(TINY, 7)
+    assert load_pretrained_encoder(model, tmp_path / "checkpoint_1").resampled == ["pos_embed"]
+    assert torch.equal(model.pos_embed, resample_pos_embed(pretrained.pos_embed, (2, 6), (4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("blocks.1.attn.qkv.weight"), r"missing: blocks\.1\.attn\.qkv\.weight"),
+        (lambda w: w.update({"extra": torch.zeros(1)}), "unexpected: extra"),
+        (
+            lambda w: w.update({"cls_token": torch.zeros(1, 1, 64)}),
+            r"cls_token: \(1, 1, 64\) in the file, \(1, 1, 32\)",
+        ),
+        (lambda w: w.update({"pos_embed": torch.zeros(1, 12, 32)}), "pos_embed of 11 patches fits no grid"),
+    ],
+)
+def test_load_pretrained_encoder_names_what_does_not_fit_and_touches_nothing(tmp_path, change, message):
+    weights = {key: value.clone() for key, value in random_model(TINY).state_dict().items()}
+    change(weights)
+    torch.save({"model": weights}, tmp_path / "weights.pth")
+    model = ViTMAEForImageClassification(TINY, 7)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_pretrained_encoder(model, tmp_path / "weights.pth")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 # -------------------------------------------------------------------------------- weight files
