@@ -315,7 +315,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 CHECKPOINT_NAME = re.compile(r"checkpoint_(\d+)")
 STATE_FILE = "state.json"
-WANDB_TIMEOUT_S = 20
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
@@ -401,6 +400,8 @@ def flat_differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[t
 
 
 # ------------------------------------------------------------------------------------------------ logging
+
+WANDB_TIMEOUT_S = 20
 
 
 class StepClock:
