@@ -7,8 +7,10 @@ Shapes   N batch   C channels   H W image   L patches
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -24,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
+from timm.data import Mixup, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
@@ -124,6 +127,13 @@ class FileList:
         """Hash the relative paths, so that a resumed run can tell whether its data is still the same."""
         return hashlib.sha256(b"\0".join(self.paths.tolist())).hexdigest()[:16]
 
+    def thinned(self, count: int) -> "FileList":
+        """Give at most `count` images, spread evenly over the list and so over the classes."""
+        if len(self) <= count:
+            return self
+        kept = np.linspace(0, len(self) - 1, count).round().astype(np.int64)
+        return dataclasses.replace(self, paths=self.paths[kept], labels=self.labels[kept])
+
     def describe(self) -> str:
         classes = f" in {len(self.classes):,} classes" if self.classes else ""
         return f"{len(self):,} images{classes} in {self.root}"
@@ -141,12 +151,37 @@ def find_splits(path_to_data: str | Path) -> tuple[Path, Path | None]:
     if not root.is_dir():
         there = contents(root.parent)
         raise FileNotFoundError(f"--path_to_data {root} is not a folder; {LAYOUT}\nin {root.parent}: {there}")
-    if not (root / "train").is_dir():
-        return root, None
+    return (root / "train", find_validation(root)) if (root / "train").is_dir() else (root, None)
+
+
+def find_validation(root: Path) -> Path | None:
+    """Give the validation folder of a data root, val/ or validation/; None where there is neither."""
     validation = [root / name for name in ("val", "validation") if (root / name).is_dir()]
     if len(validation) > 1:
         raise ValueError(f"{root} holds both val/ and validation/; keep one, so that it is clear which is meant")
-    return root / "train", validation[0] if validation else None
+    return validation[0] if validation else None
+
+
+def check_same_classes(classes: tuple[str, ...], expected: tuple[str, ...], folder: Path, expected_from: str) -> None:
+    """Refuse a folder whose classes differ from what they have to be; ValueError names the difference.
+
+    A class that is missing or added would shift the label of every class after it.
+    """
+    if classes == expected:
+        return
+    if not classes:
+        raise ValueError(f"{folder} has images outside class folders, so there are no labels; {LAYOUT}")
+    lacking, extra = sorted(set(expected) - set(classes)), sorted(set(classes) - set(expected))
+    parts = [
+        f"{what} {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        for what, names in (("it lacks", lacking), ("it adds", extra))
+        if names
+    ]
+    reason = "; ".join(parts) or "their order differs"
+    raise ValueError(
+        f"the {len(classes)} classes in {folder} are not the {len(expected)} of {expected_from}: {reason}. Every class "
+        "needs a folder of the same name in both"
+    )
 
 
 def contents(folder: Path) -> str:
@@ -280,23 +315,85 @@ def build_pretraining_transform(img_size: tuple[int, int], min_crop_scale: float
         [
             v2.RandomResizedCrop(img_size, scale=(min_crop_scale, 1.0), interpolation=InterpolationMode.BICUBIC),
             v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
         ]
     )
 
 
+def build_finetuning_transform(
+    img_size: tuple[int, int],
+    random_aug_magnitude: int,
+    random_erasing: float,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Callable:
+    """Random resized crop, flip, RandAugment, normalisation and random erasing, as the original finetuning (table 9).
+
+    Gives normalised float32, because erased areas are filled with normal noise of that space. All of it is timm's, at
+    the settings of the original release; a magnitude of 0 leaves RandAugment out.
+    """
+    return create_transform(
+        img_size,
+        is_training=True,
+        color_jitter=None,
+        auto_augment=f"rand-m{random_aug_magnitude}-mstd0.5-inc1" if random_aug_magnitude else None,
+        interpolation="bicubic",
+        re_prob=random_erasing,
+        re_mode="pixel",
+        mean=mean,
+        std=std,
+    )
+
+
+class SingleTryResizedCrop(v2.RandomResizedCrop):
+    """Draw the crop once and cut it to the image, instead of drawing until one fits (original linear probing)."""
+
+    def make_params(self, flat_inputs: list) -> dict[str, int]:
+        height, width = v2.query_size(flat_inputs)
+        area = height * width * float(torch.empty(1).uniform_(*self.scale))
+        ratio = float(torch.empty(1).uniform_(*(math.log(limit) for limit in self.ratio)).exp())
+        crop_height = min(height, max(1, round(math.sqrt(area / ratio))))
+        crop_width = min(width, max(1, round(math.sqrt(area * ratio))))
+        top = int(torch.randint(height - crop_height + 1, ()))
+        left = int(torch.randint(width - crop_width + 1, ()))
+        return dict(top=top, left=left, height=crop_height, width=crop_width)
+
+
+def build_probing_transform(img_size: tuple[int, int]) -> Callable:
+    """Random resized crop and flip, as for the original linear probing (table 10)."""
+    return v2.Compose(
+        [
+            SingleTryResizedCrop(img_size, interpolation=InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+        ]
+    )
+
+
+def eval_crop_ratio(img_size: tuple[int, int]) -> float:
+    """Share of the resized image that evaluation keeps: 224 of 256, and everything above 224 (original release)."""
+    return 224 / 256 if max(img_size) <= 224 else 1.0
+
+
 @dataclass(frozen=True)
 class ResizeCenterCrop:
-    """Resize (bicubic, ratio kept) until `img_size` / `crop_ratio` is covered, and cut `img_size` from the middle."""
+    """Resize (bicubic, ratio kept) until `img_size` / `crop_ratio` is covered, and cut `img_size` from the middle.
+
+    Takes a picture and gives uint8 (C, H, W).
+    """
 
     img_size: tuple[int, int]
     crop_ratio: float = 1.0
 
-    def __call__(self, image: Image.Image) -> Image.Image:
+    def __call__(self, image: Image.Image) -> Tensor:
         height, width = (int(side / self.crop_ratio) for side in self.img_size)
-        scale = max(height / image.height, width / image.width)
-        size = max(height, int(image.height * scale)), max(width, int(image.width * scale))
+        # In whole numbers: a scale factor would round 750 of a 375 x 750 image to 511 instead of 512.
+        if height * image.width >= width * image.height:
+            size = height, max(width, height * image.width // image.height)
+        else:
+            size = max(height, width * image.height // image.width), width
         image = tvf.resize(image, list(size), interpolation=InterpolationMode.BICUBIC)
-        return tvf.center_crop(image, list(self.img_size))
+        return tvf.pil_to_tensor(tvf.center_crop(image, list(self.img_size)))
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -323,8 +420,12 @@ class BadFile(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """`image` uint8 (C, H, W); `label`, -1 without classes; `noise` (L,) for masking; undecodable files met."""
+    """What the transform makes of an image, (C, H, W); `label`, -1 without classes; uniform `noise`; undecodable files.
 
+    `noise` is what the model draws for this image: (L,) decides its mask, (2 * depth,) its drop path.
+    """
+
+    key: SampleKey
     image: Tensor
     label: int
     noise: Tensor
@@ -332,7 +433,10 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """`images` uint8 (N, C, H, W); `labels` int64 (N,); `noise` float32 (N, L); undecodable files met."""
+    """Samples put together: `images` (N, C, H, W), `noise` float32 (N, ...), undecodable files met.
+
+    `labels` are int64 (N,), or the float32 targets (N, K) that `PairMixing` makes of them.
+    """
 
     images: Tensor
     labels: Tensor
@@ -344,18 +448,28 @@ class ImageDataset(Dataset):
     """Decode and transform the images of a list; `dataset[SampleKey(epoch, index)]` is a `Sample`.
 
     A file that cannot be decoded is replaced by another one, drawn from the same (seed, epoch, index), and reported
-    in `bad_files`; ValueError when that goes on for MAX_REPLACEMENTS files.
+    in `bad_files`; ValueError when that goes on for MAX_REPLACEMENTS files, and at once with `replace_bad_files` off:
+    a score has to be over the very images it says.
     Indices past the end start over, each time with new random draws.
     """
 
-    def __init__(self, files: FileList, transform: Callable, *, seed: int, channels: int = 3, num_patches: int = 0):
+    def __init__(
+        self,
+        files: FileList,
+        transform: Callable,
+        *,
+        seed: int = 0,
+        channels: int = 3,
+        noise_size: int = 0,
+        replace_bad_files: bool = True,
+    ):
         if channels not in CHANNEL_MODES:
             raise ValueError(
                 f"--input_channels {channels}: image files give 1 (grey), 3 (RGB) or 4 (RGBA) channels; for other "
                 "counts the model works, but the data set has to be your own"
             )
         self.files, self.transform, self.seed = files, transform, seed
-        self.channels, self.num_patches = channels, num_patches
+        self.channels, self.noise_size, self.replace_bad_files = channels, noise_size, replace_bad_files
 
     def __len__(self) -> int:
         return len(self.files)
@@ -363,10 +477,10 @@ class ImageDataset(Dataset):
     def __getitem__(self, key: SampleKey) -> Sample:
         bad_files = []
         with seeded(self.seed, *key):
-            noise = torch.rand(self.num_patches)  # drawn first, so that masks do not hang on the augmentation
+            noise = torch.rand(self.noise_size)  # drawn first, so that masks do not hang on the augmentation
             image, label = self.decode(key.index % len(self.files), bad_files)
-            image = tvf.pil_to_tensor(self.transform(image))
-        return Sample(image, label, noise, bad_files)
+            image = self.transform(image)
+        return Sample(key, image, label, noise, bad_files)
 
     def decode(self, index: int, bad_files: list[BadFile]) -> tuple[Image.Image, int]:
         while True:
@@ -375,6 +489,8 @@ class ImageDataset(Dataset):
                 return read_image(path, self.channels), int(self.files.labels[index])
             except DECODE_ERRORS as error:
                 reason = f"{type(error).__name__}: {error}"
+                if not self.replace_bad_files:
+                    raise ValueError(f"cannot decode {path}: {reason}") from error
                 bad_files.append(BadFile(path, reason))
             if len(bad_files) == MAX_REPLACEMENTS:
                 raise ValueError(f"{MAX_REPLACEMENTS} files in a row cannot be decoded; the last is {path}: {reason}")
@@ -382,9 +498,37 @@ class ImageDataset(Dataset):
 
 
 def collate(samples: list[Sample]) -> Batch:
-    images, labels, noise, bad_files = zip(*samples, strict=True)
+    _, images, labels, noise, bad_files = zip(*samples, strict=True)
     flat = [bad for bad_list in bad_files for bad in bad_list]
     return Batch(torch.stack(images), torch.tensor(labels), torch.stack(noise), flat)
+
+
+class PairMixing:
+    """Collate, mix neighbours with timm's mixup or cutmix, and turn labels into smoothed targets (N, K).
+
+    Deviation: the original release draws one lambda for a forward pass; here every pair of neighbours has its own,
+    drawn from (seed, epoch, index). Reason: so a run depends neither on processes nor on accumulation (forward passes
+    of an even number of images keep the pairs together). Effect: the same distribution for each image; accuracy not
+    compared. Of an odd number the last image stays as it is.
+    """
+
+    def __init__(self, num_classes: int, mixup_alpha: float, cutmix_alpha: float, label_smoothing: float, seed: int):
+        self.seed = seed
+        self.mixup = Mixup(mixup_alpha, cutmix_alpha, label_smoothing=label_smoothing, num_classes=num_classes)
+        self.mixup.mixup_enabled = mixup_alpha > 0 or cutmix_alpha > 0
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        batch = collate(samples)
+        targets = []
+        for start in range(0, len(samples), 2):
+            images, labels = batch.images[start : start + 2], batch.labels[start : start + 2]
+            alone = len(images) == 1
+            if alone:  # timm takes pairs only; mixed with itself, an image stays what it is
+                images, labels = images.repeat(2, 1, 1, 1), labels.repeat(2)
+            with seeded(self.seed, *samples[start].key, "mix"):
+                _, target = self.mixup(images, labels)  # the images are mixed in place
+            targets.append(target[:1] if alone else target)
+        return batch._replace(labels=torch.cat(targets))
 
 
 class StepSampler(Sampler):
@@ -438,12 +582,16 @@ class StepSampler(Sampler):
 
 
 def build_training_loader(
-    dataset: ImageDataset, sampler: StepSampler, num_workers: int, pin_memory: bool
+    dataset: ImageDataset,
+    sampler: StepSampler,
+    num_workers: int,
+    pin_memory: bool,
+    collate_fn: Callable[[list[Sample]], Batch] = collate,
 ) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=collate,
+        collate_fn=collate_fn,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,

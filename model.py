@@ -1,4 +1,4 @@
-"""The networks: the ViT encoder, once, and the masked autoencoder on top of it.
+"""The networks: the ViT encoder, once, and on top of it the masked autoencoder and the classifier.
 
 Masking, decoder, pixel loss, initialisation, sizes and the reading of weight files live here; layers come from
 timm; what happens to images before they are a tensor lives in dataset.py. State-dict keys are those of the
@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from timm.layers import PatchEmbed
+from timm.layers import DropPath, PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -142,13 +143,30 @@ def resample_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: t
 # ------------------------------------------------------------------------------------------------ encoder
 
 
+class SampleDropPath(DropPath):
+    """timm's drop path, whose draws can be handed in: sample i is dropped where `noise[i]` is below the rate.
+
+    Draws that come with the samples do not depend on how a batch is spread over processes and forward passes.
+    """
+
+    noise: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.noise is None or not self.training:
+            return super().forward(x)
+        keep = (self.noise >= self.drop_prob).to(x.dtype) / (1 - self.drop_prob)  # (N,)
+        return x * keep.view(-1, *[1] * (x.ndim - 1))
+
+
 def build_blocks(dim: int, depth: int, num_heads: int, mlp_ratio: float, drop_path_rate: float = 0.0) -> nn.ModuleList:
     """Build pre-norm transformer blocks; the drop-path rate rises linearly from 0 to `drop_path_rate`."""
     rates = [drop_path_rate * index / max(1, depth - 1) for index in range(depth)]
     norm_layer = functools.partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
-    return nn.ModuleList(
-        Block(dim, num_heads, mlp_ratio, qkv_bias=True, drop_path=rate, norm_layer=norm_layer) for rate in rates
-    )
+    blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer) for _ in rates)
+    for block, rate in zip(blocks, rates, strict=True):
+        if rate > 0:
+            block.drop_path1, block.drop_path2 = SampleDropPath(rate), SampleDropPath(rate)
+    return blocks
 
 
 class VisionTransformer(nn.Module):
@@ -156,6 +174,8 @@ class VisionTransformer(nn.Module):
 
     Images of another size than the one it was built for are accepted: the position embeddings are resampled.
     """
+
+    global_pool = "avg"  # what stands for an image: the mean of the patch tokens ("avg") or the cls token ("cls")
 
     def __init__(self, config: MAEConfig, *, drop_path_rate: float = 0.0, custom_weight_init: bool = True):
         super().__init__()
@@ -189,6 +209,14 @@ class VisionTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Tell timm's layer-wise decay which parameters lie how deep; norms and heads behind the blocks come last."""
+        return dict(stem=r"^(?:cls_token|pos_embed|patch_embed)", blocks=r"^blocks\.(\d+)")
+
+    def no_weight_decay(self) -> set[str]:
+        """Name the parameters that finetuning does not decay, beside all of one dimension (original release)."""
+        return {"cls_token", "pos_embed"}
 
     def patchify(self, images: Tensor) -> Tensor:
         """Cut (N, C, H, W) into (N, L, P*P*C); values of a patch in the order row, column, channel."""
@@ -236,6 +264,11 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_features(images)
+
+    def forward_pooled(self, images: Tensor) -> Tensor:
+        """Encode whole images into one vector each, by `global_pool`: (N, C, H, W) -> (N, D)."""
+        x = self.forward_features(images)  #                                (N, 1 + L, D)
+        return x[:, 1:].mean(dim=1) if self.global_pool == "avg" else x[:, 0]
 
     def get_intermediate_layers(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
         """Give the raw outputs of the named blocks (0-based, no final norm) as maps, each (N, D, h, w).
@@ -405,13 +438,16 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------ classifier
 
 HEAD_INIT_STD = 2e-5  # so small that finetuning starts from even scores
+PROBE_INIT_STD = 0.01
+PROBE_NORM_EPS = 1e-6
 
 
 class ViTMAEForImageClassification(VisionTransformer):
     """The encoder as a classifier (paper, appendix A.1), with the keys of the original finetuned release.
 
     `global_pool` "avg" averages the patch tokens and normalises the mean (`fc_norm`; there is no final `norm`); "cls"
-    takes the normalised cls token. Position embeddings are trained, as in the original finetuning.
+    takes the normalised cls token. Position embeddings are trained, as in the original finetuning. `probe_head` puts a
+    batch norm without weights before the linear layer (paper, appendix A.1, linear probing).
     """
 
     def __init__(
@@ -421,6 +457,7 @@ class ViTMAEForImageClassification(VisionTransformer):
         global_pool: str = "avg",
         drop_path_rate: float = 0.0,
         *,
+        probe_head: bool = False,
         custom_weight_init: bool = True,
     ):
         if global_pool not in ("avg", "cls"):
@@ -430,19 +467,60 @@ class ViTMAEForImageClassification(VisionTransformer):
         super().__init__(config, drop_path_rate=drop_path_rate)
         self.pos_embed.requires_grad_(True)
         self.global_pool = global_pool
+        width = config.encoder_embed_dim
         self.fc_norm = nn.Identity()
         if global_pool == "avg":
-            self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(config.encoder_embed_dim, eps=LAYER_NORM_EPS)
-        self.head = nn.Linear(config.encoder_embed_dim, num_classes)
+            self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        linear = nn.Linear(width, num_classes)
+        norm = nn.BatchNorm1d(width, affine=False, eps=PROBE_NORM_EPS)
+        self.head = nn.Sequential(norm, linear) if probe_head else linear
         self.initialize_weights(custom_weight_init)
-        nn.init.trunc_normal_(self.head.weight, std=HEAD_INIT_STD)
-        nn.init.zeros_(self.head.bias)
+        nn.init.trunc_normal_(linear.weight, std=PROBE_INIT_STD if probe_head else HEAD_INIT_STD)
+        nn.init.zeros_(linear.bias)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Score the classes: (N, C, H, W) -> (N, K)."""
-        x = self.forward_features(images)  #                                (N, 1 + L, D)
-        x = x[:, 1:].mean(dim=1) if self.global_pool == "avg" else x[:, 0]  # (N, D)
-        return self.head(self.fc_norm(x))  #                                (N, K)
+    @property
+    def num_classes(self) -> int:
+        return (self.head[1] if isinstance(self.head, nn.Sequential) else self.head).out_features
+
+    @property
+    def drop_path_noise_size(self) -> int:
+        """How many uniform numbers a sample needs for its drop path; 0 where nothing is dropped."""
+        return 2 * len(self.blocks) if any(isinstance(module, DropPath) for module in self.modules()) else 0
+
+    def set_trainable_blocks(self, num_blocks: float) -> None:
+        """Freeze all but the last blocks and the head (paper, section 4.3); half a block is the MLP of the last.
+
+        With all blocks the embeddings are trained as well. ValueError when there are no such blocks.
+        """
+        depth = len(self.blocks)
+        if num_blocks != 0.5 and (num_blocks != int(num_blocks) or not 0 <= num_blocks <= depth):
+            raise ValueError(f"{num_blocks:g} blocks cannot be trained of {depth}; choose 0, 0.5, or 1 to {depth}")
+        self.requires_grad_(num_blocks == depth)
+        trained = [self.norm, self.fc_norm, self.head, *self.blocks[depth - int(num_blocks) :]]
+        if num_blocks == 0.5:
+            trained += [self.blocks[-1].norm2, self.blocks[-1].mlp]
+        for module in trained:
+            module.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> "ViTMAEForImageClassification":
+        """Set the training mode; frozen branches stay as at evaluation, so that none of them is dropped."""
+        super().train(mode)
+        for block in self.blocks:
+            for branch, drop_path in ((block.attn, block.drop_path1), (block.mlp, block.drop_path2)):
+                drop_path.train(mode and any(p.requires_grad for p in branch.parameters()))
+        return self
+
+    def forward_pooled(self, images: Tensor) -> Tensor:
+        """Encode whole images into what the head sees: (N, C, H, W) -> (N, D)."""
+        return self.fc_norm(super().forward_pooled(images))
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Score the classes: (N, C, H, W) -> (N, K); `noise` (N, 2 * depth), uniform, decides the drop path."""
+        branches = [drop for block in self.blocks for drop in (block.drop_path1, block.drop_path2)]
+        for index, drop_path in enumerate(branches):
+            if isinstance(drop_path, SampleDropPath):
+                drop_path.noise = None if noise is None else noise[:, index]
+        return self.head(self.forward_pooled(images))  #                     (N, K)
 
 
 # ------------------------------------------------------------------------------------------------ weight files
@@ -482,17 +560,49 @@ def read_config(weights: Path) -> dict | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-def infer_config(state_dict: dict[str, Tensor], norm_pix_loss: bool) -> MAEConfig:
-    """Find the named size whose shapes a state dict of the original release has; ValueError if none fits."""
+def infer_config(state_dict: dict[str, Tensor], norm_pix_loss: bool = True) -> MAEConfig:
+    """Find the sizes of weights that have no config.json, with or without a decoder, from their names and shapes.
+
+    Shapes do not tell the number of heads nor a rectangle: heads are those of the named size of this width, and
+    the image is a square. ValueError where that leaves nothing.
+    """
+    try:
+        width, channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
+        side = math.isqrt(state_dict["pos_embed"].shape[1] - 1) * patch_size
+        sizes = dict(
+            img_size=side,
+            patch_size=patch_size,
+            input_channels=channels,
+            norm_pix_loss=norm_pix_loss,
+            encoder_embed_dim=width,
+            encoder_depth=count_blocks(state_dict, "blocks"),
+            encoder_mlp_ratio=state_dict["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        )
+        decoder_width = None
+        if "decoder_embed.weight" in state_dict:
+            decoder_width = len(state_dict["decoder_embed.weight"])
+            sizes |= dict(
+                decoder_embed_dim=decoder_width,
+                decoder_depth=count_blocks(state_dict, "decoder_blocks"),
+                decoder_mlp_ratio=state_dict["decoder_blocks.0.mlp.fc1.weight"].shape[0] / decoder_width,
+            )
+    except KeyError as error:
+        raise ValueError(
+            f"{error} is not among these weights, whose names are such as {sorted(state_dict)[:3]}; they are not in "
+            "the layout of the original release"
+        ) from error
     for config in MODEL_CONFIGS.values():
-        with torch.device("meta"):
-            expected = ViTMAEForPreTraining(config, custom_weight_init=False).state_dict()
-        if {k: v.shape for k, v in expected.items()} == {k: v.shape for k, v in state_dict.items()}:
-            return dataclasses.replace(config, norm_pix_loss=norm_pix_loss)
+        if config.encoder_embed_dim == width and decoder_width in (None, config.decoder_embed_dim):
+            heads = {name: getattr(config, name) for name in ("encoder_num_heads", "decoder_num_heads")}
+            return MAEConfig(**sizes, **heads)
     raise ValueError(
-        "these weights have no config.json beside them and fit none of " + ", ".join(MODEL_CONFIGS) + "; give the "
-        "checkpoint folder that pretrain_mae.py wrote"
+        f"these weights are {width} wide, have no config.json beside them and fit none of {', '.join(MODEL_CONFIGS)}; "
+        "give the checkpoint folder that the training wrote"
     )
+
+
+def count_blocks(state_dict: dict[str, Tensor], name: str) -> int:
+    return len({key.split(".")[1] for key in state_dict if key.startswith(f"{name}.")})
 
 
 def load_pretrained_mae(path: str | Path, *, norm_pix_loss: bool = True) -> ViTMAEForPreTraining:
@@ -532,6 +642,43 @@ class LoadReport(NamedTuple):
                 groups = sorted({key.split(".")[0] for key in keys})
                 lines.append(f"{len(keys)} {name} ({', '.join(groups)})")
         return ", ".join(lines)
+
+
+def read_sizes(path: str | Path) -> dict:
+    """Give the config.json of a checkpoint folder or weight file, or as much of it as the shapes tell."""
+    file = find_weights(path)
+    record = read_config(file)
+    if record is None:
+        record = {"config": dataclasses.asdict(infer_config(read_state_dict(file)))}
+    return record
+
+
+def load_classifier(path: str | Path) -> tuple[ViTMAEForImageClassification, dict]:
+    """Load a finetuned classifier, and its config.json, from a checkpoint folder or a weight file.
+
+    Files of the original finetuned release have no config.json: sizes come from the shapes. ValueError when there is
+    no classifier in it.
+    """
+    file = find_weights(path)
+    state_dict = read_state_dict(file)
+    head = "head.1" if "head.1.weight" in state_dict else "head"
+    if f"{head}.weight" not in state_dict:
+        raise ValueError(
+            f"{file} holds no classifier (no head.weight); give a checkpoint of finetune_classifier.py or an original "
+            "mae_finetuned_vit_*.pth"
+        )
+    record = read_sizes(path)
+    model = ViTMAEForImageClassification(
+        MAEConfig(**record["config"]),
+        len(state_dict[f"{head}.weight"]),
+        "avg" if "fc_norm.weight" in state_dict else "cls",
+        probe_head=head == "head.1",
+    )
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise ValueError(f"{file} does not fit a classifier of {model.config}: {error}") from error
+    return model, record
 
 
 MAY_BE_MISSING = ("head.", "fc_norm.")  # new in finetuning

@@ -15,9 +15,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
@@ -37,8 +35,10 @@ from dataset import (
     build_eval_loader,
     build_pretraining_transform,
     build_training_loader,
+    check_same_classes,
     collate,
     denormalize,
+    eval_crop_ratio,
     find_splits,
     list_images,
     normalize,
@@ -51,14 +51,17 @@ from utils import (
     HelpFormatter,
     RunLog,
     StepClock,
+    accuracy,
     add_run_flags,
     build_accelerator,
     cap_workers,
     check_run_flags,
+    collect_features,
     compile_in_place,
     cosine_lr,
+    describe_processes,
     draw_rows,
-    find_checkpoints,
+    knn_classify,
     lock_experiment,
     open_experiment,
     peak_memory_gb,
@@ -67,6 +70,7 @@ from utils import (
     save_checkpoint,
     scaled_lr,
     set_learning_rate,
+    stop_not_finite,
     weights_are_finite,
     write_args,
 )
@@ -147,6 +151,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     mae.add_argument(
         "--min_crop_scale", type=float, default=0.2, help="smallest share of the image that a random crop covers"
     )
+    probe = parser.add_argument_group("online view")
+    probe.add_argument(
+        "--probe_every",
+        type=int,
+        default=0,
+        metavar="EPOCHS",
+        help="log how well the encoder's features tell the classes apart (knn_top1_acc, percent); 0 never",
+    )
+    probe.add_argument("--path_to_probe_data", help="train/ and val/ with class folders (default: --path_to_data)")
+    probe.add_argument("--probe_images", type=int, default=5000, help="at most so many of each of the two")
+    probe.add_argument("--probe_pool", choices=("avg", "cls"), default="avg", help="mean of the patch tokens, or cls")
     parser.set_defaults(**RECIPE)
     arguments = parser.parse_known_args(argv)[0]
     if arguments.demo:
@@ -163,6 +178,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     if args.mask_ratio == 0:
         parser.error("--mask_ratio 0 removes nothing, so there is nothing to learn; the paper removes 0.75")
+    if args.probe_every < 0 or args.probe_images < 1:
+        parser.error("--probe_every cannot be negative, and --probe_images must be at least 1")
     if not 0 < args.min_crop_scale <= 1:
         parser.error(f"--min_crop_scale is a share above 0 and up to 1, not {args.min_crop_scale}")
     return args
@@ -238,6 +255,53 @@ def trivial_answers(target: Tensor, mask: Tensor, model: ViTMAEForPreTraining) -
 
 
 @torch.no_grad()
+def probe(
+    accelerator: Accelerator,
+    model: ViTMAEForPreTraining,
+    loaders: tuple[DataLoader, DataLoader],
+    args: argparse.Namespace,
+) -> dict[str, float]:
+    """Classify held-out images by the labels of the nearest training images, in the encoder's features, in percent."""
+
+    def encode(images: Tensor) -> Tensor:
+        with accelerator.autocast():
+            return model.forward_pooled(normalize(images, args.mean, args.std))
+
+    model.eval()
+    (bank, bank_labels), (queries, labels) = (collect_features(accelerator, loader, encode) for loader in loaders)
+    model.train()
+    ranked = knn_classify(bank, bank_labels, queries, len(loaders[0].dataset.files.classes))
+    return {"knn_top1_acc": accuracy(ranked, labels)}
+
+
+def build_probe_loaders(
+    accelerator: Accelerator, config: MAEConfig, num_workers: int, share: tuple[int, int], args: argparse.Namespace
+) -> tuple[DataLoader, DataLoader]:
+    """Give the labelled images of the online view: those that lend their labels, and those that are classified."""
+    root = args.path_to_probe_data or args.path_to_data
+    train_folder, val_folder = find_splits(root)
+    if val_folder is None:
+        raise FileNotFoundError(f"--probe_every needs {root} to hold train/ and val/, or give --path_to_probe_data")
+    with accelerator.local_main_process_first():
+        lists = [
+            list_images(folder, Path(args.working_directory) / "file_lists") for folder in (train_folder, val_folder)
+        ]
+    check_same_classes(lists[1].classes, lists[0].classes, val_folder, str(train_folder))
+    if not lists[0].classes:
+        raise ValueError(f"--probe_every needs labels, but {train_folder} has images outside class folders")
+    fit = ResizeCenterCrop(config.image_hw, eval_crop_ratio(config.image_hw))
+    return tuple(
+        build_eval_loader(
+            ImageDataset(files.thinned(args.probe_images), fit, channels=args.input_channels, replace_bad_files=False),
+            args.per_gpu_batch_size // args.gradient_accumulation_steps,
+            num_workers,
+            *share,
+        )
+        for files in lists
+    )
+
+
+@torch.no_grad()
 def draw_reconstructions(
     accelerator: Accelerator, model: ViTMAEForPreTraining, batch: Batch, args: argparse.Namespace, path: Path
 ) -> None:
@@ -281,7 +345,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         rescan = args.rescan_data and accelerator.is_local_main_process  # the others read what it found
         train_files = list_images(train_folder, cache, rescan=rescan)
         val_files = list_images(val_folder, cache, rescan=rescan) if val_folder else None
-    sample = dict(seed=args.seed, channels=args.input_channels, num_patches=config.num_patches)
+    sample = dict(seed=args.seed, channels=args.input_channels, noise_size=config.num_patches)
     train_data = ImageDataset(train_files, build_pretraining_transform(config.image_hw, args.min_crop_scale), **sample)
     eval_data = ImageDataset(val_files or train_files, ResizeCenterCrop(config.image_hw), **sample)
     micro_batch_size = args.per_gpu_batch_size // args.gradient_accumulation_steps
@@ -300,11 +364,13 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         (0, 1) if accelerator.distributed_type in SHARDING else (accelerator.process_index, accelerator.num_processes)
     )
     eval_loader = build_eval_loader(eval_data, micro_batch_size, num_workers, *share) if val_files else None
+    probe_loaders = build_probe_loaders(accelerator, config, num_workers, share, args) if args.probe_every else None
     spacing = max(1, len(eval_data) // NUM_PICTURES)
     shown = collate([eval_data[SampleKey(EVAL_EPOCH, i)] for i in range(0, len(eval_data), spacing)[:NUM_PICTURES]])
 
     # Model and optimizer; cls_token and mask_token are decayed, as in the original release
     model = ViTMAEForPreTraining(config, custom_weight_init=args.custom_weight_init)
+    model.global_pool = args.probe_pool
     peak_learning_rate = scaled_lr(args.base_learning_rate, sampler.images_per_step)
     describe_run(accelerator, args, model, sampler, peak_learning_rate, train_files, val_files, num_workers)
     groups = param_groups_weight_decay(model, args.weight_decay)
@@ -357,6 +423,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     for epoch in range(first_epoch, args.epochs):
         sampler.set_epoch(epoch)
         saves = (epoch + 1) % args.save_checkpoint_interval == 0 or epoch + 1 == args.epochs
+        probes = args.probe_every > 0 and (epoch + 1) % args.probe_every == 0
         for batch in clock.watch(loader):
             bad_files.note(batch.bad_files)
             images = normalize(batch.images.to(device, non_blocking=True), args.mean, args.std)
@@ -386,7 +453,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             step_loss.zero_()
             bar.update()
             epoch_ends = step == (epoch + 1) * sampler.steps_per_epoch
-            if step > 1 and step % args.log_interval and not (epoch_ends and saves):
+            if step > 1 and step % args.log_interval and not (epoch_ends and (saves or probes)):
                 continue
 
             # Row: the losses cross to the host here and nowhere else
@@ -411,6 +478,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                 "memory_gb": peak_memory_gb(device),
                 "bad_files": bad_files.share(accelerator, bar.write),
                 **(figures if epoch_ends and saves else {}),
+                **(probe(accelerator, bare_model, probe_loaders, args) if epoch_ends and probes else {}),
             }
             bar.set_postfix_str(
                 f"loss {row['training_loss']:.4f}, lr {learning_rate:.1e}, {row['images_per_second']:.0f} images/s, "
@@ -447,18 +515,6 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     return figures
 
 
-def stop_not_finite(what: str, step: int, steps_per_epoch: int, learning_rate: float, experiment: Path) -> NoReturn:
-    """Raise FloatingPointError that says where a run left the finite numbers, and where to go on."""
-    checkpoints = find_checkpoints(experiment)
-    last = checkpoints[max(checkpoints)] if checkpoints else None
-    way_out = "Go on from there with --resume_from_checkpoint latest" if last else "Start again"
-    raise FloatingPointError(
-        f"the {what} is not finite at step {step} (epoch {step / steps_per_epoch:.2f}, learning rate near "
-        f"{learning_rate:.2e}). Nothing was saved since the last good checkpoint: {last or 'none'}. {way_out}, with a "
-        "lower --base_learning_rate, --max_grad_norm 1, or bf16 instead of fp16"
-    )
-
-
 def describe_run(
     accelerator: Accelerator,
     args: argparse.Namespace,
@@ -486,17 +542,13 @@ def describe_run(
         f"x {sampler.micro_batch_size} images",
         "learning rate": f"{learning_rate:.2e} = {args.base_learning_rate:.2e} x {sampler.images_per_step} / 256",
         "schedule": f"{args.epochs} epochs of {sampler.steps_per_epoch:,} steps, warmup {args.warmup_epochs:g} epochs",
-        "runs on": f"{num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}, "
-        f"{torch.get_num_threads()} CPU threads and {num_workers} data workers each, torch {torch.__version__}, "
-        f"timm {timm.__version__}",
+        "runs on": describe_processes(accelerator, num_workers, args.num_workers),
     }
     if len(train_files) < sampler.images_per_step:
         lines["note"] = (
             f"{len(train_files):,} images do not fill one step of {sampler.images_per_step}, so an epoch repeats some; "
             "a smaller --per_gpu_batch_size avoids it"
         )
-    if num_workers < args.num_workers:
-        lines["workers"] = f"--num_workers {args.num_workers} is above this machine's cores; {num_workers} are used"
     for name, text in lines.items():
         accelerator.print(f"{name:<16}{text}")
 

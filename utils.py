@@ -1,11 +1,13 @@
-"""Verbs that no task owns: flags, run set-up, optimisation, checkpoints, logging, pictures.
+"""Verbs that no task owns: flags, run set-up, optimisation, checkpoints, logging, metrics, pictures.
 
 Entry rule: two scripts use it, or it is a pure metric. Nothing here knows a network or a data set, and the training
 loops are not here: each script shows its own.
 """
 
 import argparse
+import contextlib
 import fcntl
+import functools
 import importlib
 import itertools
 import json
@@ -20,15 +22,19 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 import numpy as np
+import timm
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, DynamoBackend, gather_object
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
+from timm.data import ImageNetInfo
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 # ------------------------------------------------------------------------------------------------ flags
 
@@ -201,6 +207,17 @@ def build_accelerator(gradient_accumulation_steps: int) -> Accelerator:
     return accelerator
 
 
+def describe_processes(accelerator: Accelerator, num_workers: int, asked_workers: int) -> str:
+    """Say on what a run works: processes, device, precision, threads, workers, versions."""
+    workers = f"{num_workers} data workers"
+    if num_workers < asked_workers:
+        workers += f" (of --num_workers {asked_workers}, as there are no more cores)"
+    return (
+        f"{accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}, "
+        f"{torch.get_num_threads()} CPU threads and {workers} each, torch {torch.__version__}, timm {timm.__version__}"
+    )
+
+
 def compile_in_place(accelerator: Accelerator, model: nn.Module) -> None:
     """Do what `accelerate launch --dynamo_backend` asks for without wrapping the model.
 
@@ -314,14 +331,20 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 CHECKPOINT_NAME = re.compile(r"checkpoint_(\d+)")
+LAST_CHECKPOINT, BEST_CHECKPOINT = "last_checkpoint", "best_checkpoint"
 STATE_FILE = "state.json"
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def find_checkpoints(experiment: Path) -> dict[int, Path]:
-    """Give the whole checkpoints of an experiment by epoch."""
+    """Give the whole checkpoints of an experiment by epoch; a numbered one comes before `last_checkpoint`."""
+    found = {}
+    for name in (f"{LAST_CHECKPOINT}.old", LAST_CHECKPOINT):  # the first is there if a crash came between two renames
+        state = experiment / name / STATE_FILE
+        if state.is_file():
+            found[json.loads(state.read_text())["epoch"]] = state.parent
     matches = ((CHECKPOINT_NAME.fullmatch(entry.name), entry) for entry in experiment.glob("checkpoint_*"))
-    return {int(match[1]): entry for match, entry in matches if match and (entry / STATE_FILE).is_file()}
+    return found | {int(match[1]): entry for match, entry in matches if match and (entry / STATE_FILE).is_file()}
 
 
 def find_checkpoint(experiment: Path, name: str) -> Path:
@@ -345,32 +368,68 @@ def weights_are_finite(accelerator: Accelerator, model: nn.Module) -> bool:
     return accelerator.reduce(finite.int(), "sum").item() == accelerator.num_processes
 
 
-def save_checkpoint(accelerator: Accelerator, model: nn.Module, folder: Path, config: Mapping, state: Mapping) -> None:
-    """Write weights with their sizes (model.safetensors, config.json) and all that an exact resume needs.
+@contextlib.contextmanager
+def replaced_folder(accelerator: Accelerator, folder: Path) -> Iterator[Path]:
+    """Give a temporary folder that is renamed to `folder` when all is written, in the place of an older one.
 
-    Everything goes into a temporary folder that is renamed at the end, so a checkpoint is whole or not there at all.
-    Every process calls this; the folder has to be on a disk that all of them see. Weights that are not finite raise
-    FloatingPointError and are not written.
+    So a folder is whole or not there at all. Every process enters; the disk has to be one that all of them see.
     """
-    if not weights_are_finite(accelerator, model):
-        raise FloatingPointError(f"the weights are no longer finite, so {folder} is not written")
-    temporary = folder.with_name(folder.name + ".tmp")
+    temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(temporary)
-    weights = temporary / "model.safetensors"
-    if accelerator.distributed_type in SHARDING:  # these save in pieces; weights are handed on whole
-        state_dict = accelerator.get_state_dict(model)
-        if accelerator.is_main_process:
-            save_file(state_dict, weights)
+    yield temporary
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(folder, old)
         os.rename(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    model: nn.Module,
+    folder: Path,
+    config: Mapping,
+    state: Mapping,
+    average: nn.Module | None = None,
+) -> None:
+    """Write weights with their sizes (model.safetensors, config.json) and all that an exact resume needs.
+
+    `average`, a moving average of the weights, goes into ema.safetensors. Weights that are not finite raise
+    FloatingPointError and are not written. Every process calls this.
+    """
+    if not weights_are_finite(accelerator, model):
+        raise FloatingPointError(f"the weights are no longer finite, so {folder} is not written")
+    with replaced_folder(accelerator, folder) as temporary:
+        accelerator.save_state(temporary)
+        if accelerator.distributed_type in SHARDING:  # these save in pieces; weights are handed on whole
+            state_dict = accelerator.get_state_dict(model)
+            if accelerator.is_main_process:
+                save_file(state_dict, temporary / "model.safetensors")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            if average is not None:
+                save_file(average.state_dict(), temporary / "ema.safetensors")
+            write_json(temporary / "config.json", config)
+            write_json(temporary / STATE_FILE, state)
+
+
+def save_weights(accelerator: Accelerator, model: nn.Module, folder: Path, config: Mapping) -> None:
+    """Write weights to hand on, model.safetensors and config.json, in the place of older ones; every process calls."""
+    with replaced_folder(accelerator, folder) as temporary:
+        state_dict = accelerator.get_state_dict(model)
+        if accelerator.is_main_process:
+            save_file({name: value.contiguous() for name, value in state_dict.items()}, temporary / "model.safetensors")
+            write_json(temporary / "config.json", config)
+
+
+def write_json(file: Path, content: Mapping) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def resume(accelerator: Accelerator, folder: Path, config: Mapping, identity: Mapping) -> dict:
@@ -388,6 +447,18 @@ def resume(accelerator: Accelerator, folder: Path, config: Mapping, identity: Ma
     accelerator.load_state(folder)
     accelerator.step = 0  # its position inside an accumulation; checkpoints lie between optimizer steps
     return state
+
+
+def stop_not_finite(what: str, step: int, steps_per_epoch: int, learning_rate: float, experiment: Path) -> NoReturn:
+    """Raise FloatingPointError that says where a run left the finite numbers, and where to go on."""
+    checkpoints = find_checkpoints(experiment)
+    last = checkpoints[max(checkpoints)] if checkpoints else None
+    way_out = "Go on from there with --resume_from_checkpoint latest" if last else "Start again"
+    raise FloatingPointError(
+        f"the {what} is not finite at step {step} (epoch {step / steps_per_epoch:.2f}, learning rate near "
+        f"{learning_rate:.2e}). Nothing was saved since the last good checkpoint: {last or 'none'}. {way_out}, with a "
+        "lower learning rate, --max_grad_norm 1, or bf16 instead of fp16"
+    )
 
 
 def flat_differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[tuple]:
@@ -583,29 +654,135 @@ class BadFiles:
         return len(self.met)
 
 
+# ------------------------------------------------------------------------------------------------ metrics
+
+
+def gather_shares(accelerator: Accelerator, values: Tensor, total: int) -> Tensor:
+    """Put together what every process found for its share, every `num_processes`-th of `total` items, in their order.
+
+    `values` (share, ...) -> (total, ...). A process that went through all items itself already has the result.
+    """
+    if len(values) == total:
+        return values
+    world_size = accelerator.num_processes
+    padded = values.new_zeros((-(-total // world_size), *values.shape[1:]))
+    padded[: len(values)] = values
+    gathered = accelerator.gather(padded).unflatten(0, (world_size, -1))  # (processes, share, ...)
+    return gathered.transpose(0, 1).flatten(0, 1)[:total]
+
+
+def accuracy(predictions: Tensor, labels: Tensor, k: int = 1) -> float:
+    """Share of the labels (M,) that are among the first k predictions (M, >= k), best first, in percent."""
+    return 100 * (predictions[:, :k] == labels[:, None]).any(dim=1).sum().item() / len(labels)
+
+
+@functools.cache
+def imagenet_names() -> dict[str, str]:
+    """Give the first word of every ImageNet id, in English: n01440764 is a tench."""
+    info = ImageNetInfo("imagenet-22k")
+    return {name: info.label_name_to_description(name).split(",")[0] for name in info.label_names()}
+
+
+def describe_class(name: str) -> str:
+    """Put the name of a class folder into words where it is one of ImageNet's ids."""
+    return imagenet_names().get(name, name) if re.fullmatch(r"n\d{8}", name) else name
+
+
+class ConfusionMatrix:
+    """Count how often which class is taken for which: `counts` (K, K) int64, rows true, columns predicted."""
+
+    def __init__(self, num_classes: int):
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+
+    def update(self, labels: Tensor, predictions: Tensor) -> None:
+        """Add labels and predictions of any equal shape."""
+        num_classes = len(self.counts)
+        flat = labels.flatten().cpu().long() * num_classes + predictions.flatten().cpu().long()
+        self.counts += torch.bincount(flat, minlength=num_classes**2).view(num_classes, num_classes)
+
+    def worst_pairs(self, count: int) -> list[tuple[int, int, int]]:
+        """Give the most frequent errors as (true class, predicted class, times), most frequent first."""
+        wrong = self.counts.clone().fill_diagonal_(0).flatten()
+        times, places = wrong.sort(descending=True, stable=True)
+        pairs = zip(places[:count].tolist(), times[:count].tolist(), strict=True)
+        return [(*divmod(place, len(self.counts)), n) for place, n in pairs if n]
+
+
+KNN_NEIGHBOURS = 20
+KNN_TEMPERATURE = 0.07
+KNN_CHUNK = 1024  # queries at a time: memory is this times the number of training features
+
+
+def collect_features(
+    accelerator: Accelerator, loader: DataLoader, encode: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Encode a whole data set, (total, D) unit-length float32 and labels (total,), in its order on every process."""
+    features, labels = [], []
+    for batch in loader:
+        features.append(F.normalize(encode(batch.images.to(accelerator.device)).float(), dim=1))
+        labels.append(batch.labels.to(accelerator.device))
+    if not features:
+        raise ValueError(f"fewer than {accelerator.num_processes} images: a process has none; start fewer processes")
+    total = len(loader.dataset)
+    return gather_shares(accelerator, torch.cat(features), total), gather_shares(accelerator, torch.cat(labels), total)
+
+
+def knn_classify(
+    bank: Tensor, bank_labels: Tensor, features: Tensor, num_classes: int, num_neighbours: int = KNN_NEIGHBOURS
+) -> Tensor:
+    """Rank the classes of features (M, D) by their nearest neighbours in a bank (B, D): (M, K), best first.
+
+    The vote of Wu et al. 2018 (arXiv 1805.01978, section 3.4), as DINO uses it: each neighbour counts
+    exp(cosine similarity / 0.07). All features have unit length.
+    """
+    num_neighbours = min(num_neighbours, len(bank))
+    ranked = []
+    for chunk in features.split(KNN_CHUNK):
+        similarity, nearest = (chunk @ bank.T).topk(num_neighbours, dim=1)  # (m, k)
+        votes = torch.zeros(len(chunk), num_classes, device=chunk.device)
+        votes.scatter_add_(1, bank_labels[nearest], ((similarity - 1) / KNN_TEMPERATURE).exp())
+        ranked.append(votes.argsort(dim=1, descending=True, stable=True))
+    return torch.cat(ranked)
+
+
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def draw_rows(rows: Mapping[str, Tensor], *, min_side: int = 128, margin: int = 4) -> Image.Image:
+def draw_rows(
+    rows: Mapping[str, Tensor],
+    captions: Mapping[str, list[str]] | None = None,
+    *,
+    min_side: int = 128,
+    margin: int = 4,
+) -> Image.Image:
     """Draw titled rows of images, each (N, C, H, W) with 0 black and 1 white; small images are enlarged.
 
-    One channel is drawn grey, more than three show their first three.
+    One channel is drawn grey, more than three show their first three. `captions` give every image of a row a line
+    below it, cut to the image's width.
     """
     height, width = next(iter(rows.values())).shape[-2:]
     zoom = max(1, math.ceil(min_side / min(height, width)))
     height, width = height * zoom, width * zoom
     font = ImageFont.load_default(size=14)
     title_height, columns = 20, max(len(images) for images in rows.values())
+    caption_height = 20 if captions else 0
+    row_height = title_height + height + caption_height + margin
     longest_title = math.ceil(max(font.getlength(title) for title in rows))
     canvas_width = max(columns * (width + margin), longest_title + margin) + margin
-    canvas = Image.new("RGB", (canvas_width, len(rows) * (title_height + height + margin) + margin), "white")
+    canvas = Image.new("RGB", (canvas_width, len(rows) * row_height + margin), "white")
     draw = ImageDraw.Draw(canvas)
     for row, (title, images) in enumerate(rows.items()):
-        top = margin + row * (title_height + height + margin)
+        top = margin + row * row_height
         draw.text((margin, top), title, fill="black", font=font)
         for column, image in enumerate(to_uint8(images)):
             picture = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
-            canvas.paste(picture, (margin + column * (width + margin), top + title_height))
+            left = margin + column * (width + margin)
+            canvas.paste(picture, (left, top + title_height))
+            if captions:
+                text = captions[title][column]
+                while font.getlength(text) > width:
+                    text = text[:-1]
+                draw.text((left, top + title_height + height + 2), text, fill="black", font=font)
     return canvas
 
 

@@ -1,6 +1,7 @@
 """Fixtures: tiny models, folders of drawn images, and the photographs that only developers and CI have."""
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -10,8 +11,10 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+from safetensors.torch import load_file
 
 from model import MAEConfig
 
@@ -92,3 +95,31 @@ def launch(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def rows(experiment: Path) -> list[dict]:
+    return [json.loads(line) for line in (experiment / "log.jsonl").read_text().splitlines()]
+
+
+def without_key_bias(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Drop the keys' third of the qkv biases, in which two equal runs may differ.
+
+    It shifts all attention scores of a query alike, so its true gradient is zero; what is computed is rounding noise,
+    which Adam scales up to full steps of random sign.
+    """
+    return {
+        name: torch.cat([value.chunk(3)[0], value.chunk(3)[2]]) if name.endswith("qkv.bias") else value
+        for name, value in weights.items()
+    }
+
+
+def assert_close(a: dict, b: dict, atol: float) -> None:
+    assert a.keys() == b.keys()
+    if atol > 0:
+        a, b = without_key_bias(a), without_key_bias(b)
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=atol, msg=lambda text, key=key: f"{key}: {text}")

@@ -1,6 +1,7 @@
 """Decoding, file lists, random numbers, samplers: hand-made cases, round trips and invariances."""
 
 import csv
+import math
 import os
 import random
 
@@ -18,14 +19,21 @@ from dataset import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ImageDataset,
+    PairMixing,
     ResizeCenterCrop,
+    Sample,
     SampleKey,
+    SingleTryResizedCrop,
     StepSampler,
     build_eval_loader,
+    build_finetuning_transform,
     build_pretraining_transform,
+    build_probing_transform,
     build_training_loader,
+    check_same_classes,
     denormalize,
     draw_demo_scene,
+    eval_crop_ratio,
     find_splits,
     list_images,
     normalize,
@@ -248,7 +256,7 @@ def test_seeded_draws_are_a_function_of_the_key_and_leave_no_trace():
 
 def build_dataset(root, **options):
     return ImageDataset(
-        list_images(root / "train"), build_pretraining_transform((16, 16), 0.2), seed=5, num_patches=16, **options
+        list_images(root / "train"), build_pretraining_transform((16, 16), 0.2), seed=5, noise_size=16, **options
     )
 
 
@@ -311,7 +319,7 @@ def test_nothing_but_bad_files_is_an_error_that_names_one(image_folder):
 def test_awkward_files_train_or_are_skipped_and_no_worker_dies(photographs):
     files = list_images(photographs / "bad_images")
     transform = build_pretraining_transform((16, 16), 0.2)
-    data = ImageDataset(files, transform, seed=0, num_patches=16)
+    data = ImageDataset(files, transform, seed=0, noise_size=16)
     sampler = StepSampler(len(files), 4)
     loader = build_training_loader(data, sampler, 2, pin_memory=False)
     found, images = set(), 0
@@ -368,7 +376,7 @@ def test_step_sampler_fills_one_step_from_a_small_data_set():
 
 def test_eval_loaders_of_all_processes_give_every_image_once(image_folder):
     files = list_images(image_folder / "val")
-    data = ImageDataset(files, ResizeCenterCrop((16, 16)), seed=0, num_patches=16)
+    data = ImageDataset(files, ResizeCenterCrop((16, 16)), seed=0, noise_size=16)
     expected = torch.stack([data[SampleKey(EVAL_EPOCH, index)].noise for index in range(8)])
     for world_size in (1, 3):
         loaders = [build_eval_loader(data, 2, 0, rank, world_size) for rank in range(world_size)]
@@ -381,17 +389,19 @@ def test_eval_loaders_of_all_processes_give_every_image_once(image_folder):
 
 def test_resize_center_crop_equals_resize_256_and_crop_224():
     generator = np.random.default_rng(0)
-    for width, height in [(300, 400), (500, 333), (224, 224), (100, 90)]:
+    reference = v2.Compose(
+        [v2.Resize(256, interpolation=InterpolationMode.BICUBIC), v2.CenterCrop(224), v2.PILToTensor()]
+    )
+    for width, height in [(300, 400), (500, 333), (224, 224), (100, 90), (750, 375), (333, 999)]:
         image = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        reference = v2.Compose([v2.Resize(256, interpolation=InterpolationMode.BICUBIC), v2.CenterCrop(224)])
-        assert np.array_equal(np.asarray(ResizeCenterCrop((224, 224), 224 / 256)(image)), np.asarray(reference(image)))
+        assert torch.equal(ResizeCenterCrop((224, 224), 224 / 256)(image), reference(image))
 
 
 def test_resize_center_crop_covers_rectangles_without_padding():
     image = Image.new("RGB", (30, 100), "white")
     for size in [(16, 48), (48, 16), (7, 7)]:
-        cropped = np.asarray(ResizeCenterCrop(size)(image))
-        assert cropped.shape == (*size, 3) and cropped.min() == 255
+        cropped = ResizeCenterCrop(size)(image)
+        assert cropped.shape == (3, *size) and cropped.min() == 255
 
 
 def test_normalize_and_denormalize():
@@ -400,6 +410,124 @@ def test_normalize_and_denormalize():
     reference = v2.functional.normalize(images / 255, list(IMAGENET_MEAN), list(IMAGENET_STD))
     torch.testing.assert_close(normalized, reference)
     torch.testing.assert_close(denormalize(normalized, IMAGENET_MEAN, IMAGENET_STD), images / 255)
+
+
+def test_eval_crop_ratio_is_the_original_rule():
+    assert eval_crop_ratio((224, 224)) == eval_crop_ratio((64, 64)) == 0.875 and eval_crop_ratio((448, 448)) == 1.0
+
+
+def test_finetuning_transform_is_normalised_and_follows_its_key_alone():
+    image, _ = draw_demo_scene(0, 3)
+    transform = build_finetuning_transform((32, 48), 9, 0.5, IMAGENET_MEAN, IMAGENET_STD)
+
+    def draw(key):
+        with seeded(0, *key):
+            return transform(image)
+
+    draws = [draw((0, index)) for index in range(20)]
+    assert all(d.shape == (3, 32, 48) and d.dtype == torch.float32 for d in draws)
+    assert len({d.sum().item() for d in draws}) == 20
+    torch.rand(1), np.random.rand(), random.random()
+    assert all(torch.equal(draw((0, index)), draws[index]) for index in range(20))
+
+
+def test_random_augmentation_and_erasing_can_be_turned_off():
+    white = Image.new("RGB", (40, 40), "white")
+    value = torch.tensor([(1 - m) / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)])
+    plain = build_finetuning_transform((32, 32), 0, 0.0, IMAGENET_MEAN, IMAGENET_STD)
+    torch.testing.assert_close(plain(white), value[:, None, None].expand(3, 32, 32))
+    erasing = build_finetuning_transform((32, 32), 0, 1.0, IMAGENET_MEAN, IMAGENET_STD)(white)
+    erased = (erasing - value[:, None, None]).abs().amax(dim=0) > 1e-3
+    assert 0.01 < erased.float().mean() < 0.5 and erasing[:, erased].std() == pytest.approx(1, abs=0.3)
+
+
+def test_single_try_crop_draws_once_and_is_cut_to_the_image():
+    tall = torch.zeros(3, 400, 20)
+    crop = SingleTryResizedCrop((16, 16), scale=(0.5, 1.0))
+    for seed in range(50):
+        torch.manual_seed(seed)
+        params = crop.make_params([tall])
+        torch.manual_seed(seed)
+        area = 8000 * torch.empty(1).uniform_(0.5, 1.0).item()
+        ratio = torch.empty(1).uniform_(math.log(3 / 4), math.log(4 / 3)).exp().item()
+        assert params["width"] == 20  # the drawn width, at least 54, is more than there is
+        assert params["height"] == min(400, round((area / ratio) ** 0.5))
+        assert 0 <= params["top"] <= 400 - params["height"] and params["left"] == 0
+    assert build_probing_transform((16, 24))(Image.new("RGB", (50, 40))).shape == (3, 16, 24)
+
+
+# -------------------------------------------------------------------------------- mixing
+
+
+def constant_samples(values: list[float], labels: list[int]) -> list[Sample]:
+    pairs = enumerate(zip(values, labels, strict=True))
+    return [
+        Sample(SampleKey(0, i), torch.full((3, 8, 8), value), label, torch.zeros(0), []) for i, (value, label) in pairs
+    ]
+
+
+def test_pair_mixing_mixes_images_as_it_mixes_targets():
+    """Neighbours are 0 and 1 everywhere, so that an image's mean is the share of the second label in it."""
+    shares = []
+    for alphas in ((0.8, 0.0), (0.0, 1.0), (0.8, 1.0)):
+        mixing = PairMixing(4, *alphas, 0.0, seed=0)
+        batch = mixing(constant_samples([0.0, 1.0] * 50, [0, 3] * 50))
+        mean = batch.images.mean(dim=(1, 2, 3))
+        torch.testing.assert_close(batch.labels[:, 3], mean)
+        torch.testing.assert_close(batch.labels[:, 0], 1 - mean)
+        torch.testing.assert_close(mean[::2] + mean[1::2], torch.ones(50))
+        assert len(set(mean[::2].tolist())) > 10  # a lambda for each pair
+        whole = ((batch.images == 0) | (batch.images == 1)).flatten(1).all(dim=1)
+        shares.append(whole.float().mean().item())
+    assert shares[0] < 0.2 and shares[1] == 1.0 and 0.3 < shares[2] < 0.8  # mixup, CutMix, one or the other
+
+
+def test_pair_mixing_does_not_depend_on_how_a_step_is_cut():
+    mixing = PairMixing(4, 0.2, 1.0, 0.1, seed=0)
+    samples = constant_samples([float(value) for value in range(8)], [0, 1, 2, 3] * 2)
+    whole, parts = mixing(samples), [mixing(samples[i : i + 2]) for i in range(0, 8, 2)]
+    assert torch.equal(whole.images, torch.cat([part.images for part in parts]))
+    assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
+    again = PairMixing(4, 0.2, 1.0, 0.1, seed=1)(samples)
+    assert not torch.equal(again.images, whole.images)
+
+
+def test_smoothing_is_applied_once_and_odd_batches_keep_their_last_image():
+    samples = constant_samples([1.0, 2.0, 3.0], [0, 1, 2])
+    for alphas in ((0.0, 0.0), (0.2, 1.0)):
+        batch = PairMixing(4, *alphas, 0.1, seed=0)(samples)
+        torch.testing.assert_close(batch.labels.sum(dim=1), torch.ones(3))
+        torch.testing.assert_close(batch.labels[2], torch.tensor([0.025, 0.025, 0.925, 0.025]))
+        assert torch.equal(batch.images[2], samples[2].image)
+        torch.testing.assert_close(batch.labels.min(), torch.tensor(0.025))
+
+
+# -------------------------------------------------------------------------------- classes
+
+
+def test_classes_that_differ_are_refused_with_the_difference(tmp_path):
+    check_same_classes(("a", "b"), ("a", "b"), tmp_path, "training")
+    with pytest.raises(ValueError, match=r"1 classes in .* are not the 2 of training: it lacks b\. Every class"):
+        check_same_classes(("a",), ("a", "b"), tmp_path, "training")
+    with pytest.raises(ValueError, match=r"it lacks b, c, d, e, f and 2 more; it adds x"):
+        check_same_classes(("a", "x"), tuple("abcdefgh"), tmp_path, "training")
+    with pytest.raises(ValueError, match="images outside class folders"):
+        check_same_classes((), ("a",), tmp_path, "training")
+
+
+def test_thinned_list_keeps_every_class(image_folder):
+    files = list_images(image_folder / "train")
+    few = files.thinned(6)
+    assert len(few) == 6 and np.bincount(few.labels).tolist() == [3, 3] and files.thinned(100) is files
+    assert {few.path(i) for i in range(6)} <= {files.path(i) for i in range(24)}
+
+
+def test_undecodable_file_stops_an_evaluation_with_its_name(image_folder):
+    (image_folder / "val" / "cats" / "broken.jpg").write_text("no picture")
+    files = list_images(image_folder / "val")
+    data = ImageDataset(files, ResizeCenterCrop((16, 16)), replace_bad_files=False)
+    with pytest.raises(ValueError, match=r"cannot decode .*broken\.jpg"):
+        list(build_eval_loader(data, 4, 0))
 
 
 # -------------------------------------------------------------------------------- demo data

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from conftest import TINY
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
+from timm.optim import param_groups_layer_decay
 
 from model import (
     MODEL_CONFIGS,
@@ -22,6 +23,8 @@ from model import (
     ViTMAEForImageClassification,
     ViTMAEForPreTraining,
     get_2d_sincos_pos_embed,
+    infer_config,
+    load_classifier,
     load_pretrained_encoder,
     load_pretrained_mae,
     num_kept_patches,
@@ -463,6 +466,118 @@ def test_classifier_drops_paths_more_often_with_depth():
     assert rates == pytest.approx([0.0, 0.1, 0.2])
 
 
+def dropped(rate: float = 0.6) -> ViTMAEForImageClassification:
+    torch.manual_seed(0)
+    model = ViTMAEForImageClassification(TINY, 7, drop_path_rate=rate)
+    torch.nn.init.normal_(model.head.weight)
+    return model.train()
+
+
+def test_drop_path_follows_the_noise_of_each_sample():
+    model, images, noise = dropped(), torch.randn(6, 3, 16, 16), torch.rand(6, 6)
+    together = model(images, noise)
+    order = torch.tensor([3, 1, 5, 0, 2, 4])
+    torch.testing.assert_close(model(images[order], noise[order]), together[order])
+    torch.testing.assert_close(torch.cat([model(images[i : i + 1], noise[i : i + 1]) for i in range(6)]), together)
+    torch.testing.assert_close(model(images, noise * 0 + 0.99), model(images, noise * 0 + 0.61))  # nothing dropped
+    assert not torch.allclose(model(images, noise * 0), together)  # all dropped, but for the first block
+    assert torch.equal(model.eval()(images, noise), model(images))
+
+
+def test_drop_path_scales_what_it_keeps_by_the_rate():
+    model, images = dropped(), torch.randn(2, 3, 16, 16)
+    for block, rate in zip(model.blocks, (0.0, 0.3, 0.6), strict=True):
+        x = torch.randn(2, 5, 32)
+        for drop_path in (block.drop_path1, block.drop_path2):
+            drop_path.noise = torch.tensor([rate, rate - 1e-6])
+            expected = x / (1 - rate) * torch.tensor([1.0, 0.0 if rate else 1.0])[:, None, None]
+            torch.testing.assert_close(drop_path(x), expected)
+    model(images)  # without noise it draws by itself again, as timm's
+    assert model.blocks[1].drop_path1.noise is None
+    torch.manual_seed(1)
+    ours = model.blocks[2].drop_path1(x)
+    torch.manual_seed(1)
+    assert torch.equal(ours, timm.layers.drop_path(x, 0.6, training=True)) and model.drop_path_noise_size == 6
+    assert ViTMAEForImageClassification(TINY, 7).drop_path_noise_size == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "decay", "golden"),
+    [
+        ("mae_vit_base_patch16", 0.65, {"pos_embed": 0.003697, "blocks.0": 0.005688, "blocks.11": 0.65, "head": 1.0}),
+        ("mae_vit_large_patch16", 0.75, {"pos_embed": 0.000753, "blocks.0": 0.001003, "fc_norm": 1.0}),
+    ],
+)
+def test_layer_decay_groups_are_the_original_ones(name, decay, golden):
+    with torch.device("meta"):
+        model = ViTMAEForImageClassification(MODEL_CONFIGS[name], 1000)
+    groups = param_groups_layer_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=decay)
+    by_parameter = {id(p): group for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(by_parameter) == len(list(model.parameters()))
+    depth = model.config.encoder_depth
+    for key, parameter in model.named_parameters():
+        if key in ("cls_token", "pos_embed") or key.startswith("patch_embed"):
+            layer = 0
+        else:
+            layer = int(key.split(".")[1]) + 1 if key.startswith("blocks") else depth + 1
+        group = by_parameter[id(parameter)]
+        assert group["lr_scale"] == pytest.approx(decay ** (depth + 1 - layer))
+        exempt = parameter.ndim == 1 or key in ("cls_token", "pos_embed")
+        assert group["weight_decay"] == (0.0 if exempt else 0.05)
+        for prefix, scale in golden.items():
+            if key.startswith(f"{prefix}.") or key == prefix:
+                assert group["lr_scale"] == pytest.approx(scale, abs=5e-7)
+
+
+def test_layer_decay_of_the_cls_variant_leaves_the_final_norm_to_the_head():
+    model = ViTMAEForImageClassification(TINY, 7, "cls")
+    groups = param_groups_layer_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.5)
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert scales[id(model.norm.weight)] == scales[id(model.head.weight)] == 1.0
+    assert scales[id(model.blocks[2].norm1.weight)] == 0.5 and scales[id(model.cls_token)] == 0.5**4
+
+
+@pytest.mark.parametrize(
+    ("blocks", "trained"),
+    [
+        (0, {"head", "fc_norm"}),
+        (0.5, {"head", "fc_norm", "blocks.2.norm2", "blocks.2.mlp"}),
+        (1, {"head", "fc_norm", "blocks.2"}),
+        (2, {"head", "fc_norm", "blocks.2", "blocks.1"}),
+        (3, {"head", "fc_norm", "blocks", "cls_token", "pos_embed", "patch_embed"}),
+    ],
+)
+def test_trainable_blocks_are_the_last_ones(blocks, trained):
+    model = dropped()
+    model.set_trainable_blocks(blocks)
+    for key, parameter in model.named_parameters():
+        assert parameter.requires_grad == any(key == name or key.startswith(f"{name}.") for name in trained)
+    model.train()
+    active = [drop.training for block in model.blocks[1:] for drop in (block.drop_path1, block.drop_path2)]
+    assert active == [blocks >= 2, blocks >= 2, blocks >= 1, blocks >= 0.5]  # nothing is dropped in what is frozen
+
+
+@pytest.mark.parametrize("blocks", [-1, 1.5, 4])
+def test_blocks_that_do_not_exist_cannot_be_trained(blocks):
+    with pytest.raises(ValueError, match=r"cannot be trained of 3; choose 0, 0\.5, or 1 to 3"):
+        dropped().set_trainable_blocks(blocks)
+
+
+def test_probe_head_is_a_batch_norm_without_weights_and_a_linear_layer():
+    torch.manual_seed(0)
+    model = ViTMAEForImageClassification(TINY, 200, "cls", probe_head=True)
+    new = {key for key in model.state_dict() if key.startswith("head")}
+    assert new == {f"head.0.{key}" for key in ("running_mean", "running_var", "num_batches_tracked")} | {
+        "head.1.weight",
+        "head.1.bias",
+    }
+    assert model.head[1].weight.std().item() == pytest.approx(0.01, rel=0.1) and model.num_classes == 200
+    features = model.forward_pooled(torch.randn(16, 3, 16, 16))
+    normalised = model.head[0](features)
+    torch.testing.assert_close(normalised.mean(dim=0), torch.zeros(32), rtol=0, atol=1e-5)
+    torch.testing.assert_close(normalised.var(dim=0, unbiased=False), torch.ones(32), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"), [({"global_pool": "max"}, "'avg' or 'cls'"), ({"num_classes": 0}, "at least 1")]
 )
@@ -541,6 +656,52 @@ def test_load_pretrained_mae_infers_the_size_of_an_original_file(tmp_path):
     loaded = load_pretrained_mae(tmp_path / "full.pth", norm_pix_loss=False)
     assert loaded.config == dataclasses.replace(config, norm_pix_loss=False)
     assert torch.equal(loaded.decoder_pred.weight, model.decoder_pred.weight)
+
+
+@pytest.mark.parametrize("name", ["mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14"])
+def test_sizes_are_inferred_from_files_of_the_original_release(name):
+    config = MODEL_CONFIGS[name]
+    with torch.device("meta"):
+        full = ViTMAEForPreTraining(config).state_dict()
+        finetuned = ViTMAEForImageClassification(config, 1000).state_dict()
+    encoder = {key: value for key, value in full.items() if not key.startswith(("decoder", "mask"))}
+    assert infer_config(full) == infer_config(encoder) == infer_config(finetuned) == config
+
+
+def test_sizes_that_shapes_do_not_tell_are_refused():
+    with pytest.raises(ValueError, match=r"are 32 wide, have no config\.json .* fit none of mae_vit_tiny"):
+        infer_config(random_model(TINY).state_dict())
+    with pytest.raises(ValueError, match=r"'patch_embed\.proj\.weight' is not among these weights.*\['other'\]"):
+        infer_config({"other": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(("pool", "probe_head"), [("avg", False), ("cls", False), ("cls", True)])
+def test_load_classifier_gives_back_what_was_written(tmp_path, pool, probe_head):
+    model = ViTMAEForImageClassification(TINY, 7, pool, probe_head=probe_head)
+    write_checkpoint(tmp_path / "best_checkpoint", model)
+    loaded, record = load_classifier(tmp_path / "best_checkpoint")
+    assert loaded.global_pool == pool and record["config"] == dataclasses.asdict(TINY)
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(loaded.eval()(images), model.eval()(images))
+
+
+def test_load_classifier_reads_a_file_of_the_original_finetuned_release(tmp_path):
+    model = ViTMAEForImageClassification(MODEL_CONFIGS["mae_vit_tiny_patch16"], 10)
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(lr=1.0)}, tmp_path / "mae_finetuned.pth")
+    loaded, record = load_classifier(tmp_path / "mae_finetuned.pth")
+    assert torch.equal(loaded.head.weight, model.head.weight) and "class_names" not in record
+
+
+def test_load_classifier_refuses_what_is_none(tmp_path):
+    write_checkpoint(tmp_path / "checkpoint_1", random_model(TINY))
+    with pytest.raises(ValueError, match=r"holds no classifier \(no head\.weight\)"):
+        load_classifier(tmp_path / "checkpoint_1")
+    write_checkpoint(tmp_path / "damaged", ViTMAEForImageClassification(TINY, 7))
+    state_dict = load_file(tmp_path / "damaged" / "model.safetensors")
+    state_dict.pop("blocks.1.norm1.weight")
+    save_file(state_dict, tmp_path / "damaged" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"(?s)does not fit a classifier.*blocks\.1\.norm1\.weight"):
+        load_classifier(tmp_path / "damaged")
 
 
 def test_load_pretrained_mae_refuses_an_encoder_only_file(tmp_path):

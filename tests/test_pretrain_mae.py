@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import launch
+from conftest import assert_close, launch, rows, weights
 from PIL import Image
-from safetensors.torch import load_file
 
+import finetune_classifier
 import pretrain_mae
 from dataset import (
     EVAL_EPOCH,
@@ -46,34 +46,6 @@ def flags(data: Path, work: Path, *more: str) -> list[str]:
 def train(data: Path, work: Path, *more: str) -> Path:
     main(parse_args(flags(data, work, *more)))
     return work / "run"
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def rows(experiment: Path) -> list[dict]:
-    return [json.loads(line) for line in (experiment / "log.jsonl").read_text().splitlines()]
-
-
-def without_key_bias(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Drop the keys' third of the qkv biases, in which two equal runs may differ.
-
-    It shifts all attention scores of a query alike, so its true gradient is zero; what is computed is rounding noise,
-    which Adam scales up to full steps of random sign.
-    """
-    return {
-        name: torch.cat([value.chunk(3)[0], value.chunk(3)[2]]) if name.endswith("qkv.bias") else value
-        for name, value in weights.items()
-    }
-
-
-def assert_close(a: dict, b: dict, atol: float) -> None:
-    assert a.keys() == b.keys()
-    if atol > 0:
-        a, b = without_key_bias(a), without_key_bias(b)
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=0, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +124,7 @@ def test_run_equals_the_same_steps_in_plain_torch(drawn_images, tmp_path):
     groups = [{"params": decayed, "weight_decay": 0.5}, {"params": free, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     data = ImageDataset(
-        list_images(drawn_images / "train"), build_pretraining_transform((16, 16), 0.2), seed=0, num_patches=16
+        list_images(drawn_images / "train"), build_pretraining_transform((16, 16), 0.2), seed=0, noise_size=16
     )
     sampler = StepSampler(24, 4, accumulation_steps=2, seed=0)
     norms, step = [], 0
@@ -236,6 +208,40 @@ def test_data_smaller_than_one_step_repeats_and_says_so(image_folder, tmp_path, 
     experiment = train(image_folder, tmp_path, "--per_gpu_batch_size", "32", "--epochs", "2")
     assert rows(experiment)[-1]["step"] == 2
     assert "24 images do not fill one step of 32" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------- the online view
+
+
+def test_probing_changes_nothing_but_the_log(finished, drawn_images, tmp_path):
+    experiment = train(drawn_images, tmp_path, "--probe_every", "1", "--probe_images", "10")
+    assert_close(weights(experiment / "checkpoint_4"), weights(finished / "checkpoint_4"), atol=0)
+    probed = [row for row in rows(experiment) if "knn_top1_acc" in row]
+    assert [row["step"] for row in probed] == [3, 6, 9, 12]
+    assert all(0 <= row["knn_top1_acc"] <= 100 for row in probed)
+
+
+def test_probe_equals_the_knn_of_the_finished_encoder(drawn_images, tmp_path):
+    experiment = train(drawn_images, tmp_path, "--probe_every", "4")
+    arguments = ["--path_to_data", str(drawn_images), "--working_directory", str(tmp_path), "--num_workers", "0"]
+    weights_flag = ["--path_to_pretrained_mae_weights", str(experiment / "checkpoint_4"), "--per_gpu_batch_size", "8"]
+    figures = finetune_classifier.main(finetune_classifier.parse_args([*arguments, *weights_flag, "--knn"]))
+    assert rows(experiment)[-1]["knn_top1_acc"] == figures["knn_top1_acc"]
+
+
+def test_probe_on_two_processes_equals_one(drawn_images, tmp_path):
+    one = train(drawn_images, tmp_path / "one", "--probe_every", "4")
+    halves = flags(drawn_images, tmp_path / "two", "--probe_every", "4", "--per_gpu_batch_size", "4")
+    launch("pretrain_mae.py", halves, num_processes=2)
+    assert rows(tmp_path / "two" / "run")[-1]["knn_top1_acc"] == rows(one)[-1]["knn_top1_acc"]
+
+
+def test_probe_without_labels_is_refused_before_training(image_folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"--probe_every needs .* train/ and val/.*--path_to_probe_data"):
+        train(image_folder / "train" / "cats", tmp_path, "--probe_every", "1")
+    shutil.copy(image_folder / "val" / "cats" / "000.jpg", image_folder / "val")
+    with pytest.raises(ValueError, match="images outside class folders"):
+        train(image_folder, tmp_path, "--probe_every", "1")
 
 
 # -------------------------------------------------------------------------------- refusals
@@ -451,7 +457,7 @@ def test_evaluate_equals_the_errors_of_whole_images(finished, drawn_images, tmp_
     """Count the errors another way: on pixels of whole images, with the mask painted at full size."""
     pixels = train(drawn_images, tmp_path, "--no-norm_pix_loss")
     model = load_pretrained_mae(pixels / "checkpoint_4").eval()
-    data = ImageDataset(list_images(drawn_images / "val"), ResizeCenterCrop((16, 16)), seed=0, num_patches=16)
+    data = ImageDataset(list_images(drawn_images / "val"), ResizeCenterCrop((16, 16)), seed=0, noise_size=16)
     batch = collate([data[SampleKey(EVAL_EPOCH, index)] for index in range(8)])
     images = (batch.images / 255 - MEAN) / STD
     with torch.no_grad():

@@ -15,15 +15,21 @@ import utils
 from model import ViTMAEForPreTraining
 from utils import (
     BadFiles,
+    ConfusionMatrix,
     RunLog,
     StepClock,
+    accuracy,
     cap_workers,
     cosine_lr,
+    describe_class,
     draw_rows,
     find_checkpoint,
+    find_checkpoints,
+    knn_classify,
     lock_experiment,
     open_experiment,
     reconstruction_titles,
+    replaced_folder,
     resume,
     save_checkpoint,
     scaled_lr,
@@ -302,3 +308,82 @@ def test_draw_rows_enlarges_small_images_by_whole_numbers():
 def test_norm_pix_pictures_are_labelled_so():
     assert "true mean and contrast" in reconstruction_titles(0.75, True)[2]
     assert reconstruction_titles(0.75, False)[1:3] == ["masked (75% removed)", "reconstruction"]
+
+
+# -------------------------------------------------------------------------------- metrics
+
+
+def test_accuracy_of_a_hand_made_case():
+    predictions = torch.tensor([[0, 1, 2], [1, 0, 2], [2, 0, 1], [2, 1, 0]])
+    labels = torch.tensor([0, 0, 0, 0])
+    assert [accuracy(predictions, labels, k) for k in (1, 2, 3)] == [25.0, 75.0, 100.0]
+
+
+def test_confusion_matrix_counts_and_finds_the_worst_pairs():
+    confusion = ConfusionMatrix(3)
+    confusion.update(torch.tensor([0, 0, 1]), torch.tensor([0, 2, 2]))
+    confusion.update(torch.tensor([[1, 2]]), torch.tensor([[2, 0]]))
+    assert confusion.counts.tolist() == [[1, 0, 1], [0, 0, 2], [1, 0, 0]]
+    assert confusion.worst_pairs(2) == [(1, 2, 2), (0, 2, 1)] and len(confusion.worst_pairs(9)) == 3
+
+
+def test_knn_vote_equals_brute_force(monkeypatch):
+    monkeypatch.setattr(utils, "KNN_CHUNK", 4)
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = (torch.nn.functional.normalize(torch.randn(n, 5, generator=generator)) for n in (40, 11))
+    labels = torch.randint(0, 3, (40,), generator=generator)
+    ranked = knn_classify(bank, labels, queries, 3, num_neighbours=7)
+    for query, order in zip(queries, ranked, strict=True):
+        similarity = [(float(query @ vector), int(label)) for vector, label in zip(bank, labels, strict=True)]
+        votes = [0.0] * 3
+        for value, label in sorted(similarity, reverse=True)[:7]:
+            votes[label] += math.exp(value / 0.07)
+        assert order.tolist() == sorted(range(3), key=lambda k: -votes[k])
+
+
+def test_class_names_are_put_into_words_where_imagenet_has_them():
+    assert describe_class("n01440764") == "tench" and describe_class("n03888257") == "parachute"
+    assert describe_class("cats") == "cats" and describe_class("n99999999") == "n99999999"
+
+
+# -------------------------------------------------------------------------------- folders that are replaced
+
+
+def test_replaced_folder_takes_the_place_of_an_older_one_when_it_is_whole(tmp_path):
+    accelerator, folder = Accelerator(cpu=True), tmp_path / "best_checkpoint"
+    for text in ("first", "second"):
+        with replaced_folder(accelerator, folder) as temporary:
+            (temporary / "file").write_text(text)
+        assert [entry.name for entry in tmp_path.iterdir()] == ["best_checkpoint"]
+        assert (folder / "file").read_text() == text
+    with pytest.raises(OSError, match="disk full"), replaced_folder(accelerator, folder):
+        raise OSError("disk full")
+    assert (folder / "file").read_text() == "second"
+
+
+def test_latest_checkpoint_may_be_the_last_one_or_its_predecessor(tmp_path):
+    for name, epoch in (
+        ("checkpoint_2", 2),
+        ("last_checkpoint", 3),
+        ("last_checkpoint.old", 1),
+        ("best_checkpoint", 9),
+    ):
+        (tmp_path / name).mkdir()
+        if name != "best_checkpoint":
+            (tmp_path / name / "state.json").write_text(json.dumps({"epoch": epoch}))
+    assert {epoch: folder.name for epoch, folder in find_checkpoints(tmp_path).items()} == {
+        1: "last_checkpoint.old",
+        2: "checkpoint_2",
+        3: "last_checkpoint",
+    }
+    assert find_checkpoint(tmp_path, "latest").name == "last_checkpoint"
+
+
+def test_captions_are_drawn_below_their_images_and_cut_to_their_width():
+    images = torch.ones(2, 3, 128, 128)
+    plain = draw_rows({"row": images})
+    captioned = draw_rows({"row": images}, {"row": ["a", "a very long caption that does not fit below an image"]})
+    assert captioned.height == plain.height + 20 and captioned.width == plain.width
+    below = np.asarray(captioned)[20 + 128 + 4 :].min(axis=(0, 2))  # darkest in each column
+    assert below[4:16].min() < 128 and below[200:264].min() < 128  # something is written below both
+    assert below[-4:].min() == 255

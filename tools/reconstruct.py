@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torchvision.transforms.v2 import functional as tvf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -51,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
             image = read_image(path, model.config.input_channels)
         except DECODE_ERRORS as error:
             raise ValueError(f"cannot decode {path}: {type(error).__name__}: {error}") from error
-        pictures.append(tvf.pil_to_tensor(fit(image)))
+        pictures.append(fit(image))
     images = normalize(torch.stack(pictures), mean, std)  #                            (N, C, H, W)
     noise = torch.rand(len(images), model.config.num_patches, generator=torch.Generator().manual_seed(args.seed))
     _, pred, mask = model(images, args.mask_ratio, noise)

@@ -1,0 +1,576 @@
+"""The classification run: against plain torch, resumed and spread, its recipes, its scores, and its refusals."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, assert_close, launch, load_tool, rows, weights
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.optim import Lars
+
+import finetune_classifier
+import pretrain_mae
+from dataset import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ResizeCenterCrop,
+    StepSampler,
+    list_images,
+    normalize,
+    read_image,
+    write_demo_data,
+)
+from finetune_classifier import build_optimizer, compare_with_scratch, main, parse_args
+from model import MAEConfig, ViTMAEForImageClassification, ViTMAEForPreTraining, load_classifier
+
+RUN_FLAGS = """--experiment_name run --epochs 4 --warmup_epochs 1 --per_gpu_batch_size 8 --learning_rate 0.01
+ --save_checkpoint_interval 2 --num_workers 0 --log_interval 2"""
+# Everything random at once: RandAugment, erasing, mixup, CutMix, drop path; and what has a state of its own.
+STRONG = "--drop_path 0.5 --random_erasing 0.5 --layer_decay 0.75 --ema_decay 0.9"
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained") / "checkpoint_4"
+    folder.mkdir()
+    torch.manual_seed(0)
+    save_file(ViTMAEForPreTraining(TINY).state_dict(), folder / "model.safetensors")
+    record = {"config": dataclasses.asdict(TINY), "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+    (folder / "config.json").write_text(json.dumps(record))
+    return folder
+
+
+def flags(data: Path, work: Path, start: Path | None, more: str = "") -> list[str]:
+    given = ["--path_to_data", str(data), "--working_directory", str(work)]
+    if start is not None:
+        given += ["--path_to_pretrained_mae_weights", str(start)]
+    return [*shlex.split(RUN_FLAGS), *given, *shlex.split(more)]
+
+
+def train(data: Path, work: Path, start: Path | None, more: str = "") -> Path:
+    main(parse_args(flags(data, work, start, more)))
+    return work / "run"
+
+
+@pytest.fixture(scope="module")
+def finished(drawn_images, pretrained, tmp_path_factory) -> Path:
+    """One run of 12 steps with everything random in it, not to be changed."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    experiment = train(drawn_images, tmp_path_factory.mktemp("work"), pretrained, STRONG)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return experiment
+
+
+# -------------------------------------------------------------------------------- what a run leaves
+
+
+def test_run_leaves_checkpoints_log_and_pictures(finished):
+    assert {entry.name for entry in finished.iterdir()} == {
+        ".lock", "args.json", "best_checkpoint", "checkpoint_2", "checkpoint_4", "last_checkpoint", "log.jsonl",
+        "predictions",
+    }  # fmt: skip
+    log = rows(finished)
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 6, 8, 9, 10, 12]
+    assert [row["step"] for row in log if "testing_top1_acc" in row] == [3, 6, 9, 12]  # at every epoch
+    keys = {"training_loss", "training_top1_acc", "learning_rate", "images_per_second", "data_wait_fraction"}
+    assert all(keys <= row.keys() and math.isfinite(row["training_loss"]) for row in log)
+    scores = {f"{prefix}_{key}" for prefix in ("testing", "ema_testing") for key in ("loss", "top1_acc", "top5_acc")}
+    assert scores <= log[-1].keys() and log[-1]["testing_top5_acc"] == 100  # of two classes
+    assert_close(weights(finished / "last_checkpoint"), weights(finished / "checkpoint_4"), atol=0)
+    with Image.open(finished / "predictions" / "epoch_4.png") as picture:
+        assert picture.width > 8 * 128
+
+
+def test_best_checkpoint_is_the_best_and_says_what_it_is(finished):
+    record = json.loads((finished / "best_checkpoint" / "config.json").read_text())
+    log = rows(finished)
+    scores = [row[key] for row in log for key in ("testing_top1_acc", "ema_testing_top1_acc") if key in row]
+    assert record["testing"]["top1_acc"] == max(scores)
+    prefix = "ema_testing" if record["moving_average"] else "testing"
+    row = next(row for row in log if "testing_loss" in row and row["epoch"] == record["epoch"])
+    assert record["testing"]["loss"] == row[f"{prefix}_loss"]
+    assert record["class_names"] == ["cats", "dogs"] and record["num_classes"] == 2 and record["crop_ratio"] == 0.875
+    assert MAEConfig(**record["config"]).encoder_embed_dim == 32 and "decoder_embed_dim" not in record["config"]
+
+
+def test_moving_average_is_kept_beside_the_weights(finished):
+    average, last = load_file(finished / "checkpoint_4" / "ema.safetensors"), weights(finished / "checkpoint_4")
+    assert average.keys() == last.keys()
+    distance = {key: (average[key] - last[key]).abs().max().item() for key in last}
+    assert 0 < max(distance.values()) < 1
+
+
+# -------------------------------------------------------------------------------- the same run, otherwise
+
+
+def test_same_seed_gives_the_same_run(finished, drawn_images, pretrained, tmp_path):
+    torch.rand(3)
+    experiment = train(drawn_images, tmp_path, pretrained, f"{STRONG} --num_workers 2")
+    assert_close(weights(experiment / "checkpoint_4"), weights(finished / "checkpoint_4"), atol=0)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_2", "last_checkpoint"])
+def test_resumed_run_equals_the_uninterrupted_bit_for_bit(finished, drawn_images, pretrained, tmp_path, name):
+    experiment = tmp_path / "run"
+    shutil.copytree(finished / "checkpoint_2", experiment / name)
+    shutil.copy(finished / "log.jsonl", experiment)
+    train(drawn_images, tmp_path, pretrained, f"{STRONG} --resume_from_checkpoint latest")
+    for file in ("model.safetensors", "ema.safetensors"):
+        ours, whole = (load_file(run / "last_checkpoint" / file) for run in (experiment, finished))
+        assert_close(ours, whole, atol=0)
+    kept = ("step", "training_loss", "training_top1_acc", "testing_loss", "ema_testing_top1_acc")
+    assert [[row.get(key) for key in kept] for row in rows(experiment)] == [
+        [row.get(key) for key in kept] for row in rows(finished)
+    ]
+
+
+def test_accumulated_run_equals_the_plain_one(finished, drawn_images, pretrained, tmp_path):
+    experiment = train(drawn_images, tmp_path, pretrained, f"{STRONG} --gradient_accumulation_steps 2")
+    assert_close(weights(experiment / "checkpoint_4"), weights(finished / "checkpoint_4"), atol=1e-6)
+
+
+def test_two_processes_equal_one(finished, drawn_images, pretrained, tmp_path):
+    halves = flags(drawn_images, tmp_path, pretrained, f"{STRONG} --per_gpu_batch_size 4")
+    printed = launch("finetune_classifier.py", halves, num_processes=2)
+    assert "8 = 2 processes x 1 forward passes x 4 images" in printed
+    assert_close(weights(tmp_path / "run" / "checkpoint_4"), weights(finished / "checkpoint_4"), atol=1e-6)
+    for ours, plain in zip(rows(tmp_path / "run"), rows(finished), strict=True):
+        assert ours["learning_rate"] == plain["learning_rate"]
+        for key in ("training_loss", "training_top1_acc", "testing_loss", "testing_top1_acc"):
+            assert ours.get(key) == pytest.approx(plain.get(key), abs=1e-5)
+
+
+def test_run_equals_the_same_steps_in_plain_torch(image_folder, pretrained, tmp_path):
+    """Replay by hand what the tutorial's recipe does, on images that no crop or flip can change."""
+    for index, path in enumerate(sorted(image_folder.rglob("*.jpg"))):
+        Image.new("RGB", (16, 16), (10 * index, 255 - 9 * index, 40)).save(path, quality=100)
+    plain = "--random_aug_magnitude 0 --mixup_alpha 0 --cutmix_alpha 0 --max_grad_norm 0.5 --epochs 2"
+    experiment = train(image_folder, tmp_path, pretrained, f"{plain} --layer_decay 0.5")
+
+    torch.manual_seed(0)
+    model = ViTMAEForImageClassification(TINY, 2)
+    encoder = {k: v for k, v in weights(pretrained).items() if k in model.state_dict() and not k.startswith("norm")}
+    model.load_state_dict(encoder, strict=False)
+    groups = []
+    for name, p in model.named_parameters():
+        stem = name.startswith(("cls_token", "pos_embed", "patch_embed"))
+        layer = 0 if stem else int(name.split(".")[1]) + 1 if name.startswith("blocks") else 4
+        decay = 0.1 if p.ndim > 1 and name not in ("cls_token", "pos_embed") else 0.0
+        groups.append({"params": [p], "weight_decay": decay, "scale": 0.5 ** (4 - layer)})
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+    files = list_images(image_folder / "train")
+    sampler, step = StepSampler(24, 8, seed=0), 0
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        for keys in sampler:
+            pictures = [torch.from_numpy(np.array(read_image(files.path(key.index)))) for key in keys]
+            images = normalize(torch.stack(pictures).permute(0, 3, 1, 2), IMAGENET_MEAN, IMAGENET_STD)
+            labels = torch.from_numpy(files.labels[[key.index for key in keys]]).long()
+            F.cross_entropy(model(images), labels, label_smoothing=0.1).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            rate = 0.01 * step / 3 if step < 3 else 0.005 * (1 + math.cos(math.pi * (step - 3) / 3))
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+    assert_close(weights(experiment / "checkpoint_2"), dict(model.state_dict()), atol=2e-6)
+
+
+def test_two_epochs_memorise_32_images(tmp_path):
+    """32 images, each of one colour, in four classes drawn by lot; each is there 40 times."""
+    labels = np.random.default_rng(0).permutation(np.arange(32) % 4)
+    colours = itertools.product((0, 85, 170, 255), (0, 85, 170, 255), (0, 255))
+    for index, (label, colour) in enumerate(zip(labels, colours, strict=True)):
+        image = Image.new("RGB", (16, 16), colour)
+        for split, copies in (("train", 40), ("val", 1)):
+            folder = tmp_path / "data" / split / f"class_{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            for copy in range(copies):
+                image.save(folder / f"{index:02d}_{copy:02d}.png")
+    size = "--img_size 16 --patch_size 4 --encoder_embed_dim 48 --encoder_depth 2 --encoder_num_heads 3"
+    plain = "--random_aug_magnitude 0 --mixup_alpha 0 --cutmix_alpha 0 --label_smoothing 0"
+    more = f"{size} {plain} --epochs 2 --warmup_epochs 0.2 --learning_rate 2e-3 --weight_decay 0 --log_interval 20"
+    experiment = train(tmp_path / "data", tmp_path / "work", None, more)
+    assert rows(experiment)[-1]["testing_top1_acc"] == 100.0
+
+
+# -------------------------------------------------------------------------------- scores
+
+
+@pytest.fixture
+def odd_data(image_folder) -> Path:
+    (image_folder / "val" / "cats" / "000.jpg").unlink()
+    return image_folder
+
+
+def evaluation_of(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "evaluation.json").read_text())
+
+
+def test_evaluation_counts_every_image_once_on_any_number_of_processes(finished, odd_data, tmp_path):
+    """Seven images, so that neither two nor three processes get equal shares, nor equal last batches."""
+    found = []
+    for num_processes in (1, 2, 3):
+        checkpoint = shutil.copytree(finished / "last_checkpoint", tmp_path / f"on_{num_processes}")
+        arguments = flags(odd_data, tmp_path, checkpoint, "--eval_only --per_gpu_batch_size 2")
+        launch("finetune_classifier.py", arguments, num_processes=num_processes)
+        found.append({k: v for k, v in evaluation_of(checkpoint).items() if k != "weights"})
+        table = (checkpoint / "per_class.tsv").read_text()
+        assert table == (tmp_path / "on_1" / "per_class.tsv").read_text()
+    assert found[0]["num_images"] == 7 and found[0]["testing_top1_acc"] == found[1]["testing_top1_acc"]
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        assert other["testing_loss"] == pytest.approx(found[0]["testing_loss"], abs=1e-6)
+        assert {k: v for k, v in other.items() if "loss" not in k} == {
+            k: v for k, v in found[0].items() if "loss" not in k
+        }
+
+
+def test_scores_equal_brute_force(finished, odd_data, tmp_path):
+    checkpoint = shutil.copytree(finished / "last_checkpoint", tmp_path / "copy")
+    figures = main(parse_args(flags(odd_data, tmp_path, checkpoint, "--eval_only")))
+    model, _ = load_classifier(checkpoint)
+    files, losses, hits = list_images(odd_data / "val"), [], []
+    for index in range(7):
+        image = ResizeCenterCrop((16, 16), 0.875)(read_image(files.path(index)))
+        with torch.no_grad():
+            scores = model.eval()(normalize(image[None], IMAGENET_MEAN, IMAGENET_STD))
+        losses.append(F.cross_entropy(scores, torch.tensor([files.labels[index]]).long()).item())
+        hits.append(int(scores.argmax()) == files.labels[index])
+    assert figures["testing_top1_acc"] == 100 * sum(hits) / 7
+    assert figures["testing_loss"] == pytest.approx(sum(losses) / 7, abs=1e-6)
+    lines = [line.split("\t") for line in (checkpoint / "per_class.tsv").read_text().splitlines()]
+    assert [line[:3] for line in lines[1:]] == [["cats", "cats", "3"], ["dogs", "dogs", "4"]]
+    right = sum(int(line[2]) * float(line[3]) for line in lines[1:]) / 100
+    assert round(right) == sum(hits) and (checkpoint / "worst_confusions.png").exists() == (sum(hits) < 7)
+
+
+@pytest.mark.parametrize("name", ["best_checkpoint", "last_checkpoint"])
+def test_eval_only_gives_the_logged_figures_to_the_last_digit(finished, drawn_images, tmp_path, name):
+    checkpoint = shutil.copytree(finished / name, tmp_path / name)
+    figures = main(parse_args(flags(drawn_images, tmp_path, checkpoint, "--eval_only")))
+    if name == "last_checkpoint":
+        logged = {key: rows(finished)[-1][key] for key in figures}
+    else:
+        record = json.loads((checkpoint / "config.json").read_text())["testing"]
+        logged = {f"testing_{key}": value for key, value in record.items()}
+    assert figures == logged
+
+
+def test_evaluating_twice_keeps_the_first_files(finished, drawn_images, tmp_path):
+    checkpoint = shutil.copytree(finished / "last_checkpoint", tmp_path / "copy")
+    for _ in range(2):
+        main(parse_args(flags(drawn_images, tmp_path, checkpoint, "--eval_only")))
+    assert (checkpoint / "per_class_1.tsv").exists() and (checkpoint / "per_class.tsv").exists()
+
+
+def test_eval_only_takes_a_file_of_the_original_release_and_a_folder_of_classes(image_folder, tmp_path):
+    torch.manual_seed(0)
+    config = MAEConfig(img_size=32, encoder_embed_dim=192, encoder_depth=1, encoder_num_heads=3)
+    model = ViTMAEForImageClassification(config, 2)
+    torch.save({"model": model.state_dict()}, tmp_path / "mae_finetuned_vit.pth")
+    more = ["--eval_only", "--path_to_pretrained_mae_weights", str(tmp_path / "mae_finetuned_vit.pth")]
+    work = ["--working_directory", str(tmp_path / "work"), "--num_workers", "0"]
+    figures = [
+        main(parse_args(["--path_to_data", str(path), *more, *work])) for path in (image_folder, image_folder / "val")
+    ]
+    assert figures[0] == figures[1]
+    (image_folder / "val" / "birds").mkdir()
+    shutil.copy(image_folder / "val" / "cats" / "000.jpg", image_folder / "val" / "birds")
+    with pytest.raises(ValueError, match=r"tells 2 classes apart, but .* has 3"):
+        main(parse_args(["--path_to_data", str(image_folder), *more, *work]))
+
+
+def test_knn_equals_brute_force_and_the_online_view(drawn_images, pretrained, tmp_path):
+    figures = main(parse_args(flags(drawn_images, tmp_path, pretrained, "--knn --global_pool cls")))
+    model = ViTMAEForPreTraining(TINY)
+    model.load_state_dict(weights(pretrained))
+    vectors, labels = {}, {}
+    for split in ("train", "val"):
+        files = list_images(drawn_images / split)
+        images = torch.stack([ResizeCenterCrop((16, 16), 0.875)(read_image(files.path(i))) for i in range(len(files))])
+        with torch.no_grad():
+            tokens = model.forward_features(normalize(images, IMAGENET_MEAN, IMAGENET_STD))
+        vectors[split], labels[split] = F.normalize(tokens[:, 0], dim=1), files.labels
+    hits = 0
+    for vector, label in zip(vectors["val"], labels["val"], strict=True):
+        similarity = vectors["train"] @ vector
+        nearest = similarity.argsort(descending=True)[:20]
+        votes = [sum(math.exp(similarity[i] / 0.07) for i in nearest if labels["train"][i] == k) for k in (0, 1)]
+        hits += votes.index(max(votes)) == label
+    assert figures["knn_top1_acc"] == 100 * hits / 8
+
+
+# -------------------------------------------------------------------------------- frozen encoders
+
+
+def test_linear_probe_trains_the_head_alone_from_the_frozen_feature(drawn_images, pretrained, tmp_path):
+    more = "--linear_probe --learning_rate 1 --gradient_accumulation_steps 1"
+    experiment = train(drawn_images, tmp_path, pretrained, more)
+    probed, before = weights(experiment / "last_checkpoint"), weights(pretrained)
+    assert all(torch.equal(value, before[key]) for key, value in probed.items() if not key.startswith("head"))
+    assert probed["head.0.running_mean"].any() and probed["head.1.bias"].any()
+    record = json.loads((experiment / "last_checkpoint" / "config.json").read_text())
+    assert record["global_pool"] == "cls"
+    figures = main(parse_args(flags(drawn_images, tmp_path, experiment / "last_checkpoint", "--eval_only")))
+    assert figures["testing_loss"] == rows(experiment)[-1]["testing_loss"]
+
+
+def test_lars_takes_the_steps_of_the_original_by_hand(pretrained, drawn_images):
+    """Weights get the trust ratio 0.001 |w| / |g|, the bias none; momentum holds what was scaled."""
+    args = parse_args(flags(drawn_images, Path("nowhere"), pretrained, "--linear_probe"))
+    model = ViTMAEForImageClassification(TINY, 2, "cls", probe_head=True)
+    optimizer = build_optimizer(model, 6.4, args)
+    assert isinstance(optimizer, Lars) and len([p for group in optimizer.param_groups for p in group["params"]]) == 2
+    linear, momentum = model.head[1], {}
+    torch.nn.init.normal_(linear.bias)
+    expected = {"weight": linear.weight.detach().clone(), "bias": linear.bias.detach().clone()}
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for name, parameter in linear.named_parameters():
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = gradient.clone()
+            if name == "weight":
+                gradient = gradient * 0.001 * expected[name].norm() / gradient.norm()
+            momentum[name] = 0.9 * momentum.get(name, 0) + gradient
+            expected[name] = expected[name] - 6.4 * momentum[name]
+        optimizer.step()
+    torch.testing.assert_close(linear.weight.detach(), expected["weight"])
+    torch.testing.assert_close(linear.bias.detach(), expected["bias"])
+
+
+def test_partial_finetuning_leaves_the_first_blocks_alone(drawn_images, pretrained, tmp_path):
+    experiment = train(drawn_images, tmp_path, pretrained, "--finetune_blocks 0.5 --drop_path 0.5")
+    tuned, before = weights(experiment / "last_checkpoint"), weights(pretrained)
+    changed = {key for key in tuned if key in before and not torch.equal(tuned[key], before[key])}
+    assert changed == {
+        f"blocks.2.{name}.{kind}" for name in ("norm2", "mlp.fc1", "mlp.fc2") for kind in ("weight", "bias")
+    }
+
+
+# -------------------------------------------------------------------------------- recipes
+
+
+def parsed(start: Path | None, more: str = ""):
+    given = ["--path_to_data", "nowhere"] + (["--path_to_pretrained_mae_weights", str(start)] if start else [])
+    return parse_args([*given, *shlex.split(more)])
+
+
+def original_file(folder: Path, width: int, depth: int) -> Path:
+    """An encoder-only file in the layout of the original release, as wide as asked."""
+    with torch.device("meta"):
+        heads = width // 64
+        config = MAEConfig(img_size=32, encoder_embed_dim=width, encoder_depth=depth, encoder_num_heads=heads)
+        state = ViTMAEForImageClassification(config, 1).state_dict()
+    kept = {key: torch.zeros(value.shape) for key, value in state.items() if not key.startswith(("head", "fc_norm"))}
+    torch.save({"model": kept}, folder / "mae_pretrain.pth")
+    return folder / "mae_pretrain.pth"
+
+
+def test_tutorial_recipe_is_the_given_command():
+    args = parsed(None)
+    assert (args.epochs, args.warmup_epochs, args.per_gpu_batch_size) == (100, 5, 256)
+    assert (args.learning_rate, args.weight_decay, args.max_grad_norm) == (0.002, 0.1, 1.0)
+    assert (args.random_aug_magnitude, args.mixup_alpha, args.cutmix_alpha, args.label_smoothing) == (9, 0.2, 1.0, 0.1)
+    assert (args.encoder_embed_dim, args.encoder_depth, args.img_size, args.layer_decay) == (768, 12, 224, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (192, (100, 5e-4, 0.65, 0.1)),
+        (768, (100, 5e-4, 0.65, 0.1)),
+        (1024, (50, 1e-3, 0.75, 0.2)),
+        (1280, (50, 1e-3, 0.75, 0.3)),
+    ],
+)
+def test_paper_recipe_follows_the_size_of_the_weights(tmp_path, width, expected):
+    args = parsed(original_file(tmp_path, width, 1), "--recipe paper")
+    assert (args.epochs, args.base_learning_rate, args.layer_decay, args.drop_path) == expected
+    assert (args.learning_rate, args.min_learning_rate, args.weight_decay, args.max_grad_norm) == (None, 1e-6, 0.05, 0)
+    assert (args.random_aug_magnitude, args.random_erasing, args.mixup_alpha, args.cutmix_alpha) == (9, 0.25, 0.8, 1.0)
+    assert args.label_smoothing == 0.1 and args.adam_betas == [0.9, 0.999] and args.encoder_depth == 1
+    assert args.img_size == 32  # the weights', as long as no flag says otherwise
+
+
+def test_paper_recipe_from_scratch():
+    args = parsed(None, "--recipe paper --model mae_vit_large_patch16")
+    assert (args.epochs, args.warmup_epochs, args.base_learning_rate, args.weight_decay) == (200, 20, 1e-4, 0.3)
+    assert (args.ema_decay, args.layer_decay, args.drop_path, args.adam_betas) == (0.9999, 1.0, 0.2, [0.9, 0.95])
+    assert args.encoder_embed_dim == 1024
+
+
+def test_linear_probe_recipe_is_the_papers(pretrained):
+    args = parsed(pretrained, "--linear_probe")
+    assert (args.epochs, args.warmup_epochs, args.base_learning_rate, args.weight_decay) == (90, 10, 0.1, 0.0)
+    assert (args.global_pool, args.random_aug_magnitude, args.mixup_alpha, args.label_smoothing) == ("cls", 0, 0, 0)
+
+
+def test_flags_win_over_recipes(pretrained):
+    args = parsed(pretrained, "--recipe paper --epochs 7 --drop_path 0 --learning_rate 0.5 --img_size 32")
+    assert (args.epochs, args.drop_path, args.learning_rate, args.base_learning_rate) == (7, 0, 0.5, None)
+    assert args.img_size == 32 and args.patch_size == 4
+    args = parsed(pretrained, "--base_learning_rate 0.1")
+    assert (args.learning_rate, args.base_learning_rate) == (None, 0.1)
+
+
+def test_larger_images_than_pretraining_resample_the_positions(drawn_images, pretrained, tmp_path, capsys):
+    train(drawn_images, tmp_path, pretrained, "--img_size 24 --epochs 2")
+    assert "1 resampled (pos_embed)" in capsys.readouterr().out
+    assert weights(tmp_path / "run" / "last_checkpoint")["pos_embed"].shape == (1, 1 + 36, 32)
+
+
+def test_from_scratch_run_says_so(drawn_images, tmp_path, capsys):
+    size = "--img_size 16 --patch_size 4 --encoder_embed_dim 32 --encoder_depth 2 --encoder_num_heads 4"
+    train(drawn_images, tmp_path, None, f"{size} --epochs 2")
+    assert "start           from scratch" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--learning_rate 1 --base_learning_rate 1", "give one of them"),
+        ("--label_smoothing 1", "--label_smoothing must lie between 0 and 0.99, and is 1.0"),
+        ("--mixup_alpha -1", "--mixup_alpha cannot be negative"),
+        ("--random_aug_magnitude 11", "--random_aug_magnitude must lie between 0 and 10"),
+        ("--model mae_vit_base_patch16", "--model is for training from scratch; the sizes come with"),
+        ("--encoder_depth 5", "--encoder_depth 5, but"),
+        ("--img_size 30", "img_size 30 is not a multiple of patch_size 4; use 28 or 32"),
+        ("--knn --eval_only", "not allowed with argument"),
+        ("--eval_interval 0", "--eval_interval must be at least 1"),
+    ],
+)
+def test_impossible_flags_are_refused_before_any_work(pretrained, more, message, capsys):
+    with pytest.raises(SystemExit):
+        parsed(pretrained, more)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["--eval_only", "--linear_probe", "--knn"])
+def test_judging_weights_needs_weights(mode, capsys):
+    with pytest.raises(SystemExit):
+        parsed(None, mode)
+    assert "judge weights: give --path_to_pretrained_mae_weights" in capsys.readouterr().err
+
+
+def test_demo_without_its_pretraining_says_what_to_run_first(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--demo", "--working_directory", str(tmp_path)])
+    assert "first run accelerate launch pretrain_mae.py --demo" in capsys.readouterr().err
+
+
+def test_demo_compares_the_pretrained_run_with_one_from_scratch(tmp_path, monkeypatch, capsys):
+    """The demo in small: few scenes, and few epochs of everything."""
+    few = functools.partial(write_demo_data, num_train=64, num_val=20)
+    monkeypatch.setattr(pretrain_mae, "write_demo_data", few)
+    monkeypatch.setattr(finetune_classifier, "write_demo_data", few)
+    short = ["--demo", "--epochs", "2", "--num_workers", "0", "--working_directory", str(tmp_path)]
+    pretrain_mae.main(pretrain_mae.parse_args(short))
+    compare_with_scratch(parse_args(short))
+    printed = capsys.readouterr().out
+    assert "start           from scratch" in printed and "tensors loaded" in printed
+    scores = {line[2:34].strip(): float(line[34:].rstrip(" %")) for line in printed.splitlines()[-2:]}
+    experiments = {"from scratch": "demo_finetuned_from_scratch", "from the demo's pretraining": "demo_finetuned"}
+    for name, experiment in experiments.items():
+        assert scores[name] == pytest.approx(rows(tmp_path / experiment)[-1]["testing_top1_acc"], abs=0.01)
+
+
+def test_weights_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint folder or weight file at"):
+        parsed(tmp_path / "checkpoint_9")
+
+
+def test_validation_classes_that_differ_are_refused(image_folder, pretrained, tmp_path):
+    (image_folder / "val" / "dogs").rename(image_folder / "val" / "doges")
+    with pytest.raises(ValueError, match="it lacks dogs; it adds doges"):
+        train(image_folder, tmp_path, pretrained)
+    assert not (tmp_path / "run").exists()
+
+
+def test_number_of_classes_that_is_not_there_is_refused(drawn_images, pretrained, tmp_path):
+    with pytest.raises(ValueError, match=r"--num_classes 1000, but .* has 2 class folders"):
+        train(drawn_images, tmp_path, pretrained, "--num_classes 1000")
+
+
+def test_data_without_validation_is_refused(image_folder, pretrained, tmp_path):
+    shutil.rmtree(image_folder / "val")
+    with pytest.raises(FileNotFoundError, match="without held-out images no classifier can be judged"):
+        train(image_folder, tmp_path, pretrained)
+
+
+def test_evaluated_classes_have_to_be_the_classifiers(finished, image_folder, tmp_path):
+    checkpoint = shutil.copytree(finished / "last_checkpoint", tmp_path / "copy")
+    (image_folder / "val" / "cats").rename(image_folder / "val" / "birds")
+    with pytest.raises(ValueError, match=r"the classifier in .* it lacks cats; it adds birds"):
+        main(parse_args(flags(image_folder, tmp_path, checkpoint, "--eval_only")))
+
+
+def test_pretrained_weights_are_no_classifier(pretrained, drawn_images, tmp_path):
+    with pytest.raises(ValueError, match="holds no classifier"):
+        main(parse_args(flags(drawn_images, tmp_path, pretrained, "--eval_only")))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--ema_decay 0.8", "ema_decay: 0.9 in the checkpoint, 0.8 now"),
+        ("--finetune_blocks 1", "finetune_blocks: None in the checkpoint, 1.0 now"),
+        ("--global_pool cls", "global_pool: 'avg' in the checkpoint, 'cls' now"),
+    ],
+)
+def test_resume_as_another_run_is_refused(finished, drawn_images, pretrained, tmp_path, more, message):
+    shutil.copytree(finished / "checkpoint_2", tmp_path / "run" / "checkpoint_2")
+    with pytest.raises(ValueError, match=message):
+        train(drawn_images, tmp_path, pretrained, f"{STRONG} --resume_from_checkpoint latest {more}")
+
+
+def test_finished_experiment_is_not_trained_over(finished, drawn_images, pretrained):
+    with pytest.raises(FileExistsError, match="--resume_from_checkpoint latest"):
+        train(drawn_images, finished.parent, pretrained, STRONG)
+
+
+# -------------------------------------------------------------------------------- tools
+
+
+def test_classify_names_the_likeliest_classes(finished, drawn_images, capsys):
+    tool = load_tool("classify")
+    path = next((drawn_images / "val" / "cats").iterdir())
+    tool.main(tool.parse_args(["--checkpoint", str(finished / "last_checkpoint"), str(path)]))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == str(path) and {line.split()[1] for line in printed[1:]} == {"cats", "dogs"}
+    model, _ = load_classifier(finished / "last_checkpoint")
+    image = normalize(ResizeCenterCrop((16, 16), 0.875)(read_image(path))[None], IMAGENET_MEAN, IMAGENET_STD)
+    best = model.eval()(image).softmax(dim=1).max().item()
+    assert printed[1].split()[0] == f"{best:.2%}"
+
+
+def test_classify_knows_imagenets_names_and_refuses_what_is_no_image(tmp_path):
+    tool = load_tool("classify")
+    assert tool.class_names_of({"class_names": ["n01440764", "cats"]}, 2) == ["tench", "cats"]
+    assert tool.class_names_of({}, 1000)[0] == "tench" and tool.class_names_of({}, 3) == [
+        "class 0",
+        "class 1",
+        "class 2",
+    ]
+    model = ViTMAEForImageClassification(TINY, 2)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"config": dataclasses.asdict(TINY)}))
+    (tmp_path / "text.jpg").write_text("no picture")
+    with pytest.raises(ValueError, match=r"cannot decode .*text\.jpg"):
+        tool.main(tool.parse_args(["--checkpoint", str(tmp_path), str(tmp_path / "text.jpg")]))

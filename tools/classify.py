@@ -1,0 +1,68 @@
+"""Name what a finetuned classifier sees in images: its five likeliest classes.
+
+python tools/classify.py --checkpoint work_dir/MAE_Imagenet_Finetuning/best_checkpoint IMAGE...
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torchvision.models import ViT_B_16_Weights
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dataset import (
+    DECODE_ERRORS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ResizeCenterCrop,
+    eval_crop_ratio,
+    normalize,
+    read_image,
+)
+from model import load_classifier
+from utils import describe_class
+
+TOP = 5
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="of any size; resized and cropped to the model's")
+    parser.add_argument(
+        "--checkpoint", required=True, help="checkpoint folder of finetune_classifier.py, or mae_finetuned_vit_*.pth"
+    )
+    return parser.parse_args(argv)
+
+
+def class_names_of(record: dict, num_classes: int) -> list[str]:
+    """Give the names in config.json in words; without them ImageNet's where there are 1000 classes, else numbers."""
+    if "class_names" in record:
+        return [describe_class(name) for name in record["class_names"]]
+    imagenet = ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]
+    return imagenet if len(imagenet) == num_classes else [f"class {index}" for index in range(num_classes)]
+
+
+@torch.no_grad()
+def main(args: argparse.Namespace) -> None:
+    model, record = load_classifier(args.checkpoint)
+    model.eval()
+    names = class_names_of(record, model.num_classes)
+    hw = model.config.image_hw
+    fit = ResizeCenterCrop(hw, eval_crop_ratio(hw))
+    mean, std = record.get("image_mean", IMAGENET_MEAN), record.get("image_std", IMAGENET_STD)
+    for path in args.images:
+        try:
+            image = read_image(path, model.config.input_channels)
+        except DECODE_ERRORS as error:
+            raise ValueError(f"cannot decode {path}: {type(error).__name__}: {error}") from error
+        probabilities = model(normalize(fit(image)[None], mean, std)).softmax(dim=1)[0]
+        print(path)
+        best = probabilities.topk(min(TOP, len(names)))
+        for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            print(f"  {probability:7.2%}  {names[index]}")
+
+
+if __name__ == "__main__":
+    main(parse_args())
