@@ -1,10 +1,10 @@
-"""The networks: the ViT encoder, once, and on top of it the masked autoencoder and the classifier.
+"""The networks: the ViT encoder, once, and on top of it the masked autoencoder, the classifier and the segmenter.
 
 Masking, decoder, pixel loss, initialisation, sizes and the reading of weight files live here; layers come from
 timm; what happens to images before they are a tensor lives in dataset.py. State-dict keys are those of the
 original release, so that its files, and timm's, load by name.
 
-Shapes   N batch   L patches   D width   P patch size   C channels   H W image   h w patch grid
+Shapes   N batch   L patches   D width   P patch size   C channels   H W image   h w patch grid   K classes
 Masks    1 = removed, 0 = kept
 """
 
@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,8 @@ from safetensors.torch import load_file
 from timm.layers import DropPath, PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+from upernet import FCNHead, Feature2Pyramid, UperNetHead
 
 LAYER_NORM_EPS = 1e-6
 NORM_PIX_EPS = 1e-6
@@ -169,12 +171,39 @@ def build_blocks(dim: int, depth: int, num_heads: int, mlp_ratio: float, drop_pa
     return blocks
 
 
+def relative_position_index(grid_size: tuple[int, int]) -> Tensor:
+    """Give for each pair of tokens, cls token first, its row of a relative position table: (1 + h*w, 1 + h*w) int64.
+
+    Row (dy + h - 1) * (2w - 1) + dx + w - 1 is for a query dy below and dx right of a key; the last three rows are for
+    cls to patch, patch to cls, and cls to cls (BEiT, arXiv 2106.08254, as its release numbers them).
+    """
+    h, w = grid_size
+    rows, columns = (axis.flatten() for axis in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+    down, right = rows[:, None] - rows + h - 1, columns[:, None] - columns + w - 1
+    size = (2 * h - 1) * (2 * w - 1)
+    index = torch.empty(1 + h * w, 1 + h * w, dtype=torch.int64)
+    index[1:, 1:] = down * (2 * w - 1) + right
+    index[0, :], index[:, 0], index[0, 0] = size, size + 1, size + 2
+    return index
+
+
+def resample_relative_positions(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Resample a ((2h-1)*(2w-1) + 3, heads) table to another grid, bicubic; the last three rows stay."""
+    if new_grid == old_grid:
+        return table
+    old, new = ((2 * h - 1, 2 * w - 1) for h, w in (old_grid, new_grid))
+    maps = table[:-3].T.unflatten(1, old)[None].float()  #                  (1, heads, 2h-1, 2w-1)
+    maps = F.interpolate(maps, new, mode="bicubic", align_corners=False)
+    return torch.cat([maps[0].flatten(1).T.to(table.dtype), table[-3:]])
+
+
 class VisionTransformer(nn.Module):
     """Encode whole images, without any masking or shuffle (Dosovitskiy et al. 2021, as the MAE paper uses it).
 
     Images of another size than the one it was built for are accepted: the position embeddings are resampled.
     """
 
+    rel_pos_bias = False
     global_pool = "avg"  # what stands for an image: the mean of the patch tokens ("avg") or the cls token ("cls")
 
     def __init__(self, config: MAEConfig, *, drop_path_rate: float = 0.0, custom_weight_init: bool = True):
@@ -255,11 +284,34 @@ class VisionTransformer(nn.Module):
         x = self.embed_patches(self.patchify(images)) + pos_embed[:, 1:]
         return self.prepend_cls(x, pos_embed)
 
+    def add_relative_positions(self) -> None:
+        """Give every block a table of attention biases by relative position, at zero (paper, appendix A.4).
+
+        Zero tables change nothing, so that a pretrained encoder starts as it is.
+        """
+        h, w = self.config.grid_size
+        self.rel_pos_bias = True
+        for block in self.blocks:
+            table = torch.zeros((2 * h - 1) * (2 * w - 1) + 3, self.config.encoder_num_heads)
+            block.attn.relative_position_bias_table = nn.Parameter(table)
+
+    def encode_blocks(self, images: Tensor, last: int) -> Iterator[Tensor]:
+        """Give the raw outputs of the blocks up to `last`, one after the other, each (N, 1 + L, D)."""
+        x = self.embed_images(images)
+        grid = self.grid_of(images)
+        index = relative_position_index(grid).to(images.device) if self.rel_pos_bias else None
+        for block in self.blocks[: last + 1]:
+            if self.rel_pos_bias:
+                table = block.attn.relative_position_bias_table
+                table = resample_relative_positions(table, self.config.grid_size, grid)
+                x = block(x, attn_mask=table[index].permute(2, 0, 1)[None])  # bias (1, heads, 1 + L, 1 + L)
+            else:
+                x = block(x)
+            yield x
+
     def forward_features(self, images: Tensor) -> Tensor:
         """Encode whole images: (N, C, H, W) -> (N, 1 + L, D), cls token first, after the final norm."""
-        x = self.embed_images(images)
-        for block in self.blocks:
-            x = block(x)
+        *_, x = self.encode_blocks(images, len(self.blocks) - 1)
         return self.norm(x)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -278,11 +330,9 @@ class VisionTransformer(nn.Module):
         depth = len(self.blocks)
         if not all(0 <= index < depth for index in indices):
             raise ValueError(f"block indices {list(indices)} must lie in 0..{depth - 1}, as the encoder has {depth}")
-        x = self.embed_images(images)
         h, w = self.grid_of(images)
         maps = {}
-        for index, block in enumerate(self.blocks[: max(indices) + 1]):
-            x = block(x)
+        for index, x in enumerate(self.encode_blocks(images, max(indices))):
             if index in indices:
                 maps[index] = x[:, 1:].transpose(1, 2).unflatten(2, (h, w))  # (N, D, h, w)
         return [maps[index] for index in indices]
@@ -521,6 +571,64 @@ class ViTMAEForImageClassification(VisionTransformer):
             if isinstance(drop_path, SampleDropPath):
                 drop_path.noise = None if noise is None else noise[:, index]
         return self.head(self.forward_pooled(images))  #                     (N, K)
+
+
+# ------------------------------------------------------------------------------------------------ segmenter
+
+TAP_SHARES = (1 / 3, 1 / 2, 2 / 3, 1)  # of the depth: blocks 3, 5, 7, 11 of 12 and 7, 11, 15, 23 of 24, counted from 0
+
+
+def default_taps(depth: int) -> list[int]:
+    """Give the blocks whose outputs a segmenter sees: 3, 5, 7, 11 of 12, and likewise for other depths."""
+    taps = [round(depth * share) - 1 for share in TAP_SHARES]
+    if len(set(taps)) < len(taps) or taps[0] < 0:
+        raise ValueError(f"an encoder of {depth} blocks has no four taps; it needs at least 4, or taps of your own")
+    return taps
+
+
+class SegmentationOutput(NamedTuple):
+    """Scores of the cells: `logits` (N, K, h', w') of the finest level, `auxiliary` (N, K, h, w) of the third tap."""
+
+    logits: Tensor
+    auxiliary: Tensor
+
+
+class ViTMAEForSegmentation(nn.Module):
+    """The encoder under UperNet (paper, appendix A.4), with MMSegmentation's names for everything but the encoder.
+
+    `taps` are 0-based blocks, whose raw outputs are used; `channels` is the heads' width (default: the encoder's).
+    """
+
+    def __init__(
+        self,
+        config: MAEConfig,
+        num_classes: int,
+        *,
+        taps: Sequence[int] | None = None,
+        channels: int | None = None,
+        norm: str = "batch",
+        drop_path_rate: float = 0.0,
+        rel_pos_bias: bool = False,
+    ):
+        super().__init__()
+        self.taps = list(taps or default_taps(config.encoder_depth))
+        if len(self.taps) != 4 or not all(0 <= tap < config.encoder_depth for tap in self.taps):
+            raise ValueError(f"taps must be four blocks within 0..{config.encoder_depth - 1}, not {self.taps}")
+        self.backbone = VisionTransformer(config, drop_path_rate=drop_path_rate)
+        self.backbone.norm = nn.Identity()  # taps are raw outputs, and what gets no gradient stalls DDP
+        self.backbone.pos_embed.requires_grad_(True)
+        if rel_pos_bias:
+            self.backbone.add_relative_positions()
+        width = config.encoder_embed_dim
+        self.neck = Feature2Pyramid(width, norm)
+        self.decode_head = UperNetHead([width] * 4, channels or width, num_classes, norm)
+        self.auxiliary_head = FCNHead(width, num_classes, norm=norm)
+
+    def forward(self, images: Tensor) -> SegmentationOutput:
+        """Score the cells of images of any size, (N, C, H, W)."""
+        maps = self.backbone.get_intermediate_layers(images, self.taps)  #  4 x (N, D, h, w)
+        logits = self.decode_head(self.neck(maps))  #                       (N, K, 4h, 4w)
+        return SegmentationOutput(logits, self.auxiliary_head(maps[2]))  #  (N, K, h, w)
 
 
 # ------------------------------------------------------------------------------------------------ weight files

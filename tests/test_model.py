@@ -22,6 +22,8 @@ from model import (
     VisionTransformer,
     ViTMAEForImageClassification,
     ViTMAEForPreTraining,
+    ViTMAEForSegmentation,
+    default_taps,
     get_2d_sincos_pos_embed,
     infer_config,
     load_classifier,
@@ -29,7 +31,9 @@ from model import (
     load_pretrained_mae,
     num_kept_patches,
     read_state_dict,
+    relative_position_index,
     resample_pos_embed,
+    resample_relative_positions,
 )
 from utils import save_checkpoint
 
@@ -737,3 +741,83 @@ def test_read_state_dict_runs_no_code(tmp_path):
     with pytest.raises(pickle.UnpicklingError):
         read_state_dict(tmp_path / "hostile.pth")
     assert not (tmp_path / "owned").exists()
+
+
+# -------------------------------------------------------------------------------- segmenter
+
+
+def random_segmenter(**options) -> ViTMAEForSegmentation:
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, encoder_embed_dim=64, encoder_depth=4)
+    return ViTMAEForSegmentation(config, 5, **options).eval()
+
+
+def test_segmenter_scores_images_of_any_size():
+    model = random_segmenter(channels=32)
+    for h, w in ((4, 4), (6, 2)):
+        logits, auxiliary = model(torch.randn(2, 3, 4 * h, 4 * w))
+        assert logits.shape == (2, 5, 4 * h, 4 * w) and auxiliary.shape == (2, 5, h, w)
+    assert {key.split(".")[0] for key in model.state_dict()} == {"backbone", "neck", "decode_head", "auxiliary_head"}
+
+
+@pytest.mark.parametrize(("depth", "taps"), [(12, [3, 5, 7, 11]), (24, [7, 11, 15, 23]), (4, [0, 1, 2, 3])])
+def test_taps_scale_with_the_depth(depth, taps):
+    assert default_taps(depth) == taps
+
+
+def test_taps_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="an encoder of 3 blocks has no four taps"):
+        ViTMAEForSegmentation(TINY, 5)
+    with pytest.raises(ValueError, match=r"taps must be four blocks within 0\.\.3, not \[0, 1, 2, 4\]"):
+        random_segmenter(taps=[0, 1, 2, 4])
+
+
+def test_maps_keep_the_order_of_the_grid():
+    """A patch that differs from all others stands out at its own place in every map."""
+    model = random_segmenter()
+    for block in model.backbone.blocks:  # without attention, a token sees itself alone
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    plain, marked = torch.zeros(1, 3, 16, 24), torch.zeros(1, 3, 16, 24)
+    marked[:, :, 8:12, 20:24] = 1  # row 2, column 5 of a grid of 4 x 6
+    seen = []
+    model.neck.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model(plain), model(marked)
+    for a, b in zip(*seen, strict=True):
+        changed = (a - b).abs().amax(dim=1)[0] > 1e-6
+        assert changed.nonzero().tolist() == [[2, 5]]
+
+
+def test_zero_relative_positions_equal_the_plain_encoder():
+    plain, biased = random_segmenter(), random_segmenter(rel_pos_bias=True)
+    missing = biased.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert missing == [f"backbone.blocks.{i}.attn.relative_position_bias_table" for i in range(4)]
+    for images in (torch.randn(2, 3, 16, 16), torch.randn(2, 3, 24, 8)):
+        torch.testing.assert_close(biased(images).logits, plain(images).logits, rtol=0, atol=1e-5)
+
+
+def test_relative_position_index_by_hand():
+    index = relative_position_index((2, 3))
+    assert index.shape == (7, 7) and index[0, 1:].unique().tolist() == [15] and index[1:, 0].unique().tolist() == [16]
+    assert index[0, 0] == 17
+    for query in range(6):
+        for key in range(6):
+            down, right = query // 3 - key // 3, query % 3 - key % 3
+            assert index[1 + query, 1 + key] == (down + 1) * 5 + right + 2
+
+
+def test_relative_positions_act():
+    model = random_segmenter(rel_pos_bias=True)
+    images = torch.randn(1, 3, 16, 16)
+    before = model(images).logits
+    torch.nn.init.normal_(model.backbone.blocks[0].attn.relative_position_bias_table)
+    assert not torch.allclose(model(images).logits, before)
+
+
+def test_relative_positions_are_resampled_as_positions_are():
+    table = torch.randn(7 * 7 + 3, 2)
+    assert resample_relative_positions(table, (4, 4), (4, 4)) is table
+    for grid in ((7, 4), (6, 6), (2, 3)):
+        resampled = resample_relative_positions(table, (4, 4), grid)
+        size = [2 * side - 1 for side in grid]
+        theirs = resample_abs_pos_embed(table[None, :-3], size, [7, 7], 0, antialias=False)
+        torch.testing.assert_close(resampled, torch.cat([theirs[0], table[-3:]]))

@@ -1,0 +1,168 @@
+"""Dense prediction from four feature maps: the pyramid that a plain ViT lacks, UperNet's heads, sliding windows.
+
+UperNet is Xiao et al. 2018 (arXiv 1807.10221); sizes, order and state-dict keys are those of MMSegmentation, whose
+published MAE result this reproduces. What makes the feature maps lives in model.py.
+
+Shapes   N batch   D, D' channels   H W image   h w map   K classes
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+POOL_SCALES = (1, 2, 3, 6)
+CLASSIFIER_INIT_STD = 0.01
+DROPOUT_RATIO = 0.1
+NUM_GROUPS = 32
+NORMS = ("batch", "group")
+
+resize = functools.partial(F.interpolate, mode="bilinear", align_corners=False)
+
+
+def build_norm(channels: int, norm: str) -> nn.Module:
+    """Batch norm as published, or group norm, which does without a batch; ValueError for anything else."""
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, not {norm!r}")
+    if norm == "batch":
+        return nn.BatchNorm2d(channels)
+    if channels % NUM_GROUPS or channels == NUM_GROUPS:  # a group of one has no spread where a map is pooled to a cell
+        raise ValueError(
+            f"{channels} channels cannot be cut into {NUM_GROUPS} groups of two or more, as group norm needs"
+        )
+    return nn.GroupNorm(NUM_GROUPS, channels)
+
+
+class ConvModule(nn.Module):
+    """Convolution without bias, norm, ReLU; the size of the map stays."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, norm: str = "batch"):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+        self.bn = build_norm(out_channels, norm)
+        nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Feature2Pyramid(nn.Module):
+    """Turn four maps of one size, each (N, D, h, w), into a pyramid of 4h, 2h, h and h/2."""
+
+    def __init__(self, channels: int, norm: str = "batch"):
+        super().__init__()
+        double = functools.partial(nn.ConvTranspose2d, channels, channels, kernel_size=2, stride=2)
+        self.upsample_4x = nn.Sequential(double(), build_norm(channels, norm), nn.GELU(), double())
+        self.upsample_2x = nn.Sequential(double())
+        self.downsample_2x = nn.MaxPool2d(kernel_size=2, stride=2)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        first, second, third, fourth = maps
+        return [
+            self.upsample_4x(first),  #                                    (N, D, 4h, 4w)
+            self.upsample_2x(second),  #                                   (N, D, 2h, 2w)
+            third,  #                                                      (N, D, h, w)
+            self.downsample_2x(fourth),  #                                 (N, D, h/2, w/2)
+        ]
+
+
+class PyramidPooling(nn.ModuleList):
+    """Average a map over grids of 1, 2, 3 and 6 cells a side, and bring each back to its size (PSPNet)."""
+
+    def __init__(self, in_channels: int, channels: int, norm: str = "batch"):
+        super().__init__(
+            nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvModule(in_channels, channels, 1, norm))
+            for scale in POOL_SCALES
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, D, h, w) -> (N, D + 4 D', h, w), the map itself first."""
+        return torch.cat([x, *(resize(pool(x), size=x.shape[-2:]) for pool in self)], dim=1)
+
+
+class UperNetHead(nn.Module):
+    """Pyramid pooling on the coarsest map, a top-down path over all, one classifier (UperNet, section 3)."""
+
+    def __init__(self, in_channels: Sequence[int], channels: int, num_classes: int, norm: str = "batch"):
+        super().__init__()
+        *fine_channels, coarse_channels = in_channels
+        self.psp_modules = PyramidPooling(coarse_channels, channels, norm)
+        self.bottleneck = ConvModule(coarse_channels + len(POOL_SCALES) * channels, channels, 3, norm)
+        self.lateral_convs = nn.ModuleList(ConvModule(fine, channels, 1, norm) for fine in fine_channels)
+        self.fpn_convs = nn.ModuleList(ConvModule(channels, channels, 3, norm) for _ in fine_channels)
+        self.fpn_bottleneck = ConvModule(len(in_channels) * channels, channels, 3, norm)
+        self.dropout = nn.Dropout2d(DROPOUT_RATIO)
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+        nn.init.normal_(self.conv_seg.weight, std=CLASSIFIER_INIT_STD)
+        nn.init.zeros_(self.conv_seg.bias)
+
+    def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
+        """Score every cell of the finest map: four maps, finest first -> (N, K, h, w)."""
+        *fine, coarse = pyramid
+        levels = [lateral(x) for lateral, x in zip(self.lateral_convs, fine, strict=True)]
+        levels.append(self.bottleneck(self.psp_modules(coarse)))
+        for index in reversed(range(len(fine))):  # cumulative: each level has all coarser ones in it
+            levels[index] = levels[index] + resize(levels[index + 1], size=levels[index].shape[-2:])
+        smooth = [conv(level) for conv, level in zip(self.fpn_convs, levels, strict=False)] + levels[-1:]
+        size = smooth[0].shape[-2:]
+        x = torch.cat([resize(level, size=size) for level in smooth], dim=1)  # (N, 4 D', h, w)
+        return self.conv_seg(self.dropout(self.fpn_bottleneck(x)))  #        (N, K, h, w)
+
+
+class FCNHead(nn.Module):
+    """One convolution and a classifier: the auxiliary head, which only helps training."""
+
+    def __init__(self, in_channels: int, num_classes: int, channels: int = 256, norm: str = "batch"):
+        super().__init__()
+        self.convs = nn.Sequential(ConvModule(in_channels, channels, 3, norm))
+        self.dropout = nn.Dropout2d(DROPOUT_RATIO)
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+        nn.init.normal_(self.conv_seg.weight, std=CLASSIFIER_INIT_STD)
+        nn.init.zeros_(self.conv_seg.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, D, h, w) -> (N, K, h, w)."""
+        return self.conv_seg(self.dropout(self.convs(x)))
+
+
+# ------------------------------------------------------------------------------------------------ sliding windows
+
+
+def window_starts(length: int, crop_size: int, stride: int) -> list[int]:
+    """Give where windows begin along one side; the last one is shifted inside, so that it is whole where it can be."""
+    count = max(length - crop_size + stride - 1, 0) // stride + 1
+    return [min(index * stride, max(length - crop_size, 0)) for index in range(count)]
+
+
+def slide_inference(
+    predict: Callable[[Tensor], Tensor],
+    images: Sequence[Tensor],
+    crop_size: tuple[int, int],
+    stride: tuple[int, int],
+    batch_size: int = 16,
+) -> list[Tensor]:
+    """Score images of any sizes, (C, H, W) each, by overlapping windows: (K, H, W) each, the mean of the windows.
+
+    `predict` scores windows, (n, C, *crop_size) -> (n, K, *crop_size), and gets up to `batch_size` of them at once, of
+    all images together. Images smaller than a window are padded with zeros, and the padding is cut off again.
+    """
+    padded, places = [], []
+    for index, image in enumerate(images):
+        height, width = image.shape[-2:]
+        padded.append(F.pad(image, (0, max(0, crop_size[1] - width), 0, max(0, crop_size[0] - height))))
+        tops, lefts = (window_starts(*side) for side in zip((height, width), crop_size, stride, strict=True))
+        places += [(index, (..., slice(y, y + crop_size[0]), slice(x, x + crop_size[1]))) for y in tops for x in lefts]
+    totals, visits = {}, [image.new_zeros(image.shape[-2:]) for image in padded]
+    for first in range(0, len(places), batch_size):
+        chunk = places[first : first + batch_size]
+        scores = predict(torch.stack([padded[index][area] for index, area in chunk]))  # (n, K, *crop_size)
+        for (index, area), score in zip(chunk, scores, strict=True):
+            if index not in totals:
+                totals[index] = score.new_zeros(len(score), *visits[index].shape)
+            totals[index][area] += score
+            visits[index][area] += 1
+    return [
+        (totals[index] / visits[index])[..., : image.shape[-2], : image.shape[-1]] for index, image in enumerate(images)
+    ]
