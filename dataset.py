@@ -19,6 +19,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -59,10 +60,11 @@ DECODE_ERRORS = (
 CHANNEL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-def read_image(path: str | Path, channels: int = 3) -> Image.Image:
+def read_image(path: str | Path, channels: int = 3, *, rotate: bool = True) -> Image.Image:
     """Decode a file into the 8-bit picture a person sees, with 1 (grey), 3 (RGB) or 4 (RGBA) channels.
 
-    Rotation flags are applied, 16-bit values scaled, transparent pixels laid on white. Raises one of DECODE_ERRORS.
+    Rotation flags are applied (`rotate`), 16-bit values scaled, transparent pixels laid on white. Raises one of
+    DECODE_ERRORS.
 
     Deviation: the original release ignores EXIF rotation and shows what lies under transparent pixels. Reason: both
     train on pictures nobody sees. Effect: not measured.
@@ -71,7 +73,7 @@ def read_image(path: str | Path, channels: int = 3) -> Image.Image:
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow alone warns up to twice that
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
         image.load()
-    image = scale_to_8_bit(upright(image))
+    image = scale_to_8_bit(upright(image) if rotate else image)
     mode = CHANNEL_MODES[channels]
     if image.has_transparency_data and mode != "RGBA":
         image = image.convert("RGBA")
@@ -275,6 +277,141 @@ def read_file_list(cache: Path, root: Path) -> FileList | None:
         return None
 
 
+# ------------------------------------------------------------------------------------------------ label maps
+
+ADE20K_NUM_CLASSES = 150
+IGNORE_INDEX = 255  # in a label map as this project uses it: counts neither in training nor in a metric
+LABEL_FORMATS = ("PNG", "BMP", "TIFF", "GIF")  # a JPEG's compression makes up class ids
+LABEL_LAYOUT = """expected
+  <root>/images/{training,validation}/*.jpg  and  <root>/annotations/{training,validation}/*.png  (ADEChallengeData2016)
+with a label map of the same name and size for every image"""
+
+
+def label_table(num_classes: int, ignore_zero: bool) -> np.ndarray:
+    """Give the class of each of the 256 raw values of a label map; IGNORE_INDEX, or -1 where no such value may be.
+
+    ADE20K: 0 is "other" and ignored, 1 to 150 are the classes 0 to 149. Without `ignore_zero` raw values are classes.
+    255 is ignored either way. A table, because subtracting one from uint8 would wrap 0 around.
+    """
+    first = int(ignore_zero)
+    if not 1 <= num_classes <= IGNORE_INDEX - first:
+        raise ValueError(f"num_classes must lie between 1 and {IGNORE_INDEX - first}, not {num_classes}")
+    table = np.full(256, -1, dtype=np.int16)
+    table[[0, IGNORE_INDEX]] = IGNORE_INDEX
+    table[first : first + num_classes] = np.arange(num_classes)
+    return table
+
+
+def read_label_map(path: str | Path, table: np.ndarray) -> np.ndarray:
+    """Read a label map as classes, uint8 (H, W); ValueError names the file and what is wrong with it."""
+    with Image.open(path, formats=LABEL_FORMATS) as image:
+        if image.mode not in ("L", "P"):
+            raise ValueError(f"{path} is of mode {image.mode}; a label map has one 8-bit channel of class numbers")
+        classes = table[np.asarray(image)]
+    if classes.min() < 0:
+        raw = np.unique(np.asarray(Image.open(path))[classes < 0])
+        raise ValueError(f"{path} has the label values {', '.join(map(str, raw[:10]))}, which are no classes here")
+    return classes.astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class PairList:
+    """Images and their label maps, as relative paths; arrays of bytes, as in FileList."""
+
+    root: Path
+    images: np.ndarray
+    label_maps: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.images[index]))
+
+    def label_path(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.label_maps[index]))
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(b"\0".join([*self.images.tolist(), *self.label_maps.tolist()])).hexdigest()[:16]
+
+    def describe(self) -> str:
+        return f"{len(self):,} pairs in {os.path.dirname(self.path(0))}"
+
+
+def list_pairs(root: str | Path, split: str) -> PairList:
+    """Pair the images of a split, "training" or "validation", with their label maps by file name.
+
+    `root` holds images/ and annotations/, or is the folder above. FileNotFoundError names what has no partner.
+    """
+    root = Path(root).resolve()
+    if not (root / "images").is_dir() and (root / "ADEChallengeData2016").is_dir():
+        root = root / "ADEChallengeData2016"
+    found = []
+    for kind in ("images", "annotations"):
+        folder = root / kind / split
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not there; {LABEL_LAYOUT}\nin {root}: {contents(root)}")
+        files, _ = scan_images(folder)
+        by_stem = {}
+        for file in files:
+            stem = os.path.splitext(file)[0]
+            if stem in by_stem:
+                raise ValueError(f"{folder} has both {by_stem[stem]} and {file}; keep one")
+            by_stem[stem] = file
+        found.append(by_stem)
+    images, label_maps = found
+    for one, other, what in ((images, label_maps, "no label map"), (label_maps, images, "no image")):
+        alone = sorted(one.keys() - other.keys())
+        if alone:
+            names = ", ".join(one[stem] for stem in alone[:5]) + (f" and {len(alone) - 5} more" * (len(alone) > 5))
+            raise FileNotFoundError(f"{root}, {split}: {what} for {names}; {LABEL_LAYOUT}")
+    if not images:
+        raise FileNotFoundError(f"no images in {root / 'images' / split}; {LABEL_LAYOUT}")
+    paths = [
+        np.array([os.fsencode(os.path.join(kind, split, files[stem])) for stem in sorted(images)])
+        for kind, files in (("images", images), ("annotations", label_maps))
+    ]
+    return PairList(root, *paths)
+
+
+def check_pairs(pairs: PairList, table: np.ndarray, num_threads: int, cache_folder: Path | None = None) -> None:
+    """Open every label map, and the head of every image; ValueError names those that cannot be used.
+
+    Minutes for ADE20K, so what held is remembered in `cache_folder` by the names, sizes and times of all files.
+    """
+    statuses = [os.stat(path(i)) for path in (pairs.path, pairs.label_path) for i in range(len(pairs))]
+    parts = (pairs.fingerprint(), str(pairs.root), table.tolist(), [(s.st_size, s.st_mtime_ns) for s in statuses])
+    passed = cache_folder / f"checked-{random_key(*parts):016x}" if cache_folder else None
+    if passed is not None and passed.exists():
+        return
+    with ThreadPoolExecutor(max(1, num_threads)) as pool:
+        problems = [
+            problem for problem in pool.map(lambda i: check_pair(pairs, i, table), range(len(pairs))) if problem
+        ]
+    if problems:
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError("label maps that cannot be used:\n  " + "\n  ".join(problems[:10]) + more)
+    if passed is not None:
+        passed.parent.mkdir(parents=True, exist_ok=True)
+        passed.touch()
+
+
+def check_pair(pairs: PairList, index: int, table: np.ndarray) -> str | None:
+    """Say what is wrong with a pair; None where nothing is. Images that cannot be decoded are training's to skip."""
+    try:
+        height, width = read_label_map(pairs.label_path(index), table).shape
+    except DECODE_ERRORS as error:
+        return f"{pairs.label_path(index)}: {error}"
+    try:
+        with Image.open(pairs.path(index), formats=IMAGE_FORMATS) as image:
+            size = image.size
+    except DECODE_ERRORS:
+        return None
+    if (width, height) not in (size, size[::-1]):
+        return f"{pairs.label_path(index)}: {width} x {height} pixels, but its image has {size[0]} x {size[1]}"
+    return None
+
+
 # ------------------------------------------------------------------------------------------------ randomness
 
 
@@ -359,13 +496,15 @@ class SingleTryResizedCrop(v2.RandomResizedCrop):
         return dict(top=top, left=left, height=crop_height, width=crop_width)
 
 
-def build_probing_transform(img_size: tuple[int, int]) -> Callable:
-    """Random resized crop and flip, as for the original linear probing (table 10)."""
+def build_probing_transform(img_size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
+    """Random resized crop, flip and normalisation, as for the original linear probing (table 10); float32 (C, H, W)."""
     return v2.Compose(
         [
             SingleTryResizedCrop(img_size, interpolation=InterpolationMode.BICUBIC),
             v2.RandomHorizontalFlip(),
             v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(mean, std),
         ]
     )
 
@@ -394,6 +533,110 @@ class ResizeCenterCrop:
             size = max(height, width * image.height // image.width), width
         image = tvf.resize(image, list(size), interpolation=InterpolationMode.BICUBIC)
         return tvf.pil_to_tensor(tvf.center_crop(image, list(self.img_size)))
+
+
+def fit_within(height: int, width: int, long_side: float, short_side: float) -> tuple[int, int]:
+    """Give the largest size of the same ratio whose long side is at most `long_side` and short at most `short_side`."""
+    scale = min(long_side / max(height, width), short_side / min(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear without antialiasing, as MMSegmentation resizes (OpenCV)."""
+    return tvf.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=False)
+
+
+def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Nearest: anything else would make up classes. (H, W) -> size."""
+    return tvf.resize(labels[None], list(size), interpolation=InterpolationMode.NEAREST)[0]
+
+
+@dataclass(frozen=True)
+class SegmentationTransform:
+    """MMSegmentation's training augmentation for ADE20K, on image and label map together.
+
+    Resize by a random factor keeping the ratio, crop so that no class fills more than `max_class_share` of the crop,
+    flip, distort the colours, normalise, pad (image with the mean colour, labels with IGNORE_INDEX). Gives float32
+    (C, H, W) and uint8 (H, W) of `img_size`.
+    """
+
+    img_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    long_side: int = 2048
+    short_side: int = 512
+    factors: tuple[float, float] = (0.5, 2.0)
+    max_class_share: float = 0.75
+    crop_tries: int = 10
+    distort: bool = True
+
+    def __call__(self, image: Image.Image, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+        image, labels = tvf.pil_to_tensor(image), torch.from_numpy(labels)
+        factor = random.uniform(*self.factors)
+        size = fit_within(*labels.shape, int(self.long_side * factor), int(self.short_side * factor))
+        image, labels = resize_image(image, size), resize_labels(labels, size)
+        area = self.choose_crop(labels)
+        image, labels = image[(..., *area)], labels[area]
+        if random.random() < 0.5:
+            image, labels = image.flip(-1), labels.flip(-1)
+        if self.distort and len(image) == 3:
+            image = distort_colours(image)
+        image = normalize(image[None], self.mean, self.std)[0]
+        bottom, right = (side - there for side, there in zip(self.img_size, labels.shape, strict=True))
+        image = torch.nn.functional.pad(image, (0, right, 0, bottom))
+        return image, torch.nn.functional.pad(labels, (0, right, 0, bottom), value=IGNORE_INDEX)
+
+    def choose_crop(self, labels: Tensor) -> tuple[slice, slice]:
+        """Draw where to crop, again while one class has too much of it (up to `crop_tries` draws)."""
+        for _ in range(self.crop_tries):
+            starts = [random.randint(0, max(0, n - c)) for n, c in zip(labels.shape, self.img_size, strict=True)]
+            area = tuple(slice(start, start + crop) for start, crop in zip(starts, self.img_size, strict=True))
+            counts = torch.bincount(labels[area].flatten(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
+            if (counts > 0).sum() > 1 and counts.max() < self.max_class_share * counts.sum():
+                break
+        return area
+
+
+def distort_colours(image: Tensor) -> Tensor:
+    """Change brightness, contrast, saturation and hue at random, each in half of the cases; uint8 (3, H, W).
+
+    The amounts are those of MMSegmentation: brightness is added, contrast comes before or after the colours.
+    """
+
+    def convert(pixels: np.ndarray, factor: float = 1.0, offset: float = 0.0) -> np.ndarray:
+        return (pixels * np.float32(factor) + np.float32(offset)).clip(0, 255).astype(np.uint8)
+
+    def contrast(pixels: np.ndarray) -> np.ndarray:
+        return convert(pixels, random.uniform(0.5, 1.5)) if random.random() < 0.5 else pixels
+
+    pixels = image.permute(1, 2, 0).numpy()
+    if random.random() < 0.5:
+        pixels = convert(pixels, offset=random.uniform(-32, 32))
+    contrast_first = random.random() < 0.5
+    if contrast_first:
+        pixels = contrast(pixels)
+    saturation = random.uniform(0.5, 1.5) if random.random() < 0.5 else 1.0
+    hue = random.randint(-18, 17) / 180 if random.random() < 0.5 else 0.0  # a share of the circle
+    if saturation != 1.0 or hue:
+        hsv = np.array(Image.fromarray(np.ascontiguousarray(pixels)).convert("HSV"))
+        hsv[..., 0] = (hsv[..., 0].astype(np.int16) + round(hue * 256)) % 256
+        hsv[..., 1] = convert(hsv[..., 1], saturation)
+        pixels = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
+    if not contrast_first:
+        pixels = contrast(pixels)
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class SegmentationEvalTransform:
+    """Resize the image for a test, ratio kept, and leave the label map as it is: uint8 (C, h, w) and uint8 (H, W)."""
+
+    long_side: int = 2048
+    short_side: int = 512
+
+    def __call__(self, image: Image.Image, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+        size = fit_within(image.height, image.width, self.long_side, self.short_side)
+        return resize_image(tvf.pil_to_tensor(image), size), torch.from_numpy(labels)
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -478,15 +721,21 @@ class ImageDataset(Dataset):
         bad_files = []
         with seeded(self.seed, *key):
             noise = torch.rand(self.noise_size)  # drawn first, so that masks do not hang on the augmentation
-            image, label = self.decode(key.index % len(self.files), bad_files)
-            image = self.transform(image)
+            image, label = self.prepare(*self.decode(key.index % len(self.files), bad_files))
         return Sample(key, image, label, noise, bad_files)
 
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        return read_image(self.files.path(index), self.channels), int(self.files.labels[index])
+
+    def prepare(self, image: Image.Image, label: int) -> tuple[Tensor, int]:
+        return self.transform(image), label
+
     def decode(self, index: int, bad_files: list[BadFile]) -> tuple[Image.Image, int]:
+        """Read an image with its label, or where it cannot be decoded another one."""
         while True:
             path = self.files.path(index)
             try:
-                return read_image(path, self.channels), int(self.files.labels[index])
+                return self.read(index)
             except DECODE_ERRORS as error:
                 reason = f"{type(error).__name__}: {error}"
                 if not self.replace_bad_files:
@@ -495,6 +744,27 @@ class ImageDataset(Dataset):
             if len(bad_files) == MAX_REPLACEMENTS:
                 raise ValueError(f"{MAX_REPLACEMENTS} files in a row cannot be decoded; the last is {path}: {reason}")
             index = int(torch.randint(len(self.files), ()))
+
+
+class ADE20KDataset(ImageDataset):
+    """Pairs of an image and its label map; `dataset[SampleKey(epoch, index)]` is a `Sample` whose label is a map.
+
+    `transform` takes both, a picture and classes uint8 (H, W), and gives both as tensors.
+    """
+
+    def __init__(self, pairs: PairList, transform: Callable, table: np.ndarray, **options):
+        super().__init__(pairs, transform, **options)
+        self.table = table
+
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        labels = read_label_map(self.files.label_path(index), self.table)
+        image = read_image(self.files.path(index), self.channels)
+        if (image.height, image.width) != labels.shape:  # drawn on the picture as it is stored, rotation flag ignored
+            image = read_image(self.files.path(index), self.channels, rotate=False)
+        return image, labels
+
+    def prepare(self, image: Image.Image, label: np.ndarray) -> tuple[Tensor, Tensor]:
+        return self.transform(image, label)
 
 
 def collate(samples: list[Sample]) -> Batch:

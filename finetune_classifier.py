@@ -13,6 +13,7 @@ paper's recipe (table 3). This code at that size: not run yet.
 import argparse
 import dataclasses
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -55,6 +56,7 @@ from model import (
     MAEConfig,
     VisionTransformer,
     ViTMAEForImageClassification,
+    check_trainable_blocks,
     find_weights,
     load_classifier,
     load_pretrained_encoder,
@@ -88,12 +90,16 @@ from utils import (
     lock_experiment,
     open_experiment,
     peak_memory_gb,
+    refuse_inside,
+    repetition_note,
     resume,
     save_checkpoint,
     save_weights,
     scaled_lr,
     set_aside,
     set_learning_rate,
+    share_buffers,
+    share_of,
     stop_not_finite,
     weights_are_finite,
     write_args,
@@ -175,6 +181,7 @@ DEMO_RECIPE = dict(
     save_checkpoint_interval=10,
     per_gpu_batch_size=32,
     learning_rate=3e-3,
+    base_learning_rate=None,
     layer_decay=0.75,
     random_aug_magnitude=0,
     mixup_alpha=0.0,
@@ -240,16 +247,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     recipe.add_argument("--eval_interval", type=int, default=1, help="epochs between evaluations")
     parser.set_defaults(experiment_name="MAE_Imagenet_Finetuning", num_workers=32)
 
-    # Defaults: the weights' sizes, then the recipe's; what is given by flag wins over both
-    given = parser.parse_known_args(argv)[0]
-    if given.demo and given.path_to_pretrained_mae_weights is None:
+    # Defaults: the weights' sizes, then the recipe's; what is given by flag wins over both. --help waits for them
+    argv = sys.argv[1:] if argv is None else argv
+    flags = [flag for flag in argv if flag not in ("-h", "--help")]
+    given = parser.parse_known_args(flags)[0]
+    if given.demo and given.path_to_pretrained_mae_weights is None and flags == argv:
         checkpoints = find_checkpoints(Path(given.working_directory) / "demo")
         if not checkpoints:
             parser.error("--demo starts from the demo pretraining: first run accelerate launch pretrain_mae.py --demo")
         parser.set_defaults(path_to_pretrained_mae_weights=str(checkpoints[max(checkpoints)]))
-        given = parser.parse_known_args(argv)[0]
+        given = parser.parse_known_args(flags)[0]
     set_size_defaults(parser, given)
-    width = parser.parse_known_args(argv)[0].encoder_embed_dim
+    width = parser.parse_known_args(flags)[0].encoder_embed_dim
     from_scratch = given.path_to_pretrained_mae_weights is None
     parser.set_defaults(**choose_recipe(given.recipe, from_scratch, given.linear_probe, width))
     if given.demo:
@@ -263,8 +272,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # Refusals
     if args.path_to_data is None and not args.demo:
         parser.error("give --path_to_data FOLDER with train/ and val/, each with a folder for every class")
-    if args.path_to_pretrained_mae_weights is None and (args.eval_only or args.linear_probe or args.knn):
-        parser.error("--eval_only, --linear_probe and --knn judge weights: give --path_to_pretrained_mae_weights")
+    partial = args.linear_probe or args.finetune_blocks is not None
+    if args.path_to_pretrained_mae_weights is None and (args.eval_only or args.knn or partial):
+        parser.error(
+            "--eval_only, --linear_probe, --knn and --finetune_blocks judge weights: give "
+            "--path_to_pretrained_mae_weights"
+        )
+    if args.demo and (args.eval_only or args.knn or partial):
+        parser.error(
+            "--demo compares finetuning with training from scratch; for anything else leave it out and give "
+            f"--path_to_data {Path(args.working_directory) / 'demo_data' / 'imagefolder'}"
+        )
     if args.learning_rate is not None and args.base_learning_rate is not None:
         parser.error("--learning_rate is the peak, --base_learning_rate is scaled to the batch; give one of them")
     check_run_flags(parser, args)
@@ -283,10 +301,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} cannot be negative, and is {getattr(args, name)}; 0 turns it off")
     if args.eval_interval < 1:
         parser.error(f"--eval_interval must be at least 1, not {args.eval_interval}")
-    if args.input_channels != 3 and args.random_aug_magnitude:
+    augments = not (args.eval_only or args.knn or args.linear_probe)
+    if augments and args.input_channels != 3 and args.random_aug_magnitude:
         parser.error("RandAugment changes colours: with --input_channels other than 3, add --random_aug_magnitude 0")
+    if args.linear_probe and micro_batch_size(args) < 2:
+        parser.error(
+            f"--linear_probe normalises over a forward pass, here of {micro_batch_size(args)} image: give more "
+            "--per_gpu_batch_size or fewer --gradient_accumulation_steps"
+        )
     try:
-        build_config(args)
+        depth = build_config(args).encoder_depth
+        if args.finetune_blocks is not None:
+            check_trainable_blocks(args.finetune_blocks, depth)
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -329,7 +355,7 @@ def choose_recipe(recipe: str, from_scratch: bool, linear_probe: bool, width: in
 
 def build_config(args: argparse.Namespace) -> MAEConfig:
     sizes = {name: getattr(args, name) for name in (*SIZE_FLAGS, "patch_size", "img_size", "input_channels")}
-    return MAEConfig(**sizes)
+    return MAEConfig(**sizes, norm_pix_loss=False)
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -421,8 +447,9 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
     files = list_labelled(accelerator, folder, args)
     class_names = record.get("class_names") or list(files.classes)
     check_same_classes(files.classes, tuple(class_names), folder, f"the classifier in {weights}")
-    if len(class_names) != model.num_classes:
-        raise ValueError(f"{weights} tells {model.num_classes} classes apart, but {folder} has {len(class_names)}")
+    for what, number in ((str(folder), len(class_names)), ("--num_classes", args.num_classes)):
+        if number not in (None, model.num_classes):
+            raise ValueError(f"{weights} tells {model.num_classes} classes apart, but {what} has {number}")
     data = build_eval_data(files, build_config(args), args)
     loader = build_eval_loader(data, micro_batch_size(args), cap_workers(args.num_workers), *share_of(accelerator))
     accelerator.print(f"{'evaluating':<16}{weights} on {files.describe()}")
@@ -433,6 +460,7 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
         written = write_evaluation(evaluation, data, class_names, weights.parent, summary)
         accelerator.print(f"{'written':<16}{', '.join(written)} in {weights.parent}")
     report(accelerator, figures)
+    accelerator.end_training()
     return figures
 
 
@@ -442,7 +470,7 @@ def run_knn(args: argparse.Namespace) -> dict[str, float]:
     accelerator = build_accelerator(1)
     weights = find_weights(args.path_to_pretrained_mae_weights)
     config = build_config(args)
-    if "head.weight" in read_state_dict(weights):
+    if {"head.weight", "head.1.weight"} & read_state_dict(weights).keys():
         model, _ = load_classifier(weights)
     else:
         model = VisionTransformer(config)
@@ -468,6 +496,7 @@ def run_knn(args: argparse.Namespace) -> dict[str, float]:
         f"{'vote':<16}of the {KNN_NEIGHBOURS} nearest, by cosine similarity, {model.global_pool} features"
     )
     report(accelerator, figures)
+    accelerator.end_training()
     return figures
 
 
@@ -516,14 +545,11 @@ def build_training_data(
     files: FileList, model: ViTMAEForImageClassification, args: argparse.Namespace
 ) -> tuple[ImageDataset, Callable]:
     """Give the augmented training images, already normalised, and how samples are mixed into a batch."""
-    hw = model.config.image_hw
+    hw, statistics = model.config.image_hw, (args.mean, args.std)
     if args.linear_probe:
-        crop_and_flip = build_probing_transform(hw)
-
-        def transform(image):
-            return normalize(crop_and_flip(image)[None], args.mean, args.std)[0]
+        transform = build_probing_transform(hw, *statistics)
     else:
-        transform = build_finetuning_transform(hw, args.random_aug_magnitude, args.random_erasing, args.mean, args.std)
+        transform = build_finetuning_transform(hw, args.random_aug_magnitude, args.random_erasing, *statistics)
     data = ImageDataset(
         files,
         transform,
@@ -539,24 +565,20 @@ def micro_batch_size(args: argparse.Namespace) -> int:
     return args.per_gpu_batch_size // args.gradient_accumulation_steps
 
 
-def share_of(accelerator: Accelerator) -> tuple[int, int]:
-    """Which images a process evaluates. A sharded model answers only when all ask together: there, each takes all."""
-    if accelerator.distributed_type in SHARDING:
-        return 0, 1
-    return accelerator.process_index, accelerator.num_processes
-
-
 # ------------------------------------------------------------------------------------------------ training
 
 
 def build_optimizer(
     model: ViTMAEForImageClassification, learning_rate: float, args: argparse.Namespace
 ) -> torch.optim.Optimizer:
-    """AdamW with layer-wise learning rates; LARS for a probe, its bias without trust ratio, as the original has it."""
+    """AdamW with layer-wise learning rates; LARS for a probe, its bias without decay and trust ratio (original)."""
     if args.linear_probe:
         weight, bias = model.head[1].weight, model.head[1].bias
-        groups = [{"params": [weight], "always_adapt": True}, {"params": [bias], "always_adapt": False}]
-        return Lars(groups, lr=learning_rate, momentum=PROBE_MOMENTUM, weight_decay=args.weight_decay)
+        groups = [
+            {"params": [weight], "always_adapt": True, "weight_decay": args.weight_decay},
+            {"params": [bias], "always_adapt": False, "weight_decay": 0.0},
+        ]
+        return Lars(groups, lr=learning_rate, momentum=PROBE_MOMENTUM)
     groups = param_groups_layer_decay(
         model, args.weight_decay, no_weight_decay_list=model.no_weight_decay(), layer_decay=args.layer_decay
     )
@@ -585,6 +607,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
     # Model: the pretrained encoder under a new head
     train_files, val_files = list_splits(accelerator, args)
+    refuse_inside(args.working_directory, train_files.root)
     config = build_config(args)
     model = ViTMAEForImageClassification(
         config, len(train_files.classes), args.global_pool, args.drop_path, probe_head=args.linear_probe
@@ -633,7 +656,6 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         "num_classes": len(train_files.classes),
         "global_pool": args.global_pool,
         "class_names": list(train_files.classes),
-        "crop_ratio": eval_crop_ratio(config.image_hw),
         "image_mean": args.mean,
         "image_std": args.std,
     }
@@ -649,7 +671,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     first_epoch, step, best = 0, 0, -1.0
     if resume_from is not None:
         state = resume(accelerator, resume_from, config_record, identity)
-        first_epoch, step, best = state["epoch"], state["step"], state["best"]
+        first_epoch, step = state["epoch"], state["step"]
+        if (experiment / BEST_CHECKPOINT).exists():  # else the run goes on under another name, without the best so far
+            best = state["best"]
         if average is not None:
             average.module.load_state_dict(load_file(resume_from / "ema.safetensors"))
     total_steps = args.epochs * sampler.steps_per_epoch
@@ -668,6 +692,11 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     bad_files = BadFiles(experiment, len(train_data), args.max_bad_fraction)
     spacing = max(1, len(eval_data) // NUM_PICTURES)
     shown = list(range(0, len(eval_data), spacing))[:NUM_PICTURES]
+
+    # Every validation image is decoded once now, because one that cannot be would stop the run at its first evaluation
+    if resume_from is None:
+        for _ in eval_loader:
+            pass
 
     # The loop
     model.train()
@@ -740,9 +769,11 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             if epoch_ends and evaluates:
                 if not weights_are_finite(accelerator, model):
                     stop_not_finite("model", step, sampler.steps_per_epoch, learning_rate, experiment)
+                share_buffers(accelerator, bare_model)
                 figures = evaluate(accelerator, bare_model, eval_loader, args).figures()
                 candidates = {"testing": bare_model}
                 if average is not None:
+                    share_buffers(accelerator, average.module)
                     figures |= evaluate(accelerator, average.module, eval_loader, args).figures("ema_testing")
                     candidates["ema_testing"] = average.module
                 row |= figures
@@ -831,6 +862,7 @@ def describe_run(
     rate = f"{learning_rate:.2e}"
     if args.learning_rate is None:
         rate += f" = {args.base_learning_rate:.2e} x {sampler.images_per_step} / 256"
+    decays = args.layer_decay < 1 and not args.linear_probe
     lines = {
         "model": f"{total:,} parameters, {trainable:,} of them trained, {model.global_pool} feature, "
         f"{model.config.image_hw[0]} x {model.config.image_hw[1]} pixels",
@@ -839,13 +871,19 @@ def describe_run(
         "validation": val_files.describe(),
         "effective batch": f"{sampler.images_per_step} = {num_processes} processes x {passes} forward passes "
         f"x {sampler.micro_batch_size} images",
-        "learning rate": rate + (f", times {args.layer_decay:g} for each layer down" if args.layer_decay < 1 else ""),
+        "learning rate": rate + (f", times {args.layer_decay:g} for each layer down" if decays else ""),
         "schedule": f"{args.epochs} epochs of {sampler.steps_per_epoch:,} steps, warmup {args.warmup_epochs:g} epochs",
-        "augmentation": f"RandAugment {args.random_aug_magnitude}, erasing {args.random_erasing:g}, mixup "
+        "augmentation": "crops and flips alone"
+        if args.linear_probe
+        else f"RandAugment {args.random_aug_magnitude}, erasing {args.random_erasing:g}, mixup "
         f"{args.mixup_alpha:g}, CutMix {args.cutmix_alpha:g}, smoothing {args.label_smoothing:g}, drop path "
         f"{args.drop_path:g}",
         "runs on": describe_processes(accelerator, num_workers, args.num_workers),
     }
+    if len(train_files) < sampler.images_per_step:
+        lines["note"] = repetition_note(len(train_files), sampler.images_per_step)
+    if sampler.micro_batch_size == 1 and args.mixup_alpha + args.cutmix_alpha > 0:
+        lines["mixing"] = "none, because a forward pass is of one image"
     for name, text in lines.items():
         accelerator.print(f"{name:<16}{text}")
 

@@ -492,6 +492,12 @@ PROBE_INIT_STD = 0.01
 PROBE_NORM_EPS = 1e-6
 
 
+def check_trainable_blocks(num_blocks: float, depth: int) -> None:
+    """Refuse a number of blocks to train that an encoder of this depth does not have; ValueError."""
+    if num_blocks != 0.5 and (num_blocks != int(num_blocks) or not 0 <= num_blocks <= depth):
+        raise ValueError(f"{num_blocks:g} blocks cannot be trained of {depth}; choose 0, 0.5, or 1 to {depth}")
+
+
 class ViTMAEForImageClassification(VisionTransformer):
     """The encoder as a classifier (paper, appendix A.1), with the keys of the original finetuned release.
 
@@ -543,8 +549,7 @@ class ViTMAEForImageClassification(VisionTransformer):
         With all blocks the embeddings are trained as well. ValueError when there are no such blocks.
         """
         depth = len(self.blocks)
-        if num_blocks != 0.5 and (num_blocks != int(num_blocks) or not 0 <= num_blocks <= depth):
-            raise ValueError(f"{num_blocks:g} blocks cannot be trained of {depth}; choose 0, 0.5, or 1 to {depth}")
+        check_trainable_blocks(num_blocks, depth)
         self.requires_grad_(num_blocks == depth)
         trained = [self.norm, self.fc_norm, self.head, *self.blocks[depth - int(num_blocks) :]]
         if num_blocks == 0.5:
@@ -663,9 +668,17 @@ def find_weights(path: str | Path) -> Path:
 
 
 def read_config(weights: Path) -> dict | None:
-    """Read the config.json beside a weight file: sizes, image mean and std; None where there is none."""
+    """Read the config.json beside a weight file: sizes, image mean and std; None where there is none.
+
+    ValueError for the config.json of another project.
+    """
     file = weights.with_name("config.json")
-    return json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    record = json.loads(file.read_text())
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+        raise ValueError(f"{file} is not of this project: it has no sizes under 'config'")
+    return record
 
 
 def infer_config(state_dict: dict[str, Tensor], norm_pix_loss: bool = True) -> MAEConfig:

@@ -46,7 +46,6 @@ from dataset import (
 )
 from model import MODEL_CONFIGS, MAEConfig, ViTMAEForPreTraining, num_kept_patches
 from utils import (
-    SHARDING,
     BadFiles,
     HelpFormatter,
     RunLog,
@@ -66,10 +65,13 @@ from utils import (
     open_experiment,
     peak_memory_gb,
     reconstruction_titles,
+    refuse_inside,
+    repetition_note,
     resume,
     save_checkpoint,
     scaled_lr,
     set_learning_rate,
+    share_of,
     stop_not_finite,
     weights_are_finite,
     write_args,
@@ -275,7 +277,7 @@ def probe(
 
 
 def build_probe_loaders(
-    accelerator: Accelerator, config: MAEConfig, num_workers: int, share: tuple[int, int], args: argparse.Namespace
+    accelerator: Accelerator, config: MAEConfig, num_workers: int, args: argparse.Namespace
 ) -> tuple[DataLoader, DataLoader]:
     """Give the labelled images of the online view: those that lend their labels, and those that are classified."""
     root = args.path_to_probe_data or args.path_to_data
@@ -283,19 +285,19 @@ def build_probe_loaders(
     if val_folder is None:
         raise FileNotFoundError(f"--probe_every needs {root} to hold train/ and val/, or give --path_to_probe_data")
     with accelerator.local_main_process_first():
-        lists = [
-            list_images(folder, Path(args.working_directory) / "file_lists") for folder in (train_folder, val_folder)
-        ]
+        cache = Path(args.working_directory) / "file_lists"
+        rescan = args.rescan_data and accelerator.is_local_main_process
+        lists = [list_images(folder, cache, rescan=rescan) for folder in (train_folder, val_folder)]
     check_same_classes(lists[1].classes, lists[0].classes, val_folder, str(train_folder))
     if not lists[0].classes:
         raise ValueError(f"--probe_every needs labels, but {train_folder} has images outside class folders")
     fit = ResizeCenterCrop(config.image_hw, eval_crop_ratio(config.image_hw))
     return tuple(
         build_eval_loader(
-            ImageDataset(files.thinned(args.probe_images), fit, channels=args.input_channels, replace_bad_files=False),
+            ImageDataset(files.thinned(args.probe_images), fit, channels=args.input_channels),
             args.per_gpu_batch_size // args.gradient_accumulation_steps,
             num_workers,
-            *share,
+            *share_of(accelerator),
         )
         for files in lists
     )
@@ -335,11 +337,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     # Data: uint8 crops and masking noise, both functions of (seed, epoch, index)
     config = build_config(args)
     train_folder, val_folder = find_splits(args.path_to_data)
-    if Path(args.working_directory).resolve().is_relative_to(train_folder.resolve()):
-        raise ValueError(
-            f"--working_directory {args.working_directory} lies in the training images, {train_folder}: the run would "
-            "train on its own pictures; choose one outside"
-        )
+    refuse_inside(args.working_directory, train_folder)
     with accelerator.local_main_process_first():
         cache = Path(args.working_directory) / "file_lists"
         rescan = args.rescan_data and accelerator.is_local_main_process  # the others read what it found
@@ -359,12 +357,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     )
     num_workers = cap_workers(args.num_workers)
     loader = build_training_loader(train_data, sampler, num_workers, device.type == "cuda")
-    # A sharded model answers only when all processes ask together, so there each goes through everything.
-    share = (
-        (0, 1) if accelerator.distributed_type in SHARDING else (accelerator.process_index, accelerator.num_processes)
+    eval_loader = (
+        build_eval_loader(eval_data, micro_batch_size, num_workers, *share_of(accelerator)) if val_files else None
     )
-    eval_loader = build_eval_loader(eval_data, micro_batch_size, num_workers, *share) if val_files else None
-    probe_loaders = build_probe_loaders(accelerator, config, num_workers, share, args) if args.probe_every else None
+    probe_loaders = build_probe_loaders(accelerator, config, num_workers, args) if args.probe_every else None
     spacing = max(1, len(eval_data) // NUM_PICTURES)
     shown = collate([eval_data[SampleKey(EVAL_EPOCH, i)] for i in range(0, len(eval_data), spacing)[:NUM_PICTURES]])
 
@@ -545,10 +541,7 @@ def describe_run(
         "runs on": describe_processes(accelerator, num_workers, args.num_workers),
     }
     if len(train_files) < sampler.images_per_step:
-        lines["note"] = (
-            f"{len(train_files):,} images do not fill one step of {sampler.images_per_step}, so an epoch repeats some; "
-            "a smaller --per_gpu_batch_size avoids it"
-        )
+        lines["note"] = repetition_note(len(train_files), sampler.images_per_step)
     for name, text in lines.items():
         accelerator.print(f"{name:<16}{text}")
 

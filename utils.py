@@ -29,7 +29,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, DynamoBackend, gather_object
+from accelerate.utils import DistributedType, DynamoBackend, broadcast, gather_object
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo
@@ -218,6 +218,42 @@ def describe_processes(accelerator: Accelerator, num_workers: int, asked_workers
     )
 
 
+def share_of(accelerator: Accelerator) -> tuple[int, int]:
+    """Give which images of an evaluation are this process's: every `second`-th from `first` on.
+
+    A sharded model answers only when all processes ask together, so there each takes all images.
+    """
+    if accelerator.distributed_type in SHARDING:
+        return 0, 1
+    return accelerator.process_index, accelerator.num_processes
+
+
+def share_buffers(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give all processes the first one's buffers, such as a batch norm's statistics, as a checkpoint has them.
+
+    Torch's DDP does so before every forward pass of training, but not after the last.
+    """
+    if accelerator.num_processes > 1 and accelerator.distributed_type not in SHARDING:
+        for buffer in model.buffers():
+            broadcast(buffer, from_process=0)
+
+
+def refuse_inside(working_directory: str | Path, train_folder: Path) -> None:
+    """Refuse to write into the training images; ValueError."""
+    if Path(working_directory).resolve().is_relative_to(train_folder.resolve()):
+        raise ValueError(
+            f"--working_directory {working_directory} lies in the training images, {train_folder}: the run would train "
+            "on its own pictures; choose one outside"
+        )
+
+
+def repetition_note(num_images: int, images_per_step: int) -> str:
+    return (
+        f"{num_images:,} images do not fill one step of {images_per_step}, so an epoch repeats some; a smaller "
+        "--per_gpu_batch_size avoids it"
+    )
+
+
 def compile_in_place(accelerator: Accelerator, model: nn.Module) -> None:
     """Do what `accelerate launch --dynamo_backend` asks for without wrapping the model.
 
@@ -293,7 +329,9 @@ def write_args(experiment: Path, args: argparse.Namespace, resumed_from: Path | 
     if resumed_from is None:
         set_aside(first)
     elif first.exists():
-        file = experiment / f"args_from_{resumed_from.name}.json"
+        epoch = json.loads((resumed_from / STATE_FILE).read_text())["epoch"]
+        file = experiment / f"args_from_checkpoint_{epoch}.json"
+        set_aside(file)
     file.write_text(json.dumps(flags, indent=2) + "\n")
     return [
         f"--{name} {new} (was {old})"
@@ -660,11 +698,11 @@ class BadFiles:
 def gather_shares(accelerator: Accelerator, values: Tensor, total: int) -> Tensor:
     """Put together what every process found for its share, every `num_processes`-th of `total` items, in their order.
 
-    `values` (share, ...) -> (total, ...). A process that went through all items itself already has the result.
+    `values` (share, ...) -> (total, ...); shares are those of `share_of`.
     """
-    if len(values) == total:
+    _, world_size = share_of(accelerator)
+    if world_size == 1:
         return values
-    world_size = accelerator.num_processes
     padded = values.new_zeros((-(-total // world_size), *values.shape[1:]))
     padded[: len(values)] = values
     gathered = accelerator.gather(padded).unflatten(0, (world_size, -1))  # (processes, share, ...)
@@ -717,13 +755,13 @@ def collect_features(
     accelerator: Accelerator, loader: DataLoader, encode: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Encode a whole data set, (total, D) unit-length float32 and labels (total,), in its order on every process."""
+    total = len(loader.dataset)
+    if total < share_of(accelerator)[1]:
+        raise ValueError(f"{total} images are fewer than {accelerator.num_processes} processes; start fewer")
     features, labels = [], []
     for batch in loader:
         features.append(F.normalize(encode(batch.images.to(accelerator.device)).float(), dim=1))
         labels.append(batch.labels.to(accelerator.device))
-    if not features:
-        raise ValueError(f"fewer than {accelerator.num_processes} images: a process has none; start fewer processes")
-    total = len(loader.dataset)
     return gather_shares(accelerator, torch.cat(features), total), gather_shares(accelerator, torch.cat(labels), total)
 
 

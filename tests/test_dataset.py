@@ -431,6 +431,19 @@ def test_finetuning_transform_is_normalised_and_follows_its_key_alone():
     assert all(torch.equal(draw((0, index)), draws[index]) for index in range(20))
 
 
+def test_finetuning_transform_has_the_settings_of_the_original_release():
+    steps = build_finetuning_transform((32, 32), 9, 0.25, IMAGENET_MEAN, IMAGENET_STD).transforms
+    names = [type(step).__name__ for step in steps]
+    assert names[:3] == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "RandAugment"]
+    assert names[-2:] == ["Normalize", "RandomErasing"]
+    assert steps[0].interpolation == InterpolationMode.BICUBIC and tuple(steps[0].scale) == (0.08, 1.0)
+    assert steps[2].num_layers == 2
+    assert {op.magnitude for op in steps[2].ops} == {9} and {op.magnitude_std for op in steps[2].ops} == {0.5}
+    assert {"PosterizeIncreasing", "ColorIncreasing", "SolarizeIncreasing"} <= {op.name for op in steps[2].ops}
+    erasing = steps[-1]
+    assert (erasing.probability, erasing.rand_color, erasing.per_pixel, erasing.max_count) == (0.25, False, True, 1)
+
+
 def test_random_augmentation_and_erasing_can_be_turned_off():
     white = Image.new("RGB", (40, 40), "white")
     value = torch.tensor([(1 - m) / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)])
@@ -453,7 +466,9 @@ def test_single_try_crop_draws_once_and_is_cut_to_the_image():
         assert params["width"] == 20  # the drawn width, at least 54, is more than there is
         assert params["height"] == min(400, round((area / ratio) ** 0.5))
         assert 0 <= params["top"] <= 400 - params["height"] and params["left"] == 0
-    assert build_probing_transform((16, 24))(Image.new("RGB", (50, 40))).shape == (3, 16, 24)
+    probing = build_probing_transform((16, 24), IMAGENET_MEAN, IMAGENET_STD)(Image.new("RGB", (50, 40), "white"))
+    value = torch.tensor([(1 - m) / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)])
+    torch.testing.assert_close(probing, value[:, None, None].expand(3, 16, 24))
 
 
 # -------------------------------------------------------------------------------- mixing

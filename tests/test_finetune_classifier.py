@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import pickle
 import shlex
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, assert_close, launch, load_tool, rows, weights
+from conftest import TINY, assert_close, draw_images, launch, load_tool, rows, weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.optim import Lars
@@ -24,13 +25,14 @@ from dataset import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ResizeCenterCrop,
+    SampleKey,
     StepSampler,
     list_images,
     normalize,
     read_image,
     write_demo_data,
 )
-from finetune_classifier import build_optimizer, compare_with_scratch, main, parse_args
+from finetune_classifier import build_optimizer, build_training_data, compare_with_scratch, main, parse_args
 from model import MAEConfig, ViTMAEForImageClassification, ViTMAEForPreTraining, load_classifier
 
 RUN_FLAGS = """--experiment_name run --epochs 4 --warmup_epochs 1 --per_gpu_batch_size 8 --learning_rate 0.01
@@ -101,15 +103,28 @@ def test_best_checkpoint_is_the_best_and_says_what_it_is(finished):
     prefix = "ema_testing" if record["moving_average"] else "testing"
     row = next(row for row in log if "testing_loss" in row and row["epoch"] == record["epoch"])
     assert record["testing"]["loss"] == row[f"{prefix}_loss"]
-    assert record["class_names"] == ["cats", "dogs"] and record["num_classes"] == 2 and record["crop_ratio"] == 0.875
+    assert record["class_names"] == ["cats", "dogs"] and record["num_classes"] == 2
     assert MAEConfig(**record["config"]).encoder_embed_dim == 32 and "decoder_embed_dim" not in record["config"]
 
 
-def test_moving_average_is_kept_beside_the_weights(finished):
-    average, last = load_file(finished / "checkpoint_4" / "ema.safetensors"), weights(finished / "checkpoint_4")
-    assert average.keys() == last.keys()
-    distance = {key: (average[key] - last[key]).abs().max().item() for key in last}
-    assert 0 < max(distance.values()) < 1
+def test_moving_average_is_kept_and_scored_beside_the_weights(finished, drawn_images, tmp_path):
+    checkpoint = shutil.copytree(finished / "last_checkpoint", tmp_path / "average")
+    (checkpoint / "ema.safetensors").rename(checkpoint / "model.safetensors")
+    figures = main(parse_args(flags(drawn_images, tmp_path, checkpoint, "--eval_only")))
+    last = rows(finished)[-1]
+    assert figures == {key: last[f"ema_{key}"] for key in figures}
+    assert figures["testing_loss"] != last["testing_loss"]
+
+
+def test_best_checkpoint_may_be_the_moving_average(drawn_images, pretrained, tmp_path):
+    """Steps so wide that the weights end nowhere, and an average that hardly leaves the start."""
+    experiment = train(drawn_images, tmp_path, pretrained, "--learning_rate 1 --ema_decay 0.9999 --seed 3")
+    record = json.loads((experiment / "best_checkpoint" / "config.json").read_text())
+    scored = [row for row in rows(experiment) if "testing_loss" in row]
+    best = max(max(row["testing_top1_acc"], row["ema_testing_top1_acc"]) for row in scored)
+    first = next(row for row in scored if best in (row["testing_top1_acc"], row["ema_testing_top1_acc"]))
+    assert record["testing"]["top1_acc"] == best and record["epoch"] == first["epoch"]
+    assert record["moving_average"] == (first["testing_top1_acc"] < best) is True
 
 
 # -------------------------------------------------------------------------------- the same run, otherwise
@@ -136,9 +151,18 @@ def test_resumed_run_equals_the_uninterrupted_bit_for_bit(finished, drawn_images
     ]
 
 
+def test_run_that_goes_on_under_another_name_has_its_own_best(finished, drawn_images, pretrained, tmp_path):
+    shutil.copytree(finished / "checkpoint_2", tmp_path / "other" / "checkpoint_2")
+    more = f"{STRONG} --resume_from_checkpoint {tmp_path / 'other' / 'checkpoint_2'}"
+    experiment = train(drawn_images, tmp_path, pretrained, more)
+    assert (experiment / "best_checkpoint" / "model.safetensors").exists()
+
+
 def test_accumulated_run_equals_the_plain_one(finished, drawn_images, pretrained, tmp_path):
     experiment = train(drawn_images, tmp_path, pretrained, f"{STRONG} --gradient_accumulation_steps 2")
-    assert_close(weights(experiment / "checkpoint_4"), weights(finished / "checkpoint_4"), atol=1e-6)
+    for file in ("model.safetensors", "ema.safetensors"):
+        ours, plain = (load_file(run / "checkpoint_4" / file) for run in (experiment, finished))
+        assert_close(ours, plain, atol=1e-6)
 
 
 def test_two_processes_equal_one(finished, drawn_images, pretrained, tmp_path):
@@ -157,7 +181,7 @@ def test_run_equals_the_same_steps_in_plain_torch(image_folder, pretrained, tmp_
     for index, path in enumerate(sorted(image_folder.rglob("*.jpg"))):
         Image.new("RGB", (16, 16), (10 * index, 255 - 9 * index, 40)).save(path, quality=100)
     plain = "--random_aug_magnitude 0 --mixup_alpha 0 --cutmix_alpha 0 --max_grad_norm 0.5 --epochs 2"
-    experiment = train(image_folder, tmp_path, pretrained, f"{plain} --layer_decay 0.5")
+    experiment = train(image_folder, tmp_path, pretrained, f"{plain} --layer_decay 0.5 --ema_decay 0.8")
 
     torch.manual_seed(0)
     model = ViTMAEForImageClassification(TINY, 2)
@@ -171,6 +195,7 @@ def test_run_equals_the_same_steps_in_plain_torch(image_folder, pretrained, tmp_
         groups.append({"params": [p], "weight_decay": decay, "scale": 0.5 ** (4 - layer)})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
     files = list_images(image_folder / "train")
+    average = {name: value.clone() for name, value in model.state_dict().items()}
     sampler, step = StepSampler(24, 8, seed=0), 0
     for epoch in range(2):
         sampler.set_epoch(epoch)
@@ -185,8 +210,10 @@ def test_run_equals_the_same_steps_in_plain_torch(image_folder, pretrained, tmp_
                 group["lr"] = rate * group["scale"]
             optimizer.step()
             optimizer.zero_grad()
+            average = {name: 0.8 * average[name] + 0.2 * value for name, value in model.state_dict().items()}
             step += 1
     assert_close(weights(experiment / "checkpoint_2"), dict(model.state_dict()), atol=2e-6)
+    assert_close(load_file(experiment / "checkpoint_2" / "ema.safetensors"), average, atol=2e-6)
 
 
 def test_two_epochs_memorise_32_images(tmp_path):
@@ -256,6 +283,30 @@ def test_scores_equal_brute_force(finished, odd_data, tmp_path):
     assert [line[:3] for line in lines[1:]] == [["cats", "cats", "3"], ["dogs", "dogs", "4"]]
     right = sum(int(line[2]) * float(line[3]) for line in lines[1:]) / 100
     assert round(right) == sum(hits) and (checkpoint / "worst_confusions.png").exists() == (sum(hits) < 7)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_top5_of_seven_classes_equals_brute_force(tmp_path, num_processes):
+    for index in range(7):
+        draw_images(tmp_path / "data" / "val" / f"class_{index}", 3, seed=index)
+    torch.manual_seed(0)
+    model = ViTMAEForImageClassification(TINY, 7)
+    torch.nn.init.normal_(model.head.weight)
+    (tmp_path / "checkpoint").mkdir()
+    save_file(model.state_dict(), tmp_path / "checkpoint" / "model.safetensors")
+    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps({"config": dataclasses.asdict(TINY)}))
+    arguments = flags(tmp_path / "data", tmp_path, tmp_path / "checkpoint", "--eval_only --per_gpu_batch_size 4")
+    launch("finetune_classifier.py", arguments, num_processes=num_processes)
+    files, hits = list_images(tmp_path / "data" / "val"), {1: 0, 5: 0}
+    for index in range(21):
+        image = ResizeCenterCrop((16, 16), 0.875)(read_image(files.path(index)))
+        with torch.no_grad():
+            order = model.eval()(normalize(image[None], IMAGENET_MEAN, IMAGENET_STD))[0].argsort(descending=True)
+        for k in hits:
+            hits[k] += int(files.labels[index]) in order[:k].tolist()
+    found = evaluation_of(tmp_path / "checkpoint")
+    assert 0 < hits[1] < hits[5] < 21
+    assert (found["testing_top1_acc"], found["testing_top5_acc"]) == (100 * hits[1] / 21, 100 * hits[5] / 21)
 
 
 @pytest.mark.parametrize("name", ["best_checkpoint", "last_checkpoint"])
@@ -329,9 +380,27 @@ def test_linear_probe_trains_the_head_alone_from_the_frozen_feature(drawn_images
     assert figures["testing_loss"] == rows(experiment)[-1]["testing_loss"]
 
 
+def test_linear_probe_on_two_processes_logs_what_its_checkpoint_scores(drawn_images, pretrained, tmp_path):
+    """Each process has batch norm statistics of its own; scored and saved are the first one's."""
+    more = "--linear_probe --learning_rate 1 --gradient_accumulation_steps 1 --per_gpu_batch_size 4"
+    launch("finetune_classifier.py", flags(drawn_images, tmp_path, pretrained, more), num_processes=2)
+    figures = main(parse_args(flags(drawn_images, tmp_path, tmp_path / "run" / "last_checkpoint", "--eval_only")))
+    assert figures["testing_loss"] == pytest.approx(rows(tmp_path / "run")[-1]["testing_loss"], abs=1e-7)
+
+
+def test_what_workers_get_can_be_sent_to_them(drawn_images, pretrained, tmp_path):
+    for more in ("--linear_probe", ""):
+        args = parse_args(flags(drawn_images, tmp_path, pretrained, more))
+        model = ViTMAEForImageClassification(TINY, 2, probe_head=args.linear_probe)
+        data, mixing = build_training_data(list_images(drawn_images / "train"), model, args)
+        samples = [data[SampleKey(0, index)] for index in range(4)]
+        again, remixing = pickle.loads(pickle.dumps((data, mixing)))
+        assert torch.equal(remixing([again[SampleKey(0, index)] for index in range(4)]).images, mixing(samples).images)
+
+
 def test_lars_takes_the_steps_of_the_original_by_hand(pretrained, drawn_images):
-    """Weights get the trust ratio 0.001 |w| / |g|, the bias none; momentum holds what was scaled."""
-    args = parse_args(flags(drawn_images, Path("nowhere"), pretrained, "--linear_probe"))
+    """Weights are decayed and get the trust ratio 0.001 |w| / |g|, the bias neither; momentum holds what was scaled."""
+    args = parse_args(flags(drawn_images, Path("nowhere"), pretrained, "--linear_probe --weight_decay 0.1"))
     model = ViTMAEForImageClassification(TINY, 2, "cls", probe_head=True)
     optimizer = build_optimizer(model, 6.4, args)
     assert isinstance(optimizer, Lars) and len([p for group in optimizer.param_groups for p in group["params"]]) == 2
@@ -344,7 +413,9 @@ def test_lars_takes_the_steps_of_the_original_by_hand(pretrained, drawn_images):
             gradient = torch.randn(parameter.shape, generator=generator)
             parameter.grad = gradient.clone()
             if name == "weight":
-                gradient = gradient * 0.001 * expected[name].norm() / gradient.norm()
+                decayed = gradient + 0.1 * expected[name]
+                norms = expected[name].norm(), gradient.norm()
+                gradient = decayed * 0.001 * norms[0] / (norms[1] + 0.1 * norms[0])
             momentum[name] = 0.9 * momentum.get(name, 0) + gradient
             expected[name] = expected[name] - 6.4 * momentum[name]
         optimizer.step()
@@ -419,6 +490,39 @@ def test_linear_probe_recipe_is_the_papers(pretrained):
     assert (args.global_pool, args.random_aug_magnitude, args.mixup_alpha, args.label_smoothing) == ("cls", 0, 0, 0)
 
 
+def test_given_command_is_understood_as_it_stands():
+    command = """--experiment_name "MAE_Imagenet_Finetuning" --wandb_run_name "finetune_mae" --path_to_data "data"
+        --working_directory "work_dir" --num_classes 1000 --epochs 100 --warmup_epochs 5 --save_checkpoint_interval 10
+        --per_gpu_batch_size 256 --gradient_accumulation_steps 1 --learning_rate 0.002 --weight_decay 0.1
+        --random_aug_magnitude 9 --mixup_alpha 0.2 --cutmix_alpha 1.0 --label_smoothing 0.1 --max_grad_norm 1.0
+        --img_size 224 --num_workers 32"""
+    given, default = vars(parse_args(shlex.split(command))), vars(parsed(None))
+    differs = {name for name in given if given[name] != default[name]}
+    assert differs == {"path_to_data", "num_classes", "wandb_run_name"}
+
+
+@pytest.mark.parametrize(
+    ("more", "rate", "decay"),
+    [("", "0.002", "0.1"), ("--recipe paper", "0.0005", "0.05"), ("--linear_probe", "0.1", "0.0")],
+)
+def test_help_shows_the_defaults_of_the_recipe(pretrained, capsys, more, rate, decay):
+    with pytest.raises(SystemExit) as stop:
+        parsed(pretrained, f"{more} --help")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    peak = "the peak for 256 images per step" if more else "the peak, whatever the batch"
+    assert f"{peak} (default: {rate})" in printed
+    assert f"AdamW's, not on biases and norms (default: {decay})" in printed
+
+
+def test_grey_weights_are_judged_without_a_word_on_augmentation(tmp_path):
+    config = dataclasses.replace(TINY, input_channels=1)
+    save_file(ViTMAEForImageClassification(config, 2).state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"config": dataclasses.asdict(config)}))
+    for mode in ("--eval_only", "--knn", "--linear_probe"):
+        assert parsed(tmp_path, mode).mean == (0.5,)
+
+
 def test_flags_win_over_recipes(pretrained):
     args = parsed(pretrained, "--recipe paper --epochs 7 --drop_path 0 --learning_rate 0.5 --img_size 32")
     assert (args.epochs, args.drop_path, args.learning_rate, args.base_learning_rate) == (7, 0, 0.5, None)
@@ -454,6 +558,9 @@ def test_from_scratch_run_says_so(drawn_images, tmp_path, capsys):
         ("--img_size 30", "img_size 30 is not a multiple of patch_size 4; use 28 or 32"),
         ("--knn --eval_only", "not allowed with argument"),
         ("--eval_interval 0", "--eval_interval must be at least 1"),
+        ("--linear_probe --per_gpu_batch_size 4", "--linear_probe normalises over a forward pass, here of 1 image"),
+        ("--finetune_blocks 4", "4 blocks cannot be trained of 3; choose 0, 0.5, or 1 to 3"),
+        ("--demo --knn", "--demo compares finetuning with training from scratch"),
     ],
 )
 def test_impossible_flags_are_refused_before_any_work(pretrained, more, message, capsys):
@@ -462,7 +569,7 @@ def test_impossible_flags_are_refused_before_any_work(pretrained, more, message,
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("mode", ["--eval_only", "--linear_probe", "--knn"])
+@pytest.mark.parametrize("mode", ["--eval_only", "--linear_probe", "--knn", "--finetune_blocks 1"])
 def test_judging_weights_needs_weights(mode, capsys):
     with pytest.raises(SystemExit):
         parsed(None, mode)
@@ -501,6 +608,13 @@ def test_validation_classes_that_differ_are_refused(image_folder, pretrained, tm
     with pytest.raises(ValueError, match="it lacks dogs; it adds doges"):
         train(image_folder, tmp_path, pretrained)
     assert not (tmp_path / "run").exists()
+
+
+def test_undecodable_validation_image_stops_the_run_before_it_trains(image_folder, pretrained, tmp_path):
+    (image_folder / "val" / "cats" / "broken.jpg").write_text("no picture")
+    with pytest.raises(ValueError, match=r"cannot decode .*broken\.jpg"):
+        train(image_folder, tmp_path, pretrained)
+    assert not (tmp_path / "run" / "log.jsonl").exists()  # not a single step was made
 
 
 def test_number_of_classes_that_is_not_there_is_refused(drawn_images, pretrained, tmp_path):

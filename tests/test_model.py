@@ -696,6 +696,13 @@ def test_load_classifier_reads_a_file_of_the_original_finetuned_release(tmp_path
     assert torch.equal(loaded.head.weight, model.head.weight) and "class_names" not in record
 
 
+def test_config_of_another_project_is_refused(tmp_path):
+    write_checkpoint(tmp_path / "theirs", random_model(TINY))
+    (tmp_path / "theirs" / "config.json").write_text('{"hidden_size": 32}')
+    with pytest.raises(ValueError, match=r"config\.json is not of this project: it has no sizes under 'config'"):
+        load_pretrained_mae(tmp_path / "theirs")
+
+
 def test_load_classifier_refuses_what_is_none(tmp_path):
     write_checkpoint(tmp_path / "checkpoint_1", random_model(TINY))
     with pytest.raises(ValueError, match=r"holds no classifier \(no head\.weight\)"):

@@ -236,6 +236,12 @@ def test_probe_on_two_processes_equals_one(drawn_images, tmp_path):
     assert rows(tmp_path / "two" / "run")[-1]["knn_top1_acc"] == rows(one)[-1]["knn_top1_acc"]
 
 
+def test_probe_survives_a_file_that_training_replaces(image_folder, tmp_path):
+    (image_folder / "train" / "cats" / "000.jpg").write_text("no picture")
+    experiment = train(image_folder, tmp_path, "--probe_every", "2", "--max_bad_fraction", "0.1")
+    assert rows(experiment)[-1]["step"] == 12 and "knn_top1_acc" in rows(experiment)[-1]
+
+
 def test_probe_without_labels_is_refused_before_training(image_folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"--probe_every needs .* train/ and val/.*--path_to_probe_data"):
         train(image_folder / "train" / "cats", tmp_path, "--probe_every", "1")
