@@ -1,9 +1,11 @@
 """Decoding, file lists, random numbers, samplers: hand-made cases, round trips and invariances."""
 
 import csv
+import dataclasses
 import math
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,16 +15,21 @@ from torchvision.transforms import InterpolationMode, v2
 
 import dataset
 from dataset import (
+    ADE20K_NUM_CLASSES,
     DECODE_ERRORS,
     DEMO_KINDS,
     EVAL_EPOCH,
+    IGNORE_INDEX,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    ADE20KDataset,
     ImageDataset,
     PairMixing,
     ResizeCenterCrop,
     Sample,
     SampleKey,
+    SegmentationEvalTransform,
+    SegmentationTransform,
     SingleTryResizedCrop,
     StepSampler,
     build_eval_loader,
@@ -30,14 +37,20 @@ from dataset import (
     build_pretraining_transform,
     build_probing_transform,
     build_training_loader,
+    check_pairs,
     check_same_classes,
     denormalize,
+    distort_colours,
     draw_demo_scene,
     eval_crop_ratio,
     find_splits,
+    fit_within,
+    label_table,
     list_images,
+    list_pairs,
     normalize,
     read_image,
+    read_label_map,
     scan_images,
     seeded,
     write_demo_data,
@@ -543,6 +556,200 @@ def test_undecodable_file_stops_an_evaluation_with_its_name(image_folder):
     data = ImageDataset(files, ResizeCenterCrop((16, 16)), replace_bad_files=False)
     with pytest.raises(ValueError, match=r"cannot decode .*broken\.jpg"):
         list(build_eval_loader(data, 4, 0))
+
+
+# -------------------------------------------------------------------------------- label maps
+
+
+def test_label_rule_on_every_value():
+    ade = label_table(ADE20K_NUM_CLASSES, True)
+    assert ade[0] == IGNORE_INDEX and ade[255] == IGNORE_INDEX
+    assert [ade[raw] for raw in range(1, 151)] == list(range(150)) and set(ade[151:255]) == {-1}
+    plain = label_table(19, False)
+    assert [plain[raw] for raw in range(19)] == list(range(19)) and plain[255] == IGNORE_INDEX and plain[19] == -1
+    assert label_table(1, False)[0] == 0 and label_table(254, True)[254] == 253
+    for num_classes, ignore_zero in ((0, True), (255, True), (256, False)):
+        with pytest.raises(ValueError, match="num_classes must lie between 1 and"):
+            label_table(num_classes, ignore_zero)
+
+
+def write_pair(root: Path, split: str, stem: str, labels: np.ndarray, size: tuple[int, int] | None = None) -> None:
+    for kind in ("images", "annotations"):
+        (root / kind / split).mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size or labels.shape[::-1]).save(root / "images" / split / f"{stem}.jpg")
+    Image.fromarray(labels).save(root / "annotations" / split / f"{stem}.png")
+
+
+@pytest.fixture
+def pairs_root(tmp_path) -> Path:
+    root = tmp_path / "ADEChallengeData2016"
+    for index in range(3):
+        write_pair(root, "training", f"scene_{index}", np.full((6, 8), index, dtype=np.uint8))
+    return root
+
+
+def test_pairs_are_found_by_name_also_from_the_folder_above(pairs_root):
+    for root in (pairs_root, pairs_root.parent):
+        pairs = list_pairs(root, "training")
+        assert [os.path.basename(pairs.path(i)) for i in range(3)] == [f"scene_{i}.jpg" for i in range(3)]
+        assert [os.path.basename(pairs.label_path(i)) for i in range(3)] == [f"scene_{i}.png" for i in range(3)]
+    check_pairs(pairs, label_table(150, True), 2)
+    with pytest.raises(FileNotFoundError, match=r"images/validation is not there; expected"):
+        list_pairs(pairs_root, "validation")
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [("images", "no image for scene_1.png"), ("annotations", "no label map for")]
+)
+def test_files_without_a_partner_are_named(pairs_root, kind, what):
+    next((pairs_root / kind / "training").glob("scene_1.*")).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"training: {what}.*expected"):
+        list_pairs(pairs_root, "training")
+
+
+def test_label_maps_that_cannot_be_used_are_all_named(pairs_root):
+    table, folder = label_table(150, True), pairs_root / "annotations" / "training"
+    write_pair(pairs_root, "training", "wrong_size", np.ones((6, 8), dtype=np.uint8), size=(9, 6))
+    write_pair(pairs_root, "training", "wrong_value", np.full((6, 8), 151, dtype=np.uint8))
+    write_pair(pairs_root, "training", "colour", np.ones((6, 8), dtype=np.uint8))
+    Image.new("RGB", (8, 6)).save(folder / "colour.png")
+    write_pair(pairs_root, "training", "lossy", np.ones((6, 8), dtype=np.uint8))
+    Image.new("L", (8, 6)).save(folder / "lossy.png", format="JPEG")
+    with pytest.raises(ValueError, match="label maps that cannot be used") as error:
+        check_pairs(list_pairs(pairs_root, "training"), table, 2)
+    lines = sorted(str(error.value).splitlines()[1:])
+    assert len(lines) == 4
+    for line, words in zip(
+        lines,
+        ("colour.png is of mode RGB", "lossy.png: cannot identify", "wrong_size.png: 8 x 6 pixels", "values 151"),
+        strict=True,
+    ):
+        assert words in line
+
+
+def test_checked_pairs_are_remembered_until_a_file_changes(pairs_root, tmp_path, monkeypatch):
+    pairs, table = list_pairs(pairs_root, "training"), label_table(150, True)
+    check_pairs(pairs, table, 1, tmp_path / "cache")
+    calls = []
+    monkeypatch.setattr(dataset, "check_pair", lambda *args: calls.append(args))
+    check_pairs(pairs, table, 1, tmp_path / "cache")
+    assert calls == []
+    check_pairs(pairs, label_table(2, True), 1, tmp_path / "cache")  # other classes: not the same question
+    assert len(calls) == 3
+    os.utime(pairs.label_path(0), ns=(1, 1))
+    check_pairs(pairs, table, 1, tmp_path / "cache")
+    assert len(calls) == 6
+
+
+def test_palette_label_maps_are_read_as_numbers_not_as_colours(tmp_path):
+    labels = np.array([[0, 1], [150, 255]], dtype=np.uint8)
+    image = Image.fromarray(labels, "P")
+    image.putpalette([value for index in range(256) for value in (255 - index, 0, index)])
+    image.save(tmp_path / "palette.png")
+    assert read_label_map(tmp_path / "palette.png", label_table(150, True)).tolist() == [[255, 0], [149, 255]]
+
+
+def test_label_map_of_a_rotated_photograph_may_lie_either_way(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    pixels = np.zeros((6, 8, 3), dtype=np.uint8)
+    pixels[:3] = 255
+    for name, shape in (("stored", (6, 8)), ("upright", (8, 6))):
+        write_pair(tmp_path, "training", name, np.ones(shape, dtype=np.uint8))
+        Image.fromarray(pixels).save(tmp_path / "images" / "training" / f"{name}.jpg", exif=exif)
+    pairs, table = list_pairs(tmp_path, "training"), label_table(150, True)
+    check_pairs(pairs, table, 1)
+    data = ADE20KDataset(pairs, SegmentationEvalTransform(8, 6), table)
+    for index in range(2):
+        sample = data[SampleKey(EVAL_EPOCH, index)]
+        assert sample.image.shape[1:] == sample.label.shape
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((300, 400), (512, 683)), ((200, 1000), (410, 2048)), ((512, 512), (512, 512))]
+)
+def test_fit_within_keeps_the_ratio_under_both_bounds(size, expected):
+    assert fit_within(*size, 2048, 512) == expected
+
+
+def blocks_of_classes() -> tuple[Image.Image, np.ndarray]:
+    """A picture whose grey value is ten times its class, in blocks of 16 pixels."""
+    classes = np.random.default_rng(0).integers(0, 20, (5, 7)).astype(np.uint8)
+    labels = classes.repeat(16, axis=0).repeat(16, axis=1)
+    return Image.fromarray(np.repeat(labels[..., None] * 10, 3, axis=2)), labels
+
+
+def test_image_and_label_map_move_together_through_every_random_transform():
+    image, labels = blocks_of_classes()
+    transform = SegmentationTransform((48, 64), (0, 0, 0), (1, 1, 1), 4 * 64, 64, distort=False)
+    padded = 0
+    for index in range(40):
+        with seeded(0, 0, index):
+            moved, classes = transform(image, labels)
+        assert moved.shape == (3, 48, 64) and classes.shape == (48, 64)
+        outside = classes == IGNORE_INDEX
+        padded += bool(outside.any())
+        assert not moved[:, outside].any()  # black was subtracted as the mean, so the padding is the mean
+        windows = torch.nn.functional.pad(classes.float()[None, None], (3, 3, 3, 3), value=-1)
+        windows = windows.unfold(2, 7, 1).unfold(3, 7, 1)[0, 0].flatten(2)
+        inner = (windows.amin(dim=2) == windows.amax(dim=2)) & ~outside  # away from edges, which are blended
+        assert inner.sum() >= 20
+        torch.testing.assert_close(moved[0][inner] * 255, classes[inner].float() * 10, rtol=0, atol=1.01)
+    assert 0 < padded < 40
+
+
+def test_crop_avoids_what_is_nearly_all_one_class():
+    labels = np.zeros((64, 200), dtype=np.uint8)
+    labels[:, 100:110] = 1
+    transform = SegmentationTransform((64, 24), (0, 0, 0), (1, 1, 1), 200, 64, factors=(1.0, 1.0), distort=False)
+    shares = []
+    for index in range(60):
+        with seeded(0, 0, index):
+            _, classes = transform(Image.new("RGB", (200, 64)), labels)
+        shares.append((classes == 1).float().mean().item())
+    assert sum(share > 0.25 for share in shares) > 30
+    plain = dataclasses.replace(transform, crop_tries=1)
+    found = 0
+    for index in range(60):
+        with seeded(0, 0, index):
+            found += (plain(Image.new("RGB", (200, 64)), labels)[1] == 1).float().mean().item() > 0.25
+    assert found < 20  # a share of 0.25 covers 22 of 177 places
+
+
+def test_colour_distortion_is_bounded_and_leaves_a_grey_picture_grey():
+    grey = torch.full((3, 8, 8), 100, dtype=torch.uint8)
+    values = []
+    for index in range(200):
+        with seeded(0, 0, index):
+            out = distort_colours(grey)
+        assert out.dtype == torch.uint8 and (out[0] == out[1]).all() and (out[1] == out[2]).all()
+        values.append(int(out[0, 0, 0]))
+    assert min(values) < 55 and max(values) > 165 and sum(value == 100 for value in values) > 20
+    assert min(values) >= (100 - 32) // 2 and max(values) <= (100 + 32) * 1.5
+    red = torch.tensor([200, 40, 40], dtype=torch.uint8)[:, None, None].expand(3, 4, 4).contiguous()
+    hues = set()
+    for index in range(60):
+        with seeded(1, 0, index):
+            pixel = distort_colours(red)[:, 0, 0].tolist()
+        hues.add((pixel[1] > pixel[2]) - (pixel[1] < pixel[2]))
+        assert pixel[0] >= max(pixel[1:])  # a tenth of the circle leaves red the strongest
+    assert hues == {-1, 0, 1}
+
+
+def test_pairs_of_the_dataset_follow_their_key_alone(photographs):
+    pairs, table = list_pairs(photographs / "ade20k", "training"), label_table(150, True)
+    check_pairs(pairs, table, 2)
+    assert (len(pairs), len(list_pairs(photographs / "ade20k", "validation"))) == (54, 18)
+    transform = SegmentationTransform((64, 64), IMAGENET_MEAN, IMAGENET_STD, 256, 64)
+    data = ADE20KDataset(pairs, transform, table, seed=3, noise_size=4)
+    first = data[SampleKey(1, 5)]
+    random.random(), torch.rand(1)
+    again = data[SampleKey(1, 5)]
+    assert torch.equal(first.image, again.image) and torch.equal(first.label, again.label)
+    assert first.image.dtype == torch.float32 and first.label.dtype == torch.uint8
+    assert not torch.equal(first.image, data[SampleKey(2, 5)].image)
+    classes = set(first.label.unique().tolist())
+    assert classes <= {*range(150), IGNORE_INDEX} and len(classes) > 1
 
 
 # -------------------------------------------------------------------------------- demo data
