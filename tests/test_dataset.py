@@ -15,7 +15,9 @@ from torchvision.transforms import InterpolationMode, v2
 
 import dataset
 from dataset import (
+    ADE20K_CLASS_NAMES,
     ADE20K_NUM_CLASSES,
+    ADE20K_PALETTE,
     DECODE_ERRORS,
     DEMO_KINDS,
     EVAL_EPOCH,
@@ -571,6 +573,15 @@ def test_label_rule_on_every_value():
     for num_classes, ignore_zero in ((0, True), (255, True), (256, False)):
         with pytest.raises(ValueError, match="num_classes must lie between 1 and"):
             label_table(num_classes, ignore_zero)
+
+
+def test_class_names_and_colours_are_ade20ks(photographs):
+    with (photographs / "meta" / "ade20k_objectInfo150.txt").open() as file:
+        names = [line.rstrip("\n").split("\t")[-1].split(",")[0].strip() for line in list(file)[1:]]
+    with (photographs / "meta" / "ade20k_palette150.csv").open() as file:
+        colours = [[int(row[channel]) for channel in "rgb"] for row in csv.DictReader(file)]
+    assert list(ADE20K_CLASS_NAMES) == names and ADE20K_PALETTE.tolist() == colours
+    assert (ADE20K_CLASS_NAMES[0], ADE20K_CLASS_NAMES[149], len(names)) == ("wall", "flag", ADE20K_NUM_CLASSES)
 
 
 def write_pair(root: Path, split: str, stem: str, labels: np.ndarray, size: tuple[int, int] | None = None) -> None:
