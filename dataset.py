@@ -310,6 +310,7 @@ ADE20K_COLOURS = """
     b8ff00 0085ff ffd600 19c2c2 66ff00 5c00ff
 """
 ADE20K_PALETTE = np.frombuffer(bytes.fromhex(ADE20K_COLOURS), dtype=np.uint8).reshape(-1, 3)
+LABEL_COLOURS = np.resize(ADE20K_PALETTE, (IGNORE_INDEX, 3))  # of any data set; from the 151st class on they repeat
 LABEL_FORMATS = ("PNG", "BMP", "TIFF", "GIF")  # a JPEG's compression makes up class ids
 LABEL_LAYOUT = """expected
   <root>/images/{training,validation}/*.jpg  and  <root>/annotations/{training,validation}/*.png  (ADEChallengeData2016)
@@ -656,16 +657,9 @@ def distort_colours(image: Tensor) -> Tensor:
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
 
 
-@dataclass(frozen=True)
-class SegmentationEvalTransform:
-    """Resize the image for a test, ratio kept, and leave the label map as it is: uint8 (C, h, w) and uint8 (H, W)."""
-
-    long_side: int = 2048
-    short_side: int = 512
-
-    def __call__(self, image: Image.Image, labels: np.ndarray) -> tuple[Tensor, Tensor]:
-        size = fit_within(image.height, image.width, self.long_side, self.short_side)
-        return resize_image(tvf.pil_to_tensor(image), size), torch.from_numpy(labels)
+def keep_size(image: Image.Image, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Turn an image and its label map into tensors as they are, uint8 (C, H, W) and (H, W): a test resizes later."""
+    return tvf.pil_to_tensor(image), torch.from_numpy(labels)
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -707,7 +701,7 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """Samples put together: `images` (N, C, H, W), `noise` float32 (N, ...), undecodable files met.
 
-    `labels` are int64 (N,), or the float32 targets (N, K) that `PairMixing` makes of them.
+    `labels` are int64 (N,), or the float32 targets (N, K) that `PairMixing` makes of them, or uint8 maps (N, H, W).
     """
 
     images: Tensor
@@ -799,7 +793,14 @@ class ADE20KDataset(ImageDataset):
 def collate(samples: list[Sample]) -> Batch:
     _, images, labels, noise, bad_files = zip(*samples, strict=True)
     flat = [bad for bad_list in bad_files for bad in bad_list]
-    return Batch(torch.stack(images), torch.tensor(labels), torch.stack(noise), flat)
+    labels = torch.stack(labels) if isinstance(labels[0], Tensor) else torch.tensor(labels)
+    return Batch(torch.stack(images), labels, torch.stack(noise), flat)
+
+
+def collate_lists(samples: list[Sample]) -> Batch:
+    """Keep images and label maps of different sizes apart: both are lists."""
+    _, images, labels, noise, bad_files = zip(*samples, strict=True)
+    return Batch(list(images), list(labels), torch.stack(noise), [bad for bad_list in bad_files for bad in bad_list])
 
 
 class PairMixing:
@@ -900,14 +901,19 @@ def build_training_loader(
 
 
 def build_eval_loader(
-    dataset: ImageDataset, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1
+    dataset: ImageDataset,
+    batch_size: int,
+    num_workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+    collate_fn: Callable[[list[Sample]], Batch] = collate,
 ) -> DataLoader:
     """Give every image exactly once over all processes: this one's share is every `world_size`-th, unpadded."""
     return DataLoader(
         dataset,
         sampler=[SampleKey(EVAL_EPOCH, index) for index in range(rank, len(dataset), world_size)],
         batch_size=batch_size,
-        collate_fn=collate,
+        collate_fn=collate_fn,
         num_workers=num_workers,
         generator=torch.Generator(),
     )

@@ -71,7 +71,6 @@ from utils import (
     BadFiles,
     ConfusionMatrix,
     HelpFormatter,
-    RunLog,
     StepClock,
     accuracy,
     add_run_flags,
@@ -87,7 +86,6 @@ from utils import (
     find_checkpoints,
     gather_shares,
     knn_classify,
-    lock_experiment,
     open_experiment,
     peak_memory_gb,
     refuse_inside,
@@ -100,9 +98,9 @@ from utils import (
     set_learning_rate,
     share_buffers,
     share_of,
+    start_records,
     stop_not_finite,
     weights_are_finite,
-    write_args,
     write_json,
 )
 
@@ -679,16 +677,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     total_steps = args.epochs * sampler.steps_per_epoch
 
     # Records: one run at a time in this folder
-    if accelerator.is_main_process:
-        lock = lock_experiment(experiment)
-        changes = write_args(experiment, args, resume_from)
-        say(f"experiment      {experiment}" + (f", from {resume_from.name} on" if resume_from else ", from the start"))
-        for change in changes:
-            say(f"changed         {change}")
-    accelerator.wait_for_everyone()
-    log = RunLog(experiment, enabled=accelerator.is_main_process, resumed_step=step if resume_from else None)
-    if args.log_wandb:
-        log.start_wandb(args)
+    log = start_records(accelerator, experiment, args, resume_from, step)
     bad_files = BadFiles(experiment, len(train_data), args.max_bad_fraction)
     spacing = max(1, len(eval_data) // NUM_PICTURES)
     shown = list(range(0, len(eval_data), spacing))[:NUM_PICTURES]
@@ -812,8 +801,6 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         say(f"{name:<24}{value:.4f}")
     if not args.demo:
         accelerator.end_training()
-    if accelerator.is_main_process:
-        lock.close()
     return figures
 
 

@@ -48,7 +48,6 @@ from model import MODEL_CONFIGS, MAEConfig, ViTMAEForPreTraining, num_kept_patch
 from utils import (
     BadFiles,
     HelpFormatter,
-    RunLog,
     StepClock,
     accuracy,
     add_run_flags,
@@ -61,7 +60,6 @@ from utils import (
     describe_processes,
     draw_rows,
     knn_classify,
-    lock_experiment,
     open_experiment,
     peak_memory_gb,
     reconstruction_titles,
@@ -72,9 +70,9 @@ from utils import (
     scaled_lr,
     set_learning_rate,
     share_of,
+    start_records,
     stop_not_finite,
     weights_are_finite,
-    write_args,
 )
 
 # The paper's recipe (table 8), in the batches of the project's command.
@@ -395,16 +393,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     total_steps = args.epochs * sampler.steps_per_epoch
 
     # Records: one run at a time in this folder
-    if accelerator.is_main_process:
-        lock = lock_experiment(experiment)
-        changes = write_args(experiment, args, resume_from)
-        say(f"experiment      {experiment}" + (f", from {resume_from.name} on" if resume_from else ", from the start"))
-        if changes:
-            say(f"changed         since the first start: {', '.join(changes)}")
-    accelerator.wait_for_everyone()
-    log = RunLog(experiment, enabled=accelerator.is_main_process, resumed_step=step if resume_from else None)
-    if args.log_wandb:
-        log.start_wandb(args)
+    log = start_records(accelerator, experiment, args, resume_from, step)
     bad_files = BadFiles(experiment, len(train_data), args.max_bad_fraction)
     bad_files.note(shown.bad_files)
 
@@ -506,8 +495,6 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if args.demo:
         report_demo(say, figures, folder, val_files)
     accelerator.end_training()
-    if accelerator.is_main_process:
-        lock.close()
     return figures
 
 

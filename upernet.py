@@ -35,6 +35,20 @@ def build_norm(channels: int, norm: str) -> nn.Module:
     return nn.GroupNorm(NUM_GROUPS, channels)
 
 
+class SampleDropout2d(nn.Dropout2d):
+    """Torch's channel dropout, whose draws can be handed in: `noise` (N, D), uniform; below the ratio is dropped.
+
+    Draws that come with the samples do not depend on how a batch is spread over processes and forward passes.
+    """
+
+    noise: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.noise is None or not self.training:
+            return super().forward(x)
+        return x * ((self.noise >= self.p).to(x.dtype) / (1 - self.p))[:, :, None, None]
+
+
 class ConvModule(nn.Module):
     """Convolution without bias, norm, ReLU; the size of the map stays."""
 
@@ -93,7 +107,7 @@ class UperNetHead(nn.Module):
         self.lateral_convs = nn.ModuleList(ConvModule(fine, channels, 1, norm) for fine in fine_channels)
         self.fpn_convs = nn.ModuleList(ConvModule(channels, channels, 3, norm) for _ in fine_channels)
         self.fpn_bottleneck = ConvModule(len(in_channels) * channels, channels, 3, norm)
-        self.dropout = nn.Dropout2d(DROPOUT_RATIO)
+        self.dropout = SampleDropout2d(DROPOUT_RATIO)
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
         nn.init.normal_(self.conv_seg.weight, std=CLASSIFIER_INIT_STD)
         nn.init.zeros_(self.conv_seg.bias)
@@ -117,7 +131,7 @@ class FCNHead(nn.Module):
     def __init__(self, in_channels: int, num_classes: int, channels: int = 256, norm: str = "batch"):
         super().__init__()
         self.convs = nn.Sequential(ConvModule(in_channels, channels, 3, norm))
-        self.dropout = nn.Dropout2d(DROPOUT_RATIO)
+        self.dropout = SampleDropout2d(DROPOUT_RATIO)
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
         nn.init.normal_(self.conv_seg.weight, std=CLASSIFIER_INIT_STD)
         nn.init.zeros_(self.conv_seg.bias)

@@ -143,12 +143,12 @@ def check_run_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         "log_interval",
     )
     for name in positive:
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     for name in ("warmup_epochs", "num_workers", "weight_decay", "max_grad_norm"):
-        if getattr(args, name) < 0:
+        if getattr(args, name) is not None and getattr(args, name) < 0:
             parser.error(f"--{name} cannot be negative, and is {getattr(args, name)}")
-    if args.warmup_epochs >= args.epochs:
+    if args.epochs is not None and args.warmup_epochs is not None and args.warmup_epochs >= args.epochs:
         parser.error(
             f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}; give both, the paper's "
             "share is a twentieth"
@@ -293,7 +293,7 @@ def open_experiment(args: argparse.Namespace) -> tuple[Path, Path | None]:
             f"going on from {folder} would train over {existing[max(existing)]}. Resume from 'latest', or give "
             f"--resume_from_checkpoint {folder} with another --experiment_name"
         )
-    if epoch > args.epochs:
+    if args.epochs is not None and epoch > args.epochs:
         raise ValueError(f"{folder} has {epoch} epochs behind it, more than --epochs {args.epochs}")
     return experiment, folder
 
@@ -358,6 +358,16 @@ def cosine_lr(step: int, *, peak: float, warmup_steps: float, total_steps: int, 
         return peak * step / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1e-12, total_steps - warmup_steps))
     return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def poly_lr(step: int, *, peak: float, warmup_steps: int, total_steps: int, start_factor: float = 1e-6) -> float:
+    """Give the learning rate of an optimizer step: linear from `start_factor` x peak, then linear down to 0.
+
+    MMSegmentation's warmup and polynomial of power 1. Past `total_steps` it stays at 0.
+    """
+    if step < warmup_steps:
+        return peak * (start_factor + (1 - start_factor) * step / warmup_steps)
+    return peak * max(0.0, 1 - (step - warmup_steps) / max(1, total_steps - warmup_steps))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -560,8 +570,8 @@ class RunLog:
     not installed, not reachable or breaks costs one message, never the run.
     """
 
-    def __init__(self, experiment: Path, *, enabled: bool, resumed_step: int | None = None):
-        self.file, self.enabled, self.wandb_run = experiment / "log.jsonl", enabled, None
+    def __init__(self, experiment: Path, *, enabled: bool, resumed_step: int | None = None, lock: TextIO | None = None):
+        self.file, self.enabled, self.wandb_run, self.lock = experiment / "log.jsonl", enabled, None, lock
         if enabled and resumed_step is None:
             set_aside(self.file)
         elif enabled and self.file.exists():
@@ -629,6 +639,31 @@ class RunLog:
     def close(self) -> None:
         if self.wandb_run is not None:
             self.with_wandb(self.wandb_run.finish)
+        if self.lock is not None:
+            self.lock.close()
+
+
+def start_records(
+    accelerator: Accelerator, experiment: Path, args: argparse.Namespace, resume_from: Path | None, step: int
+) -> RunLog:
+    """Hold the experiment's folder for this run, write its arguments, and open its log; every process calls this.
+
+    BlockingIOError when another run holds the folder, until its log is closed.
+    """
+    lock = None
+    if accelerator.is_main_process:
+        lock = lock_experiment(experiment)
+        changes = write_args(experiment, args, resume_from)
+        start = f"from {resume_from.name} on" if resume_from else "from the start"
+        print(f"{'experiment':<16}{experiment}, {start}", flush=True)
+        if changes:
+            print(f"{'changed':<16}since the first start: {', '.join(changes)}", flush=True)
+    accelerator.wait_for_everyone()
+    resumed_step = step if resume_from else None
+    log = RunLog(experiment, enabled=accelerator.is_main_process, resumed_step=resumed_step, lock=lock)
+    if args.log_wandb:
+        log.start_wandb(args)
+    return log
 
 
 def parse_row(line: str) -> dict | None:
@@ -727,16 +762,28 @@ def describe_class(name: str) -> str:
 
 
 class ConfusionMatrix:
-    """Count how often which class is taken for which: `counts` (K, K) int64, rows true, columns predicted."""
+    """Count how often which class is taken for which: `counts` (K, K) int64, rows true, columns predicted.
 
-    def __init__(self, num_classes: int):
-        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    From its counts, summed over images and processes, come all scores; none is a mean over batches or images.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu", ignore_index: int | None = None):
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+        self.ignore_index = ignore_index
 
     def update(self, labels: Tensor, predictions: Tensor) -> None:
-        """Add labels and predictions of any equal shape."""
+        """Add labels and predictions of any equal shape; where the label is `ignore_index` nothing counts."""
         num_classes = len(self.counts)
-        flat = labels.flatten().cpu().long() * num_classes + predictions.flatten().cpu().long()
-        self.counts += torch.bincount(flat, minlength=num_classes**2).view(num_classes, num_classes)
+        labels, predictions = (x.flatten().to(self.counts.device).long() for x in (labels, predictions))
+        if self.ignore_index is not None:
+            counted = labels != self.ignore_index
+            labels, predictions = labels[counted], predictions[counted]
+        found = torch.bincount(labels * num_classes + predictions, minlength=num_classes**2)
+        self.counts += found.view(num_classes, num_classes)
+
+    def reduce(self, accelerator: Accelerator) -> None:
+        """Add up what all processes counted; every process calls it, once."""
+        self.counts = accelerator.reduce(self.counts, "sum")
 
     def worst_pairs(self, count: int) -> list[tuple[int, int, int]]:
         """Give the most frequent errors as (true class, predicted class, times), most frequent first."""
@@ -744,6 +791,24 @@ class ConfusionMatrix:
         times, places = wrong.sort(descending=True, stable=True)
         pairs = zip(places[:count].tolist(), times[:count].tolist(), strict=True)
         return [(*divmod(place, len(self.counts)), n) for place, n in pairs if n]
+
+    def per_class(self) -> dict[str, Tensor]:
+        """Give IoU, accuracy and Dice of each class in percent, (K,) float64; nan for classes that no label has."""
+        counts = self.counts.double().cpu()
+        hit, true, predicted = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
+        scores = {"iou": hit / (true + predicted - hit), "acc": hit / true, "dice": 2 * hit / (true + predicted)}
+        return {name: (100 * score).where(true > 0, torch.nan) for name, score in scores.items()}
+
+    def figures(self, prefix: str = "testing") -> dict[str, float]:
+        """Give mIoU, mean accuracy and mean Dice over the classes that occur, and the accuracy of all pixels, percent.
+
+        MMSegmentation's mIoU, mAcc, aAcc and mDice wherever every class occurs, as in ADE20K. A class that no label has
+        is left out, also when it is predicted somewhere; MMSegmentation then counts it as 0.
+        """
+        scores = self.per_class()
+        found = {f"{prefix}_m{name}": score.nanmean().item() for name, score in scores.items()}
+        counts = self.counts.double()
+        return found | {f"{prefix}_aacc": (100 * counts.diagonal().sum() / counts.sum()).item()}
 
 
 KNN_NEIGHBOURS = 20
@@ -821,6 +886,30 @@ def draw_rows(
                 while font.getlength(text) > width:
                     text = text[:-1]
                 draw.text((left, top + title_height + height + 2), text, fill="black", font=font)
+    return canvas
+
+
+def colour_classes(labels: Tensor, palette: np.ndarray) -> Tensor:
+    """Paint a label map (H, W) in the colours of its classes, (3, H, W) in 0..1; ignored pixels are black."""
+    colours = np.zeros((256, 3), dtype=np.float32)
+    colours[: len(palette)] = palette / 255
+    return torch.from_numpy(colours)[labels.cpu().long()].permute(2, 0, 1)
+
+
+def draw_legend(names: Mapping[str, tuple[int, int, int]], width: int) -> Image.Image:
+    """Draw a box of its colour beside every name, in as many lines as the width needs."""
+    font, places, x, y = ImageFont.load_default(size=14), [], 4, 4
+    for name in names:
+        needed = 18 + math.ceil(font.getlength(name)) + 12
+        if x + needed > width and x > 4:
+            x, y = 4, y + 20
+        places.append((x, y))
+        x += needed
+    canvas = Image.new("RGB", (width, y + 22), "white")
+    draw = ImageDraw.Draw(canvas)
+    for (name, colour), (x, y) in zip(names.items(), places, strict=True):
+        draw.rectangle((x, y, x + 13, y + 13), fill=tuple(int(value) for value in colour), outline="black")
+        draw.text((x + 18, y - 2), name, fill="black", font=font)
     return canvas
 
 

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--main_process_port", "0"]
 
 SIZE = ["--img_size", "64", "--patch_size", "8", "--encoder_embed_dim", "128", "--encoder_depth", "4"]
 SIZE += ["--encoder_num_heads", "4"]
@@ -23,10 +24,10 @@ COMMON = ["--per_gpu_batch_size", "64", "--save_checkpoint_interval", "1000", "-
 PRETRAINING_EPOCHS = 60
 PRETRAINING = ["--model", "mae_vit_tiny_patch16", *SIZE, "--decoder_depth", "2", "--epochs", str(PRETRAINING_EPOCHS)]
 PRETRAINING += ["--warmup_epochs", "4", "--base_learning_rate", "4e-3", "--gradient_accumulation_steps", "1"]
-# Both ways of training are the same but for the start and for what was best for it among the rates tried (RESULTS.md).
+# Both starts are finetuned alike, each at the best of the learning rates at the first seed.
 FINETUNING = ["--warmup_epochs", "2", "--random_aug_magnitude", "0", "--mixup_alpha", "0", "--cutmix_alpha", "0"]
-FROM_MAE = ["--learning_rate", "1e-3", "--layer_decay", "0.75"]
-FROM_SCRATCH = ["--learning_rate", "1e-3"]
+LEARNING_RATES = ("5e-4", "1e-3", "2e-3")
+LAYER_DECAY = {"mae": "0.75", "scratch": "1"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -52,17 +53,9 @@ def run(args: argparse.Namespace, script: str, name: str, epochs: int, flags: li
     row = last_row(experiment, "testing_loss")
     if row is None or row["epoch"] < epochs:
         print(f"{name}: running", flush=True)
-        command = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--num_processes",
-            "1",
-            "--main_process_port",
-            "0",
-        ]
-        command += [str(ROOT / script), "--experiment_name", name, "--working_directory", str(args.working_directory)]
-        command += ["--path_to_data", args.path_to_data, "--resume_from_checkpoint", "latest", *COMMON, *flags]
+        command = [*LAUNCH, str(ROOT / script), "--experiment_name", name]
+        command += ["--working_directory", str(args.working_directory), "--path_to_data", args.path_to_data]
+        command += ["--resume_from_checkpoint", "latest", *COMMON, *flags]
         experiment.mkdir(parents=True, exist_ok=True)
         with (experiment / "output.txt").open("a") as output:
             done = subprocess.run(command, stdout=output, stderr=output, env=os.environ, check=False)
@@ -74,38 +67,47 @@ def run(args: argparse.Namespace, script: str, name: str, epochs: int, flags: li
 
 
 def main(args: argparse.Namespace) -> None:
-    triple = 3 * args.epochs
-    pretraining = {f"pretrained_seed{seed}": seed for seed in args.seeds}
+    def pretrain(seed: int) -> None:
+        run(args, "pretrain_mae.py", f"pretrained_seed{seed}", PRETRAINING_EPOCHS, [*PRETRAINING, "--seed", str(seed)])
 
-    def pretrain(name: str, seed: int) -> None:
-        run(args, "pretrain_mae.py", name, PRETRAINING_EPOCHS, [*PRETRAINING, "--seed", str(seed)])
-
-    def classify(kind: str, seed: int) -> float:
-        epochs = triple if kind == "scratch_3x" else args.epochs
-        flags = [*FINETUNING, "--epochs", str(epochs), "--seed", str(seed)]
-        if kind == "mae":
+    def classify(start: str, learning_rate: str, times: int, seed: int) -> float:
+        """Give the top-1 at the end, in percent, of a run of `times` the budget."""
+        epochs = times * args.epochs
+        flags = [*FINETUNING, "--epochs", str(epochs), "--seed", str(seed), "--learning_rate", learning_rate]
+        flags += ["--layer_decay", LAYER_DECAY[start]]
+        if start == "mae":
             weights = args.working_directory / f"pretrained_seed{seed}" / f"checkpoint_{PRETRAINING_EPOCHS}"
-            flags += [*FROM_MAE, "--path_to_pretrained_mae_weights", str(weights)]
+            flags += ["--path_to_pretrained_mae_weights", str(weights)]
         else:
-            flags += [*FROM_SCRATCH, *SIZE]
-        return run(args, "finetune_classifier.py", f"{kind}_seed{seed}", epochs, flags)["testing_top1_acc"]
+            flags += SIZE
+        name = f"{start}_{learning_rate}_{epochs}epochs_seed{seed}"
+        return run(args, "finetune_classifier.py", name, epochs, flags)["testing_top1_acc"]
 
-    jobs = [(kind, seed) for seed in args.seeds for kind in ("mae", "scratch", "scratch_3x")]
+    first_seed, starts = args.seeds[0], tuple(LAYER_DECAY)
     with ThreadPoolExecutor(args.at_once) as pool:
-        list(pool.map(lambda item: pretrain(*item), pretraining.items()))
-        results = dict(zip(jobs, pool.map(lambda job: classify(*job), jobs), strict=True))
+        list(pool.map(pretrain, args.seeds))
+        trials = [(start, rate, 1, first_seed) for start in starts for rate in LEARNING_RATES]
+        scores = dict(zip(trials, pool.map(lambda job: classify(*job), trials), strict=True))
+        best = {start: max(LEARNING_RATES, key=lambda rate: scores[start, rate, 1, first_seed]) for start in starts}
+        rows = {
+            f"MAE, then {args.epochs} epochs": ("mae", best["mae"], 1),
+            f"from scratch, {args.epochs} epochs": ("scratch", best["scratch"], 1),
+            f"from scratch, {3 * args.epochs} epochs": ("scratch", best["scratch"], 3),
+        }
+        jobs = [(*row, seed) for seed in args.seeds for row in rows.values()]
+        scores |= dict(zip(jobs, pool.map(lambda job: classify(*job), jobs), strict=True))
 
-    names = {
-        "mae": f"MAE, then {args.epochs} epochs",
-        "scratch": f"from scratch, {args.epochs} epochs",
-        "scratch_3x": f"from scratch, {triple} epochs",
-    }
-    print("\n| start | " + " | ".join(f"seed {seed}" for seed in args.seeds) + " | mean |")
-    print("|---|" + "---|" * (len(args.seeds) + 1))
-    for kind, name in names.items():
-        scores = [results[kind, seed] for seed in args.seeds]
-        cells = [f"{score:.2f}" for score in (*scores, statistics.mean(scores))]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+    print(f"\n| top-1 after {args.epochs} epochs, seed {first_seed}, at | " + " | ".join(LEARNING_RATES) + " |")
+    print("|---|" + "---|" * len(LEARNING_RATES))
+    for start in starts:
+        cells = [f"{scores[start, rate, 1, first_seed]:.2f}" for rate in LEARNING_RATES]
+        print(f"| {start} | " + " | ".join(cells) + " |")
+    print("\n| top-1 | learning rate | " + " | ".join(f"seed {seed}" for seed in args.seeds) + " | mean |")
+    print("|---|---|" + "---|" * (len(args.seeds) + 1))
+    for name, row in rows.items():
+        found = [scores[(*row, seed)] for seed in args.seeds]
+        cells = [f"{score:.2f}" for score in (*found, statistics.mean(found))]
+        print(f"| {name} | {row[1]} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

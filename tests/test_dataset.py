@@ -30,7 +30,6 @@ from dataset import (
     ResizeCenterCrop,
     Sample,
     SampleKey,
-    SegmentationEvalTransform,
     SegmentationTransform,
     SingleTryResizedCrop,
     StepSampler,
@@ -47,6 +46,7 @@ from dataset import (
     eval_crop_ratio,
     find_splits,
     fit_within,
+    keep_size,
     label_table,
     list_images,
     list_pairs,
@@ -670,7 +670,7 @@ def test_label_map_of_a_rotated_photograph_may_lie_either_way(tmp_path):
         Image.fromarray(pixels).save(tmp_path / "images" / "training" / f"{name}.jpg", exif=exif)
     pairs, table = list_pairs(tmp_path, "training"), label_table(150, True)
     check_pairs(pairs, table, 1)
-    data = ADE20KDataset(pairs, SegmentationEvalTransform(8, 6), table)
+    data = ADE20KDataset(pairs, keep_size, table)
     for index in range(2):
         sample = data[SampleKey(EVAL_EPOCH, index)]
         assert sample.image.shape[1:] == sample.label.shape

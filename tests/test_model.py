@@ -29,6 +29,7 @@ from model import (
     load_classifier,
     load_pretrained_encoder,
     load_pretrained_mae,
+    load_segmenter,
     num_kept_patches,
     read_state_dict,
     relative_position_index,
@@ -828,3 +829,63 @@ def test_relative_positions_are_resampled_as_positions_are():
         size = [2 * side - 1 for side in grid]
         theirs = resample_abs_pos_embed(table[None, :-3], size, [7, 7], 0, antialias=False)
         torch.testing.assert_close(resampled, torch.cat([theirs[0], table[-3:]]))
+
+
+def test_segmenter_decays_by_depth_and_spares_positions():
+    model = random_segmenter(rel_pos_bias=True)
+    groups = param_groups_layer_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.65)
+    found = {id(p): group for group in groups for p in group["params"]}
+    assert len(found) == len(list(model.parameters()))
+    for key, parameter in model.named_parameters():
+        if key.startswith("backbone.blocks"):
+            layer = int(key.split(".")[2]) + 1
+        else:
+            layer = 0 if key.startswith("backbone") else 5
+        assert found[id(parameter)]["lr_scale"] == pytest.approx(0.65 ** (5 - layer))
+        spared = parameter.ndim == 1 or key.endswith(("cls_token", "pos_embed", "bias_table"))
+        assert found[id(parameter)]["weight_decay"] == (0.0 if spared else 0.05)
+
+
+def test_what_a_segmenter_drops_follows_the_noise_of_each_sample():
+    """In float64, because group norm over the few values of a pooled map enlarges rounding."""
+    model = random_segmenter(norm="group", channels=64, drop_path_rate=0.5).double()
+    torch.nn.init.normal_(model.decode_head.conv_seg.weight)
+    images, noise = torch.randn(4, 3, 16, 16).double(), torch.rand(4, model.noise_size)
+    assert model.noise_size == 2 * 4 + 64 + 256
+    model.train()
+    together = model(images, noise)
+    alone = [model(images[i : i + 1], noise[i : i + 1]) for i in range(4)]
+    for index in range(2):  # logits, auxiliary
+        torch.testing.assert_close(torch.cat([out[index] for out in alone]), together[index])
+    changed = noise.clone()
+    changed[:, 8:72] = noise[:, 8:72].flip(1)  # the head's dropout alone
+    again = model(images, changed)
+    assert torch.equal(again.auxiliary, together.auxiliary) and not torch.equal(again.logits, together.logits)
+    torch.testing.assert_close(model.eval()(images, noise).logits, model(images).logits)
+
+
+def test_load_pretrained_encoder_fills_a_segmenter(tmp_path):
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, encoder_embed_dim=64, encoder_depth=4)
+    pretrained = ViTMAEForPreTraining(config)
+    write_checkpoint(tmp_path / "checkpoint_1", pretrained)
+    model = ViTMAEForSegmentation(dataclasses.replace(config, img_size=32), 5, rel_pos_bias=True)
+    report = load_pretrained_encoder(model.backbone, tmp_path / "checkpoint_1")
+    assert report.resampled == ["pos_embed"] and all(key.endswith("bias_table") for key in report.missing)
+    assert torch.equal(model.backbone.blocks[3].mlp.fc2.weight, pretrained.blocks[3].mlp.fc2.weight)
+
+
+def test_load_segmenter_gives_back_what_was_written_and_refuses_the_rest(tmp_path):
+    options = dict(taps=[0, 1, 2, 3], channels=32, norm="batch", rel_pos_bias=True)
+    model = random_segmenter(**options)
+    folder = tmp_path / "best_checkpoint"
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    record = {"architecture": "ViTMAEForSegmentation", "config": dataclasses.asdict(model.backbone.config)}
+    (folder / "config.json").write_text(json.dumps({**record, "num_classes": 5, **options}))
+    loaded, _ = load_segmenter(folder)
+    images = torch.randn(1, 3, 16, 16)
+    assert torch.equal(loaded.eval()(images).logits, model(images).logits)
+    write_checkpoint(tmp_path / "checkpoint_1", random_model(TINY))
+    with pytest.raises(ValueError, match="holds no segmenter"):
+        load_segmenter(tmp_path / "checkpoint_1")

@@ -1,12 +1,14 @@
 """The shared verbs: golden values, oracles, hand-made folders, and the texts of errors."""
 
 import argparse
+import functools
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
+import torchmetrics
 from accelerate import Accelerator
 from conftest import TINY
 from timm.scheduler import CosineLRScheduler
@@ -28,6 +30,7 @@ from utils import (
     knn_classify,
     lock_experiment,
     open_experiment,
+    poly_lr,
     reconstruction_titles,
     replaced_folder,
     resume,
@@ -59,6 +62,12 @@ def test_cosine_lr_equals_timm():
 
 def test_cosine_lr_without_warmup_starts_at_the_peak():
     assert cosine_lr(0, peak=1.0, warmup_steps=0, total_steps=10) == 1.0
+
+
+def test_poly_lr_of_the_published_schedule():
+    rate = functools.partial(poly_lr, peak=1e-4, warmup_steps=1500, total_steps=160_000)
+    assert rate(0) == pytest.approx(1e-10) and rate(750) == pytest.approx(0.5e-4, rel=1e-5) and rate(1500) == 1e-4
+    assert rate(80_750) == pytest.approx(0.5e-4) and rate(160_000) == 0.0 == rate(170_000)
 
 
 @pytest.mark.parametrize(("batch", "expected"), [(2048, 1.2e-3), (4096, 2.4e-3)])
@@ -329,6 +338,36 @@ def test_confusion_matrix_counts_and_finds_the_worst_pairs():
     confusion.update(torch.tensor([[1, 2]]), torch.tensor([[2, 0]]))
     assert confusion.counts.tolist() == [[1, 0, 1], [0, 0, 2], [1, 0, 0]]
     assert confusion.worst_pairs(2) == [(1, 2, 2), (0, 2, 1)] and len(confusion.worst_pairs(9)) == 3
+
+
+def test_segmentation_scores_of_a_hand_made_case():
+    """Of class 0 3 pixels, 2 hit, 1 taken for 1; of class 1 2 pixels, 1 hit, 1 taken for 3; none of classes 2 and 3."""
+    confusion = ConfusionMatrix(4, ignore_index=255)
+    confusion.update(torch.tensor([[0, 0, 0], [1, 1, 255]]), torch.tensor([[0, 0, 1], [1, 3, 2]]))
+    scores = confusion.per_class()
+    assert scores["iou"][:2].tolist() == pytest.approx([200 / 3, 100 / 3])
+    assert scores["acc"][:2].tolist() == pytest.approx([200 / 3, 50])
+    assert scores["dice"][:2].tolist() == pytest.approx([80, 50])
+    assert all(score[2:].isnan().all() for score in scores.values())  # 3 was predicted, but no label has it
+    assert confusion.figures() == pytest.approx(
+        {"testing_miou": 50, "testing_macc": 175 / 3, "testing_mdice": 65, "testing_aacc": 60}
+    )
+
+
+def test_segmentation_scores_equal_torchmetrics():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 9, (6, 20, 30), generator=generator)  # of 12 classes, so that three are absent
+    answers = torch.where(torch.rand(labels.shape, generator=generator) < 0.6, labels, labels.flip(2))
+    labels[torch.rand(labels.shape, generator=generator) < 0.1] = 255
+    confusion = ConfusionMatrix(12, ignore_index=255)
+    for label, answer in zip(labels, answers, strict=True):
+        confusion.update(label, answer)
+    options = dict(num_classes=12, ignore_index=255)
+    iou = torchmetrics.classification.MulticlassJaccardIndex(**options)(answers, labels)
+    micro = torchmetrics.classification.MulticlassAccuracy(average="micro", **options)(answers, labels)
+    figures = confusion.figures()
+    assert figures["testing_miou"] == pytest.approx(100 * iou.item(), abs=1e-4)
+    assert figures["testing_aacc"] == pytest.approx(100 * micro.item(), abs=1e-4)
 
 
 def test_knn_vote_equals_brute_force(monkeypatch):

@@ -1,0 +1,111 @@
+"""Label every pixel of images of any size: an overlay picture and a label PNG each, and the classes' shares printed.
+
+    python tools/segment.py --checkpoint work_dir/ADE20K_UperNet/best_checkpoint IMAGE_OR_FOLDER... --output FOLDER
+
+The label PNGs hold class numbers as the training's label maps do (with ADE20K 1 to 150).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as tvf
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dataset import DECODE_ERRORS, LABEL_COLOURS, read_image, scan_images
+from finetune_segmentation import predict
+from model import load_segmenter
+from utils import colour_classes, draw_legend
+
+SHOWN_CLASSES = 12
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint folder of finetune_segmentation.py")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--overwrite", action="store_true", help="allow pictures of these names to exist")
+    parser.add_argument("--opacity", type=float, default=0.5, help="of the colours over the image (default: 0.5)")
+    parser.add_argument("--slide", action=argparse.BooleanOptionalAction, default=True, help="score by windows")
+    parser.add_argument("--multi_scale", action="store_true", help="average over six sizes")
+    parser.add_argument("--flip", action="store_true", help="average over the image and its mirror image")
+    parser.add_argument("--batch_size", type=int, default=4, help="windows at once (default: 4)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(argv)
+
+
+def find_images(paths: list[Path]) -> dict[str, Path]:
+    """Give the images by the name of their pictures: the file's, or the path below its folder with _ for /."""
+    found = {}
+    for path in paths:
+        files = [path / name for name in scan_images(path)[0]] if path.is_dir() else [path]
+        for file in files:
+            name = "_".join((file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix("").parts)
+            if name in found:
+                raise ValueError(f"{found[name]} and {file} would both be written as {name}; give them one at a time")
+            found[name] = file
+    if not found:
+        raise FileNotFoundError(f"no images in {', '.join(map(str, paths))}")
+    return found
+
+
+@torch.no_grad()
+def main(args: argparse.Namespace) -> None:
+    files = find_images(args.images)
+    outputs = {name: [args.output / f"{name}_{kind}.png" for kind in ("overlay", "labels")] for name in files}
+    existing = [str(path) for pair in outputs.values() for path in pair if path.exists()]
+    if existing and not args.overwrite:
+        raise FileExistsError(f"{existing[0]} exists; choose another --output or add --overwrite")
+    model, record = load_segmenter(args.checkpoint)
+    model.to(args.device).eval()
+    config = model.backbone.config
+    settings = argparse.Namespace(
+        img_size=config.img_size,
+        mean=record["image_mean"],
+        std=record["image_std"],
+        resize_to=record["resize_to"],
+        slide=args.slide,
+        multi_scale=args.multi_scale,
+        flip=args.flip,
+        window_batch_size=args.batch_size,
+    )
+    names = record["class_names"]
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, file in files.items():
+        try:
+            image = tvf.pil_to_tensor(read_image(file, config.input_channels))
+        except DECODE_ERRORS as error:
+            raise ValueError(f"cannot decode {file}: {type(error).__name__}: {error}") from error
+        classes = predict(model, [image.to(args.device)], settings)[0].cpu()  # (H, W)
+        counts = torch.bincount(classes.flatten(), minlength=len(names))
+        order = [k for k in counts.argsort(descending=True, stable=True).tolist() if counts[k]]
+        overlay_file, labels_file = outputs[name]
+        raw = classes.numpy().astype(np.uint8) + int(record["ignore_zero"])
+        Image.fromarray(raw.astype(np.uint8)).save(labels_file)
+        draw_overlay(image, classes, [(names[k], k) for k in order[:SHOWN_CLASSES]], args.opacity).save(overlay_file)
+        print(f"{file}: {overlay_file}")
+        for k in order[:SHOWN_CLASSES]:
+            print(f"  {100 * counts[k].item() / classes.numel():6.2f} %  {names[k]}")
+
+
+def draw_overlay(
+    image: torch.Tensor, classes: torch.Tensor, shown: list[tuple[str, int]], opacity: float
+) -> Image.Image:
+    """Lay the classes' colours over an image, uint8 (C, H, W), with a legend below."""
+    picture = image[:3].expand(3, -1, -1) if len(image) < 3 else image[:3]
+    mixed = (1 - opacity) * picture / 255 + opacity * colour_classes(classes, LABEL_COLOURS)
+    top = Image.fromarray((mixed * 255).round().byte().permute(1, 2, 0).numpy())
+    legend = draw_legend({name: tuple(LABEL_COLOURS[k]) for name, k in shown}, max(320, top.width))
+    canvas = Image.new("RGB", (max(top.width, legend.width), top.height + legend.height), "white")
+    canvas.paste(top, (0, 0))
+    canvas.paste(legend, (0, top.height))
+    return canvas
+
+
+if __name__ == "__main__":
+    main(parse_args())
