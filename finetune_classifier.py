@@ -1,6 +1,6 @@
 """Finetune a pretrained encoder as an image classifier, probe it frozen, or evaluate a classifier (paper, section 4).
 
-Try it, after the demo of pretrain_mae.py, a few minutes on two CPU cores:
+Try it, after the demo of pretrain_mae.py:
     accelerate launch finetune_classifier.py --demo
 ImageNet, ViT-B/16, the tutorial's recipe (PyTorch-Adventures), on one GPU:
     accelerate launch finetune_classifier.py --path_to_data IMAGENET --path_to_pretrained_mae_weights CHECKPOINT_FOLDER
@@ -171,7 +171,7 @@ PROBE_RECIPE = TUTORIAL_RECIPE | dict(
     label_smoothing=0.0,
     global_pool="cls",
 )
-# A few minutes on two CPU cores, for the model and the scenes of pretrain_mae.py --demo.
+# For the model and the scenes of pretrain_mae.py --demo.
 DEMO_RECIPE = dict(
     experiment_name="demo_finetuned",
     epochs=10,

@@ -1,6 +1,6 @@
 """Finetune a pretrained encoder under UperNet to label every pixel, or evaluate a segmenter (paper, appendix A.4).
 
-Try it, after the demo of pretrain_mae.py, a few minutes on two CPU cores:
+Try it, after the demo of pretrain_mae.py:
     accelerate launch finetune_segmentation.py --demo
 ADE20K, ViT-B/16, MMSegmentation's recipe, effective batch 16, on one GPU:
     accelerate launch finetune_segmentation.py --path_to_data ADE20K --path_to_backbone_checkpoint CHECKPOINT_FOLDER
@@ -104,7 +104,7 @@ RECIPE = dict(
     max_grad_norm=0.0,
     num_workers=16,
 )
-# A few minutes on two CPU cores, for the model and the scenes of pretrain_mae.py --demo.
+# For the model and the scenes of pretrain_mae.py --demo.
 DEMO_RECIPE = dict(
     experiment_name="demo_segmentation",
     img_size=[64],
