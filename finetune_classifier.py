@@ -86,10 +86,12 @@ from utils import (
     find_checkpoints,
     gather_shares,
     knn_classify,
+    micro_batch_size,
     open_experiment,
     peak_memory_gb,
     refuse_inside,
     repetition_note,
+    report,
     resume,
     save_checkpoint,
     save_weights,
@@ -498,11 +500,6 @@ def run_knn(args: argparse.Namespace) -> dict[str, float]:
     return figures
 
 
-def report(accelerator: Accelerator, figures: dict[str, float]) -> None:
-    for name, value in figures.items():
-        accelerator.print(f"{name:<24}{value:.4f}")
-
-
 # ------------------------------------------------------------------------------------------------ data
 
 
@@ -557,10 +554,6 @@ def build_training_data(
     )
     mixing = PairMixing(len(files.classes), args.mixup_alpha, args.cutmix_alpha, args.label_smoothing, args.seed)
     return data, mixing
-
-
-def micro_batch_size(args: argparse.Namespace) -> int:
-    return args.per_gpu_batch_size // args.gradient_accumulation_steps
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -797,8 +790,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if not figures:  # a finished run that was started again
         figures = evaluate(accelerator, bare_model, eval_loader, args).figures()
     say(f"checkpoints     {experiment / BEST_CHECKPOINT} (top-1 {best:.2f} %), {experiment / LAST_CHECKPOINT}")
-    for name, value in figures.items():
-        say(f"{name:<24}{value:.4f}")
+    report(accelerator, figures)
     if not args.demo:
         accelerator.end_training()
     return figures

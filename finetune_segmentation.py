@@ -76,10 +76,12 @@ from utils import (
     draw_legend,
     draw_rows,
     find_checkpoints,
+    micro_batch_size,
     open_experiment,
     peak_memory_gb,
     poly_lr,
     repetition_note,
+    report,
     resume,
     save_checkpoint,
     save_weights,
@@ -234,7 +236,6 @@ def set_size_defaults(parser: argparse.ArgumentParser, given: argparse.Namespace
     """Take the encoder's sizes from the checkpoint, or from --model; the image size is the recipe's."""
     names = (*SIZE_FLAGS, "patch_size")
     if given.path_to_backbone_checkpoint is None or given.from_scratch:
-        source, record = "--model", {}
         sizes = dataclasses.asdict(MODEL_CONFIGS[given.model or "mae_vit_base_patch16"])
         if given.path_to_backbone_checkpoint is not None:  # the same sizes, to compare with
             sizes = dataclasses.asdict(MAEConfig(**read_sizes(given.path_to_backbone_checkpoint)["config"]))
@@ -262,10 +263,6 @@ def set_size_defaults(parser: argparse.ArgumentParser, given: argparse.Namespace
 def build_config(args: argparse.Namespace) -> MAEConfig:
     sizes = {name: getattr(args, name) for name in (*SIZE_FLAGS, "patch_size", "img_size", "input_channels")}
     return MAEConfig(**sizes, norm_pix_loss=False)
-
-
-def micro_batch_size(args: argparse.Namespace) -> int:
-    return args.per_gpu_batch_size // args.gradient_accumulation_steps
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -352,14 +349,18 @@ def write_table(confusion: ConfusionMatrix, names: list[str], file: Path) -> Non
 
 @torch.no_grad()
 def draw_predictions(
-    model: ViTMAEForSegmentation, data: ADE20KDataset, device: torch.device, args: argparse.Namespace, path: Path
+    accelerator: Accelerator, model: ViTMAEForSegmentation, data: ADE20KDataset, args: argparse.Namespace, path: Path
 ) -> None:
-    """Draw validation images, their label maps and the model's, with the names of all classes shown."""
+    """Draw validation images, their label maps and the model's, with the names of all classes; every process calls."""
     spacing = max(1, len(data) // NUM_PICTURES)
     samples = [data[SampleKey(EVAL_EPOCH, index)] for index in range(0, len(data), spacing)[:NUM_PICTURES]]
     model.eval()
-    answers = [answer.cpu() for answer in predict(model, [sample.image.to(device) for sample in samples], args)]
+    with accelerator.autocast():
+        answers = predict(model, [sample.image.to(accelerator.device) for sample in samples], args)
+    answers = [answer.cpu() for answer in answers]
     model.train()
+    if not accelerator.is_main_process:
+        return
 
     def fit(picture: Tensor) -> Tensor:
         return F.interpolate(picture[None].float(), (PICTURE_SIDE, PICTURE_SIDE), mode="nearest")[0]
@@ -396,8 +397,7 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
         write_json(files[0], figures | {"weights": str(weights), "num_images": len(val_data)})
         write_table(confusion, class_names_of(args), files[1])
         accelerator.print(f"{'written':<16}{', '.join(file.name for file in files)} in {weights.parent}")
-    for name, value in figures.items():
-        accelerator.print(f"{name:<24}{value:.4f}")
+    report(accelerator, figures)
     accelerator.end_training()
     return figures
 
@@ -590,9 +590,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                 figures = confusion.figures()
                 row |= figures
                 picture = experiment / "predictions" / f"epoch_{epoch + 1}.png"
-                if accelerator.is_main_process:
-                    draw_predictions(bare_model, val_data, device, args, picture)
-                    log.picture("predictions", picture, step)
+                draw_predictions(accelerator, bare_model, val_data, args, picture)
+                log.picture("predictions", picture, step)
                 if figures["testing_miou"] > best:
                     best = figures["testing_miou"]
                     record = config_record | {"epoch": epoch + 1, "testing": figures}
@@ -622,8 +621,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if not figures:  # a finished run that was started again
         figures = evaluate(accelerator, bare_model, val_loader, args).figures()
     say(f"checkpoints     {experiment / BEST_CHECKPOINT} (mIoU {best:.2f} %), {experiment / LAST_CHECKPOINT}")
-    for name, value in figures.items():
-        say(f"{name:<24}{value:.4f}")
+    report(accelerator, figures)
     accelerator.end_training()
     return figures
 

@@ -60,6 +60,7 @@ from utils import (
     describe_processes,
     draw_rows,
     knn_classify,
+    micro_batch_size,
     open_experiment,
     peak_memory_gb,
     reconstruction_titles,
@@ -293,7 +294,7 @@ def build_probe_loaders(
     return tuple(
         build_eval_loader(
             ImageDataset(files.thinned(args.probe_images), fit, channels=args.input_channels),
-            args.per_gpu_batch_size // args.gradient_accumulation_steps,
+            micro_batch_size(args),
             num_workers,
             *share_of(accelerator),
         )
@@ -344,10 +345,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     sample = dict(seed=args.seed, channels=args.input_channels, noise_size=config.num_patches)
     train_data = ImageDataset(train_files, build_pretraining_transform(config.image_hw, args.min_crop_scale), **sample)
     eval_data = ImageDataset(val_files or train_files, ResizeCenterCrop(config.image_hw), **sample)
-    micro_batch_size = args.per_gpu_batch_size // args.gradient_accumulation_steps
     sampler = StepSampler(
         len(train_data),
-        micro_batch_size,
+        micro_batch_size(args),
         accumulation_steps=args.gradient_accumulation_steps,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -356,7 +356,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     num_workers = cap_workers(args.num_workers)
     loader = build_training_loader(train_data, sampler, num_workers, device.type == "cuda")
     eval_loader = (
-        build_eval_loader(eval_data, micro_batch_size, num_workers, *share_of(accelerator)) if val_files else None
+        build_eval_loader(eval_data, micro_batch_size(args), num_workers, *share_of(accelerator)) if val_files else None
     )
     probe_loaders = build_probe_loaders(accelerator, config, num_workers, args) if args.probe_every else None
     spacing = max(1, len(eval_data) // NUM_PICTURES)

@@ -265,6 +265,17 @@ def compile_in_place(accelerator: Accelerator, model: nn.Module) -> None:
         plugin.backend = DynamoBackend.NO
 
 
+def micro_batch_size(args: argparse.Namespace) -> int:
+    """Count the images of one forward pass on one process."""
+    return args.per_gpu_batch_size // args.gradient_accumulation_steps
+
+
+def report(accelerator: Accelerator, figures: Mapping[str, float]) -> None:
+    """Print figures, one a line."""
+    for name, value in figures.items():
+        accelerator.print(f"{name:<24}{value:.4f}")
+
+
 def cap_workers(num_workers: int) -> int:
     """Give each training process at most its share of this machine's cores as data workers."""
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
