@@ -12,21 +12,22 @@ import os
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--main_process_port", "0"]
 
-SIZE = ["--img_size", "64", "--patch_size", "8", "--encoder_embed_dim", "128", "--encoder_depth", "4"]
+SIZE = ["--img_size", "64", "--patch_size", "8", "--encoder_embed_dim", "128", "--encoder_depth", "6"]
 SIZE += ["--encoder_num_heads", "4"]
 COMMON = ["--per_gpu_batch_size", "64", "--save_checkpoint_interval", "1000", "--num_workers", "1"]
-PRETRAINING_EPOCHS = 60
-PRETRAINING = ["--model", "mae_vit_tiny_patch16", *SIZE, "--decoder_depth", "2", "--epochs", str(PRETRAINING_EPOCHS)]
-PRETRAINING += ["--warmup_epochs", "4", "--base_learning_rate", "4e-3", "--gradient_accumulation_steps", "1"]
+PRETRAINING_EPOCHS = 80
+PRETRAINING = ["--model", "mae_vit_tiny_patch16", *SIZE, "--decoder_embed_dim", "96", "--decoder_depth", "1"]
+PRETRAINING += ["--epochs", str(PRETRAINING_EPOCHS), "--warmup_epochs", "4", "--base_learning_rate", "4e-3"]
+PRETRAINING += ["--gradient_accumulation_steps", "1"]
 # Both starts are finetuned alike, each at the best of the learning rates at the first seed.
 FINETUNING = ["--warmup_epochs", "2", "--random_aug_magnitude", "0", "--mixup_alpha", "0", "--cutmix_alpha", "0"]
-LEARNING_RATES = ("5e-4", "1e-3", "2e-3")
+LEARNING_RATES = ("1e-3", "2e-3", "4e-3")
 LAYER_DECAY = {"mae": "0.75", "scratch": "1"}
 
 
@@ -83,19 +84,37 @@ def main(args: argparse.Namespace) -> None:
         name = f"{start}_{learning_rate}_{epochs}epochs_seed{seed}"
         return run(args, "finetune_classifier.py", name, epochs, flags)["testing_top1_acc"]
 
-    first_seed, starts = args.seeds[0], tuple(LAYER_DECAY)
+    first_seed, *more_seeds = args.seeds
+    starts = tuple(LAYER_DECAY)
+    scores: dict[tuple[str, str, int, int], float] = {}
+
+    def best_rate(start: str) -> str:
+        return max(LEARNING_RATES, key=lambda rate: scores[start, rate, 1, first_seed])
+
     with ThreadPoolExecutor(args.at_once) as pool:
-        list(pool.map(pretrain, args.seeds))
-        trials = [(start, rate, 1, first_seed) for start in starts for rate in LEARNING_RATES]
-        scores = dict(zip(trials, pool.map(lambda job: classify(*job), trials), strict=True))
-        best = {start: max(LEARNING_RATES, key=lambda rate: scores[start, rate, 1, first_seed]) for start in starts}
-        rows = {
-            f"MAE, then {args.epochs} epochs": ("mae", best["mae"], 1),
-            f"from scratch, {args.epochs} epochs": ("scratch", best["scratch"], 1),
-            f"from scratch, {3 * args.epochs} epochs": ("scratch", best["scratch"], 3),
-        }
-        jobs = [(*row, seed) for seed in args.seeds for row in rows.values()]
-        scores |= dict(zip(jobs, pool.map(lambda job: classify(*job), jobs), strict=True))
+
+        def start_runs(runs: list[tuple[str, str, int, int]]) -> dict[tuple, Future]:
+            return {a_run: pool.submit(classify, *a_run) for a_run in runs}
+
+        def wait_for(futures: dict[tuple, Future]) -> None:
+            scores.update({a_run: future.result() for a_run, future in futures.items()})
+
+        pretraining = pool.submit(pretrain, first_seed)
+        wait_for(start_runs([("scratch", rate, 1, first_seed) for rate in LEARNING_RATES]))
+        pretraining.result()
+        trials = start_runs([("mae", rate, 1, first_seed) for rate in LEARNING_RATES])
+        pretrainings = [pool.submit(pretrain, seed) for seed in more_seeds]
+        scratch_rate = best_rate("scratch")
+        from_scratch = start_runs([("scratch", scratch_rate, times, seed) for times in (3, 1) for seed in args.seeds])
+        wait_for(trials | from_scratch)
+        for pretraining in pretrainings:
+            pretraining.result()
+        wait_for(start_runs([("mae", best_rate("mae"), 1, seed) for seed in args.seeds]))
+    rows = {
+        f"MAE, then {args.epochs} epochs": ("mae", best_rate("mae"), 1),
+        f"from scratch, {args.epochs} epochs": ("scratch", best_rate("scratch"), 1),
+        f"from scratch, {3 * args.epochs} epochs": ("scratch", best_rate("scratch"), 3),
+    }
 
     print(f"\n| top-1 after {args.epochs} epochs, seed {first_seed}, at | " + " | ".join(LEARNING_RATES) + " |")
     print("|---|" + "---|" * len(LEARNING_RATES))
