@@ -26,7 +26,7 @@ PRETRAINING = ["--model", "mae_vit_tiny_patch16", *SIZE, "--decoder_embed_dim", 
 PRETRAINING += ["--epochs", str(PRETRAINING_EPOCHS), "--warmup_epochs", "4", "--base_learning_rate", "4e-3"]
 PRETRAINING += ["--gradient_accumulation_steps", "1"]
 # Both starts are finetuned alike, each at the best of the learning rates at the first seed.
-FINETUNING = ["--warmup_epochs", "2", "--random_aug_magnitude", "0", "--mixup_alpha", "0", "--cutmix_alpha", "0"]
+FINETUNING = ["--warmup_epochs", "1", "--random_aug_magnitude", "0", "--mixup_alpha", "0", "--cutmix_alpha", "0"]
 LEARNING_RATES = ("1e-3", "2e-3", "4e-3")
 LAYER_DECAY = {"mae": "0.75", "scratch": "1"}
 
@@ -36,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--path_to_data", required=True, help="train/ and val/ with class folders")
     parser.add_argument("--working_directory", type=Path, required=True, help="where all runs are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=10, help="of finetuning (default: 10)")
+    parser.add_argument("--epochs", type=int, default=5, help="of finetuning (default: 5)")
     parser.add_argument("--at_once", type=int, default=2, help="runs side by side, one thread each (default: 2)")
     return parser.parse_args(argv)
 
