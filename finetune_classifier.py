@@ -28,7 +28,6 @@ from timm.optim import Lars, param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dataset import (
     EVAL_EPOCH,
@@ -75,6 +74,7 @@ from utils import (
     accuracy,
     add_run_flags,
     build_accelerator,
+    build_bar,
     cap_workers,
     check_run_flags,
     collect_features,
@@ -682,9 +682,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
     # The loop
     model.train()
-    bar = tqdm(
-        total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not accelerator.is_main_process
-    )
+    bar = build_bar(accelerator, total_steps, step)
     clock = StepClock()
     sums = torch.zeros(2, device=device)  # of this step: loss, and images whose strongest target was the top answer
     pending = []  # of the steps since the last row, left on the device
@@ -768,7 +766,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             bar.set_postfix_str(
                 f"loss {row['training_loss']:.4f}, lr {learning_rate:.1e}, {row['images_per_second']:.0f} images/s, "
                 f"{row['data_wait_fraction']:.0%} waiting for data"
-                + (f", top-1 {figures['testing_top1_acc']:.2f} %, best {best:.2f} %" if figures else "")
+                + (f", top-1 {figures['testing_top1_acc']:.2f} %, best {best:.2f} %" if figures else ""),
+                refresh=False,
             )
             log.write(row)
             if epoch_ends and saves:

@@ -22,7 +22,6 @@ from PIL import Image
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dataset import (
     ADE20K_CLASS_NAMES,
@@ -68,6 +67,7 @@ from utils import (
     StepClock,
     add_run_flags,
     build_accelerator,
+    build_bar,
     cap_workers,
     check_run_flags,
     colour_classes,
@@ -520,9 +520,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
     # The loop
     model.train()
-    bar = tqdm(
-        total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not accelerator.is_main_process
-    )
+    bar = build_bar(accelerator, total_steps, step)
     clock = StepClock()
     sums = torch.zeros(2, device=device)  # of this step: loss of the head, and of the auxiliary head
     pending = []  # of the steps since the last row, left on the device
@@ -601,7 +599,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             bar.set_postfix_str(
                 f"loss {row['training_loss']:.4f}, lr {learning_rate:.1e}, {row['images_per_second']:.1f} images/s, "
                 f"{row['data_wait_fraction']:.0%} waiting for data"
-                + (f", mIoU {figures['testing_miou']:.2f} %, best {best:.2f} %" if figures else "")
+                + (f", mIoU {figures['testing_miou']:.2f} %, best {best:.2f} %" if figures else ""),
+                refresh=False,
             )
             log.write(row)
             if epoch_ends and (evaluates or saves):

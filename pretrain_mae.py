@@ -22,7 +22,6 @@ from accelerate.utils import gather_object, set_seed
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dataset import (
     EVAL_EPOCH,
@@ -52,6 +51,7 @@ from utils import (
     accuracy,
     add_run_flags,
     build_accelerator,
+    build_bar,
     cap_workers,
     check_run_flags,
     collect_features,
@@ -398,9 +398,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     bad_files.note(shown.bad_files)
 
     # Loop
-    bar = tqdm(
-        total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not accelerator.is_main_process
-    )
+    bar = build_bar(accelerator, total_steps, step)
     clock = StepClock()
     step_loss = torch.zeros((), device=device)
     pending_losses = []  # of the steps since the last row, left on the device
@@ -467,7 +465,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             }
             bar.set_postfix_str(
                 f"loss {row['training_loss']:.4f}, lr {learning_rate:.1e}, {row['images_per_second']:.0f} images/s, "
-                f"{row['data_wait_fraction']:.0%} waiting for data"
+                f"{row['data_wait_fraction']:.0%} waiting for data",
+                refresh=False,
             )
             log.write(row)
             if epoch_ends and saves:

@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------ flags
 
@@ -532,6 +533,22 @@ def flat_differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[t
 # ------------------------------------------------------------------------------------------------ logging
 
 WANDB_TIMEOUT_S = 20
+BAR_INTERVAL_S = 30  # between lines of a progress bar that goes into a file
+
+
+def build_bar(accelerator: Accelerator, total_steps: int, step: int) -> tqdm:
+    """Show the progress of a run from the main process; where no one watches a terminal, a line now and then."""
+    watched = sys.stderr.isatty()
+    return tqdm(
+        total=total_steps,
+        initial=step,
+        unit="step",
+        dynamic_ncols=watched,
+        ncols=None if watched else 160,
+        mininterval=0.1 if watched else BAR_INTERVAL_S,
+        maxinterval=10 if watched else BAR_INTERVAL_S,
+        disable=not accelerator.is_main_process,
+    )
 
 
 class StepClock:

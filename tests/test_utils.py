@@ -21,6 +21,7 @@ from utils import (
     RunLog,
     StepClock,
     accuracy,
+    build_bar,
     cap_workers,
     cosine_lr,
     describe_class,
@@ -294,6 +295,17 @@ def test_step_clock_counts_images_and_waiting(monkeypatch):
 
 
 # -------------------------------------------------------------------------------- pictures
+
+
+def test_progress_bar_in_a_file_is_a_few_lines(capsys):
+    bar = build_bar(Accelerator(cpu=True), 2000, 0)
+    for step in range(2000):
+        bar.update()
+        bar.set_postfix_str(f"loss {step}", refresh=False)
+    bar.close()
+    lines = capsys.readouterr().err.split("\r")
+    assert len(lines) < 5
+    assert "2000/2000" in lines[-1] and "loss 1999" in lines[-1]
 
 
 def test_draw_rows_shows_the_whole_title_over_a_single_image():
