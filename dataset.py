@@ -617,14 +617,17 @@ class SegmentationTransform:
         return image, torch.nn.functional.pad(labels, (0, right, 0, bottom), value=IGNORE_INDEX)
 
     def choose_crop(self, labels: Tensor) -> tuple[slice, slice]:
-        """Draw where to crop, again while one class has too much of it (up to `crop_tries` draws)."""
+        """Draw where to crop; up to `crop_tries` draws that one class has too much of are drawn again."""
         for _ in range(self.crop_tries):
-            starts = [random.randint(0, max(0, n - c)) for n, c in zip(labels.shape, self.img_size, strict=True)]
-            area = tuple(slice(start, start + crop) for start, crop in zip(starts, self.img_size, strict=True))
+            area = self.draw_crop(labels)
             counts = torch.bincount(labels[area].flatten(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
             if (counts > 0).sum() > 1 and counts.max() < self.max_class_share * counts.sum():
-                break
-        return area
+                return area
+        return self.draw_crop(labels)
+
+    def draw_crop(self, labels: Tensor) -> tuple[slice, slice]:
+        starts = [random.randint(0, max(0, n - c)) for n, c in zip(labels.shape, self.img_size, strict=True)]
+        return tuple(slice(start, start + crop) for start, crop in zip(starts, self.img_size, strict=True))
 
 
 def distort_colours(image: Tensor) -> Tensor:

@@ -606,6 +606,10 @@ class ViTMAEForSegmentation(nn.Module):
     """The encoder under UperNet (paper, appendix A.4), with MMSegmentation's names for everything but the encoder.
 
     `taps` are 0-based blocks, whose raw outputs are used; `channels` is the heads' width (default: the encoder's).
+
+    Deviation: MMSegmentation's blocks scale each branch by a trained vector that starts at one (LayerScale). Reason:
+    the paper's encoder has none, and the vectors can be multiplied into the weights. Effect: the same functions from
+    the same start, on another path of the optimizer; not measured.
     """
 
     def __init__(

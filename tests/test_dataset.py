@@ -719,7 +719,7 @@ def test_crop_avoids_what_is_nearly_all_one_class():
             _, classes = transform(Image.new("RGB", (200, 64)), labels)
         shares.append((classes == 1).float().mean().item())
     assert sum(share > 0.25 for share in shares) > 30
-    plain = dataclasses.replace(transform, crop_tries=1)
+    plain = dataclasses.replace(transform, crop_tries=0)
     found = 0
     for index in range(60):
         with seeded(0, 0, index):

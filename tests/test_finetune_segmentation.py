@@ -268,6 +268,22 @@ def test_other_tests_score_too(finished, drawn_pairs, tmp_path, more):
     assert 0 <= figures["testing_miou"] <= 100
 
 
+def test_no_scale_of_a_windowed_test_is_smaller_than_a_window(finished, tmp_path, monkeypatch):
+    checkpoint = finished / "last_checkpoint"
+    args = parse_args(flags(tmp_path, tmp_path, checkpoint, "--eval_only --multi_scale --resize_to 128 32"))
+    model = load_segmenter(checkpoint)[0].eval()
+    crop, seen = model.backbone.config.image_hw, []
+
+    def score_nothing(predict, views, crop_size, stride, batch_size):
+        seen.extend(tuple(view.shape[-2:]) for view in views)
+        return [torch.zeros(model.decode_head.conv_seg.out_channels, *view.shape[-2:]) for view in views]
+
+    monkeypatch.setattr(finetune_segmentation, "slide_inference", score_nothing)
+    predict(model, [torch.zeros(3, 40, 60, dtype=torch.uint8)], args)
+    assert crop == (32, 32)
+    assert seen == [(32, 48), (32, 48), (32, 48), (40, 60), (48, 72), (56, 84)]  # short side 32 x 0.5 ... 1.75
+
+
 def test_flipped_test_of_a_mirrored_image_is_the_mirror_image(finished, tmp_path):
     checkpoint = finished / "last_checkpoint"
     args = parse_args(flags(tmp_path, tmp_path, checkpoint, "--eval_only --flip --no-slide"))

@@ -53,6 +53,14 @@ def test_heads_equal_transformers():
         torch.testing.assert_close(ours(pyramid[2]), theirs(pyramid), rtol=0, atol=1e-5)
 
 
+def test_convolutions_start_as_mmsegmentations():
+    """Kaiming with the fan of the outputs: a variance of 2 / (kernel area x output channels)."""
+    torch.manual_seed(0)
+    head = UperNetHead([96] * 4, 48, 5)
+    for conv in (head.bottleneck.conv, head.fpn_bottleneck.conv):
+        assert conv.weight.std().item() == pytest.approx((2 / (9 * 48)) ** 0.5, rel=0.02)
+
+
 def test_keys_are_those_of_mmsegmentation():
     keys = set(UperNetHead([8] * 4, 8, 3).state_dict())
     for key in (
