@@ -1,4 +1,4 @@
-"""Does pretraining help? Finetune from a MAE, and train the same model from scratch, also three times as long.
+"""Does pretraining help to classify? Finetune from a MAE, and train the same model from scratch, also thrice as long.
 
     python benchmarks/pretraining_helps.py --path_to_data IMAGENETTE --working_directory work_dir/pretraining_helps
 
@@ -23,8 +23,7 @@ SIZE += ["--encoder_num_heads", "4"]
 COMMON = ["--per_gpu_batch_size", "64", "--save_checkpoint_interval", "1000", "--num_workers", "1"]
 PRETRAINING_EPOCHS = 80
 PRETRAINING = ["--model", "mae_vit_tiny_patch16", *SIZE, "--decoder_embed_dim", "96", "--decoder_depth", "1"]
-PRETRAINING += ["--epochs", str(PRETRAINING_EPOCHS), "--warmup_epochs", "4", "--base_learning_rate", "4e-3"]
-PRETRAINING += ["--gradient_accumulation_steps", "1"]
+PRETRAINING += ["--warmup_epochs", "4", "--base_learning_rate", "4e-3", "--gradient_accumulation_steps", "1"]
 # Both starts are finetuned alike, each at the best of the learning rates at the first seed.
 FINETUNING = ["--warmup_epochs", "1", "--random_aug_magnitude", "0", "--mixup_alpha", "0", "--cutmix_alpha", "0"]
 LEARNING_RATES = ("1e-3", "2e-3", "4e-3")
@@ -41,49 +40,54 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def last_row(experiment: Path, key: str) -> dict | None:
-    """Give the last row of an experiment's log that holds `key`."""
+def last_row(experiment: Path) -> dict | None:
+    """Give the last row of an experiment's log that holds an evaluation."""
     log = experiment / "log.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return next((row for row in reversed(rows) if key in row), None)
+    return next((row for row in reversed(rows) if any(key.startswith("testing") for key in row)), None)
 
 
-def run(args: argparse.Namespace, script: str, name: str, epochs: int, flags: list[str]) -> dict:
+def run(working_directory: Path, script: str, name: str, epochs: int, flags: list[str]) -> dict:
     """Run an experiment, or the rest of it, and give the row of its last evaluation."""
-    experiment = args.working_directory / name
-    row = last_row(experiment, "testing_loss")
+    experiment = working_directory / name
+    row = last_row(experiment)
     if row is None or row["epoch"] < epochs:
         print(f"{name}: running", flush=True)
-        command = [*LAUNCH, str(ROOT / script), "--experiment_name", name]
-        command += ["--working_directory", str(args.working_directory), "--path_to_data", args.path_to_data]
-        command += ["--resume_from_checkpoint", "latest", *COMMON, *flags]
+        command = [*LAUNCH, str(ROOT / script), "--experiment_name", name, "--epochs", str(epochs)]
+        command += ["--working_directory", str(working_directory), "--resume_from_checkpoint", "latest", *flags]
         experiment.mkdir(parents=True, exist_ok=True)
         with (experiment / "output.txt").open("a") as output:
             done = subprocess.run(command, stdout=output, stderr=output, env=os.environ, check=False)
         if done.returncode:
             raise RuntimeError(f"{name} failed; see {experiment / 'output.txt'}")
-        row = last_row(experiment, "testing_loss")
+        row = last_row(experiment)
     print(f"{name}: done", flush=True)
     return row
 
 
+def pretrain(working_directory: Path, path_to_data: str, seed: int) -> Path:
+    """Pretrain the small masked autoencoder, unless it is there already, and give its checkpoint."""
+    name = f"pretrained_seed{seed}"
+    flags = [*COMMON, *PRETRAINING, "--path_to_data", path_to_data, "--seed", str(seed)]
+    run(working_directory, "pretrain_mae.py", name, PRETRAINING_EPOCHS, flags)
+    return working_directory / name / f"checkpoint_{PRETRAINING_EPOCHS}"
+
+
+def classify(args: argparse.Namespace, start: str, learning_rate: str, times: int, seed: int) -> float:
+    """Give the top-1 at the end, in percent, of a run of `times` the budget; "mae" needs its pretraining done."""
+    epochs = times * args.epochs
+    flags = [*COMMON, *FINETUNING, "--path_to_data", args.path_to_data, "--seed", str(seed)]
+    flags += ["--learning_rate", learning_rate, "--layer_decay", LAYER_DECAY[start]]
+    if start == "mae":
+        weights = pretrain(args.working_directory, args.path_to_data, seed)
+        flags += ["--path_to_pretrained_mae_weights", str(weights)]
+    else:
+        flags += SIZE
+    name = f"{start}_{learning_rate}_{epochs}epochs_seed{seed}"
+    return run(args.working_directory, "finetune_classifier.py", name, epochs, flags)["testing_top1_acc"]
+
+
 def main(args: argparse.Namespace) -> None:
-    def pretrain(seed: int) -> None:
-        run(args, "pretrain_mae.py", f"pretrained_seed{seed}", PRETRAINING_EPOCHS, [*PRETRAINING, "--seed", str(seed)])
-
-    def classify(start: str, learning_rate: str, times: int, seed: int) -> float:
-        """Give the top-1 at the end, in percent, of a run of `times` the budget."""
-        epochs = times * args.epochs
-        flags = [*FINETUNING, "--epochs", str(epochs), "--seed", str(seed), "--learning_rate", learning_rate]
-        flags += ["--layer_decay", LAYER_DECAY[start]]
-        if start == "mae":
-            weights = args.working_directory / f"pretrained_seed{seed}" / f"checkpoint_{PRETRAINING_EPOCHS}"
-            flags += ["--path_to_pretrained_mae_weights", str(weights)]
-        else:
-            flags += SIZE
-        name = f"{start}_{learning_rate}_{epochs}epochs_seed{seed}"
-        return run(args, "finetune_classifier.py", name, epochs, flags)["testing_top1_acc"]
-
     first_seed, *more_seeds = args.seeds
     starts = tuple(LAYER_DECAY)
     scores: dict[tuple[str, str, int, int], float] = {}
@@ -94,16 +98,16 @@ def main(args: argparse.Namespace) -> None:
     with ThreadPoolExecutor(args.at_once) as pool:
 
         def start_runs(runs: list[tuple[str, str, int, int]]) -> dict[tuple, Future]:
-            return {a_run: pool.submit(classify, *a_run) for a_run in runs}
+            return {a_run: pool.submit(classify, args, *a_run) for a_run in runs}
 
         def wait_for(futures: dict[tuple, Future]) -> None:
             scores.update({a_run: future.result() for a_run, future in futures.items()})
 
-        pretraining = pool.submit(pretrain, first_seed)
+        pretraining = pool.submit(pretrain, args.working_directory, args.path_to_data, first_seed)
         wait_for(start_runs([("scratch", rate, 1, first_seed) for rate in LEARNING_RATES]))
         pretraining.result()
         trials = start_runs([("mae", rate, 1, first_seed) for rate in LEARNING_RATES])
-        pretrainings = [pool.submit(pretrain, seed) for seed in more_seeds]
+        pretrainings = [pool.submit(pretrain, args.working_directory, args.path_to_data, seed) for seed in more_seeds]
         scratch_rate = best_rate("scratch")
         from_scratch = start_runs([("scratch", scratch_rate, times, seed) for times in (3, 1) for seed in args.seeds])
         wait_for(trials | from_scratch)
