@@ -1,0 +1,172 @@
+"""Export a finetuned classifier or segmenter as a file that runs without this project: ONNX, or torch.export.
+
+    python tools/export.py --checkpoint work_dir/MAE_Imagenet_Finetuning/best_checkpoint --to onnx --output model.onnx
+
+It takes `images`, float32 (N, C, H, W), any number of them, of the size that the model was finetuned at, normalised to
+(pixels / 255 - image_mean) / image_std, and gives `logits`, float32: (N, K) of a classifier, (N, K, H, W) of a
+segmenter. Task, size, mean, std and class names travel in the file as JSON: each under its name in the metadata of an
+ONNX file, together as metadata.json among the extra files of torch.export.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dataset import IMAGENET_MEAN, IMAGENET_STD
+from model import ViTMAEForSegmentation, find_weights, load_classifier, load_segmenter, read_config
+from upernet import resize
+
+SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # the last one runs the file, to check it
+METADATA_FILE = "metadata.json"
+TRACED_IMAGES, CHECKED_IMAGES = 2, 3  # another number, so that a batch size that froze in the file is noticed
+TOLERANCE = 1e-4  # largest difference from the model, as a share of the largest logit where that is above 1
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="checkpoint folder of finetune_classifier.py or finetune_segmentation.py, or mae_finetuned_vit_*.pth",
+    )
+    parser.add_argument("--to", choices=SUFFIXES, required=True, help=f"onnx needs {', '.join(ONNX_PACKAGES)}")
+    parser.add_argument("--output", type=Path, required=True, help="file to write, .onnx or .pt2 by --to")
+    parser.add_argument("--overwrite", action="store_true", help="allow --output to exist")
+    return parser.parse_args(argv)
+
+
+class PixelScores(nn.Module):
+    """A segmenter without its auxiliary head, which only helps training, and with scores as large as the images."""
+
+    def __init__(self, segmenter: ViTMAEForSegmentation):
+        super().__init__()
+        self.taps, self.backbone = segmenter.taps, segmenter.backbone
+        self.neck, self.decode_head = segmenter.neck, segmenter.decode_head
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.backbone.get_intermediate_layers(images, self.taps)  #  4 x (N, D, h, w)
+        logits = self.decode_head(self.neck(maps))  #                       (N, K, 4h, 4w)
+        return resize(logits, size=images.shape[-2:])  #                    (N, K, H, W)
+
+
+def open_model(checkpoint: str) -> tuple[nn.Module, dict]:
+    """Load what is to be exported, in evaluation mode, and describe it; ValueError where nothing finetuned is in it."""
+    record = read_config(find_weights(checkpoint)) or {}
+    if record.get("architecture") == ViTMAEForSegmentation.__name__:
+        segmenter, record = load_segmenter(checkpoint)
+        model, config, task = PixelScores(segmenter), segmenter.backbone.config, "segmentation"
+    else:
+        model, record = load_classifier(checkpoint)
+        config, task = model.config, "classification"
+    metadata = {
+        "task": task,
+        "input_channels": config.input_channels,
+        "image_hw": list(config.image_hw),
+        "image_mean": list(record.get("image_mean", IMAGENET_MEAN)),
+        "image_std": list(record.get("image_std", IMAGENET_STD)),
+    }
+    metadata |= {name: record[name] for name in ("class_names", "ignore_zero") if name in record}
+    return model.eval(), metadata
+
+
+def draw_images(count: int, metadata: dict) -> Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randn(count, metadata["input_channels"], *metadata["image_hw"], generator=generator)
+
+
+def trace(model: nn.Module, metadata: dict) -> torch.export.ExportedProgram:
+    """Record the model as a graph that takes any number of images."""
+    shapes = {"images": {0: torch.export.Dim("batch")}}
+    images = draw_images(TRACED_IMAGES, metadata)
+    # Strict, because the other tracer takes len(tensor) for a constant, and the batch size with it.
+    return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=True)
+
+
+def write_torch_export(model: nn.Module, metadata: dict, file: Path) -> None:
+    torch.export.save(trace(model, metadata), file, extra_files={METADATA_FILE: json.dumps(metadata)})
+
+
+def write_onnx(model: nn.Module, metadata: dict, file: Path) -> None:
+    """Write an ONNX file; weights of more than 2 GB, which the format cannot hold, go into FILE.data beside it."""
+    # ONNX has no fused attention, and torch cannot take its own apart when a batch is dynamic and biases are added.
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    program = torch.onnx.export(
+        trace(model, metadata),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes={"images": {0: "batch"}},
+        dynamo=True,
+        verbose=False,
+    )
+    program.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
+    program.save(file)
+
+
+def run_torch_export(file: Path, images: Tensor) -> Tensor:
+    return torch.export.load(file).module()(images)
+
+
+def run_onnx(file: Path, images: Tensor) -> Tensor:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+WRITERS = {"onnx": write_onnx, "torch_export": write_torch_export}
+RUNNERS = {"onnx": run_onnx, "torch_export": run_torch_export}
+
+
+def check_request(args: argparse.Namespace) -> None:
+    """Refuse, before anything is loaded, a wrong suffix, files that exist, and packages that do not."""
+    if args.output.suffix != SUFFIXES[args.to]:
+        raise ValueError(f"--to {args.to} writes a {SUFFIXES[args.to]} file, not {args.output.name}")
+    for file in (args.output, args.output.with_name(f"{args.output.name}.data")):
+        if file.exists() and not args.overwrite:
+            raise FileExistsError(f"{file} exists; choose another --output or add --overwrite")
+    missing = [name for name in ONNX_PACKAGES if args.to == "onnx" and importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def check_program(output: Tensor, expected: Tensor) -> float:
+    """Give the largest difference between two outputs; RuntimeError where it is more than rounding."""
+    difference = (output - expected).abs().max().item()
+    if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):  # false for NaN as well
+        raise RuntimeError(f"the exported program differs from the model by up to {difference:.1e}; nothing is written")
+    return difference
+
+
+@torch.no_grad()
+def main(args: argparse.Namespace) -> None:
+    check_request(args)
+    model, metadata = open_model(args.checkpoint)
+    images = draw_images(CHECKED_IMAGES, metadata)
+    expected = model(images)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    # Written and checked in a folder beside its place, so that what bears the final name is whole and right.
+    with tempfile.TemporaryDirectory(prefix=f"{args.output.name}.", dir=args.output.parent) as folder:
+        file = Path(folder) / args.output.name
+        WRITERS[args.to](model, metadata, file)
+        difference = check_program(RUNNERS[args.to](file, images), expected)
+        for written in sorted(Path(folder).iterdir(), reverse=True):  # FILE.data first, then the FILE that needs it
+            os.replace(written, args.output.parent / written.name)
+    shape, largest = ", ".join(map(str, images.shape[1:])), expected.abs().max().item()
+    print(f"{args.output}: {metadata['task']} of images (N, {shape})")
+    print(f"  on {CHECKED_IMAGES} random images it differs from the model by up to {difference:.1e} of {largest:.1e}")
+
+
+if __name__ == "__main__":
+    main(parse_args())
