@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 from timm.data import Mixup, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -404,42 +404,75 @@ def list_pairs(root: str | Path, split: str) -> PairList:
     return PairList(root, *paths)
 
 
-def check_pairs(pairs: PairList, table: np.ndarray, num_threads: int, cache_folder: Path | None = None) -> None:
-    """Open every label map, and the head of every image; ValueError names those that cannot be used.
+def check_pairs(
+    pairs: PairList,
+    table: np.ndarray,
+    num_threads: int,
+    cache_folder: Path | None = None,
+    *,
+    decode: bool = False,
+    rescan: bool = False,
+) -> None:
+    """Open every label map, and the head of every image (`decode`: all of it); ValueError names what cannot be used.
 
-    Minutes for ADE20K, so what held is remembered in `cache_folder` by the names, sizes and times of all files.
+    Minutes for ADE20K, so what held is remembered in `cache_folder` by the names, sizes and times of all files, until
+    one of them changes; `rescan` looks again.
     """
     statuses = [os.stat(path(i)) for path in (pairs.path, pairs.label_path) for i in range(len(pairs))]
-    parts = (pairs.fingerprint(), str(pairs.root), table.tolist(), [(s.st_size, s.st_mtime_ns) for s in statuses])
+    times = [(status.st_size, status.st_mtime_ns) for status in statuses]
+    parts = (pairs.fingerprint(), str(pairs.root), table.tolist(), times, decode)
     passed = cache_folder / f"checked-{random_key(*parts):016x}" if cache_folder else None
-    if passed is not None and passed.exists():
+    if passed is not None and passed.exists() and not rescan:
         return
     with ThreadPoolExecutor(max(1, num_threads)) as pool:
-        problems = [
-            problem for problem in pool.map(lambda i: check_pair(pairs, i, table), range(len(pairs))) if problem
-        ]
+        found = list(pool.map(lambda i: check_pair(pairs, i, table, decode), range(len(pairs))))
+    problems = [check.problem for check in found if check.problem]
     if problems:
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError("label maps that cannot be used:\n  " + "\n  ".join(problems[:10]) + more)
+        raise ValueError("label maps or images that cannot be used:\n  " + "\n  ".join(problems[:10]) + more)
+    if not any(check.has_labels for check in found):
+        raise ValueError(f"not one pixel has a label in {os.path.dirname(pairs.label_path(0))}: all are ignored")
     if passed is not None:
         passed.parent.mkdir(parents=True, exist_ok=True)
         passed.touch()
 
 
-def check_pair(pairs: PairList, index: int, table: np.ndarray) -> str | None:
-    """Say what is wrong with a pair; None where nothing is. Images that cannot be decoded are training's to skip."""
+class PairCheck(NamedTuple):
+    """What is wrong with a pair, None where nothing is, and whether any pixel has a label that counts."""
+
+    problem: str | None
+    has_labels: bool
+
+
+def check_pair(pairs: PairList, index: int, table: np.ndarray, decode: bool) -> PairCheck:
+    """Look at a pair. Images that cannot be decoded are training's to skip, and a problem only with `decode`."""
+    label_path, image_path = pairs.label_path(index), pairs.path(index)
     try:
-        height, width = read_label_map(pairs.label_path(index), table).shape
+        labels = read_label_map(label_path, table)
     except DECODE_ERRORS as error:
-        return f"{pairs.label_path(index)}: {error}"
+        reason = str(error)
+        return PairCheck(reason if reason.startswith(label_path) else f"{label_path}: {reason}", False)
+    height, width = labels.shape
+    has_labels = bool((labels != IGNORE_INDEX).any())
     try:
-        with Image.open(pairs.path(index), formats=IMAGE_FORMATS) as image:
-            size = image.size
+        with Image.open(image_path, formats=IMAGE_FORMATS) as image:
+            size, turned = image.size, is_turned(image)
+        if decode:
+            read_image(image_path)
+    except DECODE_ERRORS as error:
+        return PairCheck(f"{image_path}: {type(error).__name__}: {error}" if decode else None, has_labels)
+    if (width, height) != size and not (turned and (height, width) == size):
+        reason = f"{width} x {height} pixels, but its image has {size[0]} x {size[1]}"
+        return PairCheck(f"{label_path}: {reason}", has_labels)
+    return PairCheck(None, has_labels)
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Tell whether the EXIF flag of an opened image swaps its height and width; a damaged block is none."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     except DECODE_ERRORS:
-        return None
-    if (width, height) not in (size, size[::-1]):
-        return f"{pairs.label_path(index)}: {width} x {height} pixels, but its image has {size[0]} x {size[1]}"
-    return None
+        return False
 
 
 # ------------------------------------------------------------------------------------------------ randomness

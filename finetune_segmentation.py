@@ -4,15 +4,20 @@ Try it, after the demo of pretrain_mae.py:
     accelerate launch finetune_segmentation.py --demo
 ADE20K, ViT-B/16, MMSegmentation's recipe, effective batch 16, on one GPU (published with --rel_pos_bias as well):
     accelerate launch finetune_segmentation.py --path_to_data ADE20K --path_to_backbone_checkpoint CHECKPOINT_FOLDER
-Published: 48.1 mIoU (paper, table 5); 48.13, and 48.70 with several scales and flips, on V100s of 9.96 GB each
-(MMSegmentation). This code at that size: not run yet.
+Published: 48.1 mIoU (paper, table 5); 48.13, and 48.70 with several scales and flips, on V100s of which each used
+9.96 GB (MMSegmentation). This code at that size: not run yet.
 """
 
 import argparse
 import dataclasses
 import functools
+import itertools
 import math
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +66,7 @@ from upernet import NORMS, resize, slide_inference
 from utils import (
     BEST_CHECKPOINT,
     LAST_CHECKPOINT,
+    SHARDING,
     BadFiles,
     ConfusionMatrix,
     HelpFormatter,
@@ -100,7 +106,7 @@ RECIPE = dict(
     experiment_name="ADE20K_UperNet",
     img_size=[512],
     iterations=160_000,
-    warmup_iterations=1500,
+    save_checkpoint_interval=None,
     per_gpu_batch_size=16,
     weight_decay=0.05,
     max_grad_norm=0.0,
@@ -114,7 +120,6 @@ DEMO_RECIPE = dict(
     num_classes=len(DEMO_LABEL_NAMES) - 1,
     channels=48,
     epochs=6,
-    warmup_iterations=50,
     eval_interval=2,
     save_checkpoint_interval=6,
     per_gpu_batch_size=16,
@@ -123,9 +128,15 @@ DEMO_RECIPE = dict(
     num_workers=1,
 )
 ADAM_BETAS = (0.9, 0.999)
+WARMUP_STEPS = 1500
 SCALE_FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of a test with several scales
+BAND_ROWS = 128
 NUM_PICTURES = 4
 PICTURE_SIDE = 256
+LEGEND_NAMES = 24
+EVALUATIONS = 10  # in a run, where --eval_interval does not say otherwise
+MODEL_FLAGS = ("taps", "channels", "norm", "rel_pos_bias")
+SEGMENTER_FLAGS = (*MODEL_FLAGS, "num_classes")  # what a segmenter is, beside its encoder's sizes
 SIZE_FLAGS = [field.name for field in dataclasses.fields(MAEConfig) if field.name.startswith("encoder")]
 
 
@@ -155,13 +166,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="add relative position tables to the attention, at zero, as the paper and the published 48.1 mIoU have",
     )
     labels = parser.add_argument_group("labels")
-    labels.add_argument("--num_classes", type=int, default=ADE20K_NUM_CLASSES)
+    labels.add_argument("--num_classes", type=int, default=ADE20K_NUM_CLASSES, help="that a pixel can be of")
     labels.add_argument(
         "--ignore_zero",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="0 in a label map is no class, and 1 is the first, as in ADE20K",
     )
+    labels.add_argument("--class_names", metavar="FILE", help="a name on every line (default: ADE20K's for its 150)")
     labels.add_argument(
         "--resize_to",
         type=int,
@@ -171,12 +183,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--iterations", type=int, help="optimizer steps; --epochs, where given, counts instead")
-    recipe.add_argument("--warmup_iterations", type=int, help="optimizer steps of linear warmup")
-    recipe.add_argument("--learning_rate", type=float, default=1e-4, help="the peak, at an effective batch of 16")
-    recipe.add_argument("--layer_decay", type=float, default=0.65, help="each layer's learning rate / the next one's")
-    recipe.add_argument("--drop_path", type=float, default=0.1, help="rate of the last block, rising linearly from 0")
-    recipe.add_argument("--auxiliary_weight", type=float, default=0.4, help="of the auxiliary head's loss")
-    recipe.add_argument("--eval_interval", type=int, default=10, help="epochs between evaluations")
+    recipe.add_argument(
+        "--warmup_iterations",
+        type=int,
+        help="optimizer steps of linear warmup, unless --warmup_epochs is given (default: 1500, MMSegmentation's, or a "
+        "tenth of a shorter run)",
+    )
+    recipe.add_argument(
+        "--learning_rate", type=float, default=1e-4, help="the peak; MMSegmentation's for a batch of 16"
+    )
+    recipe.add_argument(
+        "--layer_decay", type=float, default=0.65, help="each layer's learning rate / the next one's, as MMSegmentation"
+    )
+    recipe.add_argument(
+        "--drop_path", type=float, default=0.1, help="rate of the last block, rising linearly from 0, as MMSegmentation"
+    )
+    recipe.add_argument(
+        "--auxiliary_weight", type=float, default=0.4, help="of the auxiliary head's loss, as MMSegmentation"
+    )
+    recipe.add_argument("--eval_interval", type=int, help="epochs between evaluations (default: a tenth of the run)")
     test = parser.add_argument_group("test")
     test.add_argument("--eval_only", action="store_true", help="evaluate a segmenter and stop")
     test.add_argument(
@@ -186,20 +211,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="score by overlapping windows of --img_size, two thirds of it apart; else whole images",
     )
     test.add_argument("--multi_scale", action="store_true", help="average over six sizes, 0.5 to 1.75")
-    test.add_argument("--window_batch_size", type=int, default=16, help="windows scored at once")
+    test.add_argument("--window_batch_size", type=int, default=16, help="windows, or whole images, scored at once")
     test.add_argument("--flip", action="store_true", help="average over the image and its mirror image")
     parser.set_defaults(**RECIPE)
 
-    given = parser.parse_known_args(argv)[0]
+    # Defaults: the checkpoint's, then the recipe's; what is given by flag wins. --help waits for them
+    argv = sys.argv[1:] if argv is None else argv
+    flags = [flag for flag in argv if flag not in ("-h", "--help")]
+    given = parser.parse_known_args(flags)[0]
     if given.demo:
+        if given.eval_only:
+            parser.error(
+                "--demo trains; to evaluate what it left, leave it out and give --path_to_data "
+                f"{Path(given.working_directory) / 'demo_data' / 'ADEChallengeData2016'}"
+            )
         parser.set_defaults(**DEMO_RECIPE)
         checkpoints = find_checkpoints(Path(given.working_directory) / "demo")
         if checkpoints:
             parser.set_defaults(path_to_backbone_checkpoint=str(checkpoints[max(checkpoints)]))
-        elif not given.path_to_backbone_checkpoint and not given.from_scratch:
+        elif not given.path_to_backbone_checkpoint and flags == argv:
             parser.error("--demo starts from the demo pretraining: first run accelerate launch pretrain_mae.py --demo")
-        given = parser.parse_known_args(argv)[0]
-    set_size_defaults(parser, given)
+        given = parser.parse_known_args(flags)[0]
+    record = set_size_defaults(parser, given)
     args = parser.parse_args(argv)
 
     if args.path_to_data is None and not args.demo:
@@ -208,13 +241,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give --path_to_backbone_checkpoint CHECKPOINT to start from, or --from_scratch to do without")
     if args.eval_only and args.from_scratch:
         parser.error("--eval_only judges weights: give --path_to_backbone_checkpoint, and leave --from_scratch out")
+    if args.eval_only:
+        refuse_other_sizes(parser, args, record)
     check_run_flags(parser, args)
-    for name, low, high in (("layer_decay", 0, 1), ("drop_path", 0, 0.99), ("auxiliary_weight", 0, 10)):
+    for name, low, high in (
+        ("layer_decay", 0, 1),
+        ("drop_path", 0, 0.99),
+        ("auxiliary_weight", 0, 10),
+        ("learning_rate", 0, 1),
+    ):
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name} must lie between {low} and {high}, and is {getattr(args, name)}")
-    for name in ("eval_interval", "iterations", "window_batch_size"):
-        if getattr(args, name) < 1:
+    for name in ("eval_interval", "iterations", "window_batch_size", "channels"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.warmup_iterations is not None and args.warmup_iterations < 0:
+        parser.error(f"--warmup_iterations cannot be negative, and is {args.warmup_iterations}")
+    if args.num_classes < 2:
+        parser.error(
+            f"--num_classes {args.num_classes} leaves nothing to tell apart; for one class before a background give 2, "
+            "with --no-ignore_zero where the background is 0"
+        )
+    if args.resize_to is not None and not args.resize_to[0] >= args.resize_to[1] >= 1:
+        parser.error(f"--resize_to takes a long and a short side, not {' '.join(map(str, args.resize_to))}")
     if args.norm == "batch" and micro_batch_size(args) < 2 and not args.eval_only:
         parser.error(
             "batch norm over a map pooled to one cell needs two images in a forward pass, and there is one: raise "
@@ -222,28 +271,59 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     try:
         config = build_config(args)
+        if min(config.grid_size) < 2:
+            raise ValueError(f"--img_size {args.img_size} is less than two patches of {config.patch_size} a side")
         if args.taps is None:
             args.taps = default_taps(config.encoder_depth)
         label_table(args.num_classes, args.ignore_zero)
-    except ValueError as error:
+        args.class_names = read_class_names(args)
+        with torch.device("meta"):
+            build_model(config, args)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     if args.resize_to is None:
         args.resize_to = [4 * max(config.image_hw), min(config.image_hw)]
     return args
 
 
-def set_size_defaults(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
-    """Take the encoder's sizes from the checkpoint, or from --model; the image size is the recipe's."""
-    names = (*SIZE_FLAGS, "patch_size")
-    if given.path_to_backbone_checkpoint is None or given.from_scratch:
+def refuse_other_sizes(parser: argparse.ArgumentParser, args: argparse.Namespace, record: dict) -> None:
+    """Refuse flags of --eval_only that contradict the segmenter; those that are not given are its own by now."""
+    size = record["config"]["img_size"]
+    saved = record | {"img_size": [size] if isinstance(size, int) else list(size)}
+    for name in ("img_size", *SEGMENTER_FLAGS):
+        if getattr(args, name) != saved[name]:
+            source = args.path_to_backbone_checkpoint
+            parser.error(f"--{name} {getattr(args, name)}, but {source} has {saved[name]}; leave the flag out")
+
+
+def read_class_names(args: argparse.Namespace) -> list[str]:
+    """Give the names of the classes: of a file, of a segmenter, of ADE20K or the demo, or numbers."""
+    if isinstance(args.class_names, list):  # a segmenter's own
+        return args.class_names
+    if args.class_names is not None:
+        names = [line.strip() for line in Path(args.class_names).read_text().splitlines() if line.strip()]
+        if len(names) != args.num_classes:
+            raise ValueError(f"--class_names {args.class_names} has {len(names)} names for {args.num_classes} classes")
+        return names
+    if args.num_classes == ADE20K_NUM_CLASSES and args.ignore_zero:
+        return list(ADE20K_CLASS_NAMES)
+    if args.demo:
+        return list(DEMO_LABEL_NAMES[1:])
+    return [f"class {index}" for index in range(args.num_classes)]
+
+
+def set_size_defaults(parser: argparse.ArgumentParser, given: argparse.Namespace) -> dict:
+    """Take the encoder's sizes from the checkpoint, or from --model, and give the checkpoint's record.
+
+    The image size is the recipe's, but for --eval_only, where all that the segmenter was trained with is taken over.
+    """
+    names, source = (*SIZE_FLAGS, "patch_size"), given.path_to_backbone_checkpoint
+    if source is None:
         sizes = dataclasses.asdict(MODEL_CONFIGS[given.model or "mae_vit_base_patch16"])
-        if given.path_to_backbone_checkpoint is not None:  # the same sizes, to compare with
-            sizes = dataclasses.asdict(MAEConfig(**read_sizes(given.path_to_backbone_checkpoint)["config"]))
         parser.set_defaults(**{name: sizes[name] for name in names})
-        return
-    source = given.path_to_backbone_checkpoint
+        return {}
     if given.model is not None:
-        parser.error(f"--model is for --from_scratch; the sizes come with {source}")
+        parser.error(f"--model is for --from_scratch without a checkpoint; the sizes come with {source}")
     record = read_sizes(source)
     sizes = dataclasses.asdict(MAEConfig(**record["config"]))
     for name in names:
@@ -252,12 +332,15 @@ def set_size_defaults(parser: argparse.ArgumentParser, given: argparse.Namespace
     parser.set_defaults(**{name: sizes[name] for name in names}, input_channels=sizes["input_channels"])
     if "image_mean" in record:
         parser.set_defaults(mean=list(record["image_mean"]), std=list(record["image_std"]))
-    if given.eval_only:
+    if given.eval_only and not given.from_scratch:
+        if record.get("architecture") != ViTMAEForSegmentation.__name__:
+            parser.error(f"--eval_only judges a segmenter, and {source} is none; give a checkpoint of this script")
         size = sizes["img_size"]
         parser.set_defaults(
             img_size=[size] if isinstance(size, int) else list(size),
-            **{name: record[name] for name in ("num_classes", "ignore_zero", "resize_to") if name in record},
+            **{name: record[name] for name in (*SEGMENTER_FLAGS, "ignore_zero", "resize_to", "class_names")},
         )
+    return record
 
 
 def build_config(args: argparse.Namespace) -> MAEConfig:
@@ -265,7 +348,20 @@ def build_config(args: argparse.Namespace) -> MAEConfig:
     return MAEConfig(**sizes, norm_pix_loss=False)
 
 
+def build_model(config: MAEConfig, args: argparse.Namespace) -> ViTMAEForSegmentation:
+    options = {name: getattr(args, name) for name in MODEL_FLAGS}
+    return ViTMAEForSegmentation(config, args.num_classes, drop_path_rate=args.drop_path, **options)
+
+
 # ------------------------------------------------------------------------------------------------ evaluation
+
+
+class View(NamedTuple):
+    """One of the looks that a test takes at an image: normalised `pixels` (C, h, w), mirrored or not."""
+
+    index: int
+    mirrored: bool
+    pixels: Tensor
 
 
 def predict(model: ViTMAEForSegmentation, images: list[Tensor], args: argparse.Namespace) -> list[Tensor]:
@@ -274,28 +370,51 @@ def predict(model: ViTMAEForSegmentation, images: list[Tensor], args: argparse.N
     Images are resized as in MMSegmentation's test (ratio kept), scored whole or by windows, and the scores are brought
     back to the images' own size. Several scales and flips average probabilities.
     """
-    factors, mirrors = (SCALE_FACTORS if args.multi_scale else (1.0,)), ((False, True) if args.flip else (False,))
-    crop, score_windows = model.backbone.config.image_hw, functools.partial(score_cells, model)
-    totals: list = [0.0] * len(images)
-    for factor in factors:
+    views = [view for index, image in enumerate(images) for view in look_at(index, image, model, args)]
+    scores = score_views(model, [view.pixels for view in views], args)
+    answers = []
+    if len(views) == len(images):
+        return [label_pixels(score, image.shape[-2:]) for score, image in zip(scores, images, strict=True)]
+    for index, group in itertools.groupby(zip(views, scores, strict=True), key=lambda pair: pair[0].index):
+        total = None
+        for view, score in group:
+            score = score.flip(-1) if view.mirrored else score
+            share = resize(score[None], size=images[index].shape[-2:])[0].softmax(dim=0)  # (K, H, W)
+            total = share if total is None else total.add_(share)
+        answers.append(total.argmax(dim=0))
+    return answers
+
+
+def look_at(index: int, image: Tensor, model: ViTMAEForSegmentation, args: argparse.Namespace) -> Iterator[View]:
+    """Give the views of an image that a test scores: one, or several scales, each also mirrored."""
+    crop = model.backbone.config.image_hw
+    for factor in SCALE_FACTORS if args.multi_scale else (1.0,):
         long_side, short_side = (factor * side for side in args.resize_to)
         if args.slide and args.multi_scale:  # as published: no scale smaller than a window
             long_side, short_side = math.inf, max(short_side, *crop)
-        sizes = [fit_within(*image.shape[-2:], long_side, short_side) for image in images]
-        resized = [resize_image(image, size) for image, size in zip(images, sizes, strict=True)]
-        inputs = [normalize(image[None], args.mean, args.std)[0] for image in resized]
-        for mirror in mirrors:
-            views = [image.flip(-1) for image in inputs] if mirror else inputs
-            if args.slide:
-                stride = tuple(2 * side // 3 for side in crop)
-                scores = slide_inference(score_windows, views, crop, stride, args.window_batch_size)
-            else:
-                scores = [score_whole(model, view) for view in views]
-            for index, score in enumerate(scores):
-                score = score.flip(-1) if mirror else score
-                score = resize(score[None], size=images[index].shape[-2:])[0]  # (K, H, W)
-                totals[index] = totals[index] + (score.softmax(dim=0) if len(factors) * len(mirrors) > 1 else score)
-    return [total.argmax(dim=0) for total in totals]
+        resized = resize_image(image, fit_within(*image.shape[-2:], long_side, short_side))
+        pixels = normalize(resized[None], args.mean, args.std)[0]
+        yield View(index, False, pixels)
+        if args.flip:
+            yield View(index, True, pixels.flip(-1))
+
+
+def score_views(model: ViTMAEForSegmentation, views: list[Tensor], args: argparse.Namespace) -> Iterator[Tensor]:
+    """Score every pixel of normalised images of any sizes, (C, h, w) -> (K, h, w), one after the other."""
+    if args.slide:
+        crop = model.backbone.config.image_hw
+        stride = tuple(2 * side // 3 for side in crop)
+        score_windows = functools.partial(score_cells, model)
+        yield from slide_inference(score_windows, views, crop, stride, args.window_batch_size)
+        return
+    unit = 2 * model.backbone.config.patch_size  # two patches, because the pyramid halves the grid
+    padded = [F.pad(view, (0, -view.shape[2] % unit, 0, -view.shape[1] % unit)) for view in views]
+    for _, group in itertools.groupby(range(len(views)), key=lambda i: padded[i].shape):
+        same = list(group)
+        for first in range(0, len(same), args.window_batch_size):
+            chunk = same[first : first + args.window_batch_size]
+            for i, score in zip(chunk, score_cells(model, torch.stack([padded[i] for i in chunk])), strict=True):
+                yield score[:, : views[i].shape[1], : views[i].shape[2]]
 
 
 def score_cells(model: ViTMAEForSegmentation, images: Tensor) -> Tensor:
@@ -303,12 +422,21 @@ def score_cells(model: ViTMAEForSegmentation, images: Tensor) -> Tensor:
     return resize(model(images).logits.float(), size=images.shape[-2:])
 
 
-def score_whole(model: ViTMAEForSegmentation, image: Tensor) -> Tensor:
-    """Score an image of any size at once, padded to whole patches: normalised (C, H, W) -> (K, H, W)."""
-    height, width = image.shape[-2:]
-    patch = 2 * model.backbone.config.patch_size  # twice, because the pyramid halves the grid
-    padded = F.pad(image, (0, -width % patch, 0, -height % patch))
-    return score_cells(model, padded[None])[0, :, :height, :width]
+def label_pixels(score: Tensor, size: tuple[int, int]) -> Tensor:
+    """Give the best class of each pixel of an image of another size: (K, h, w) -> int64 (H, W), `resize` and argmax.
+
+    In bands of rows, because the scores of all classes at the size of a photograph would take gigabytes.
+    """
+    height, width = size
+    rows = ((torch.arange(height, device=score.device) + 0.5) * (score.shape[1] / height) - 0.5).clamp(min=0)
+    above = rows.long()
+    below, share = (above + 1).clamp(max=score.shape[1] - 1), (rows - above)[:, None]
+    bands = []
+    for top in range(0, height, BAND_ROWS):
+        upper, lower = score[:, above[top : top + BAND_ROWS]], score[:, below[top : top + BAND_ROWS]]
+        band = upper + (lower - upper) * share[top : top + BAND_ROWS]  #      (K, band, w)
+        bands.append(resize(band[None], size=(band.shape[1], width))[0].argmax(dim=0))
+    return torch.cat(bands)
 
 
 @torch.no_grad()
@@ -330,14 +458,6 @@ def evaluate(
     return confusion
 
 
-def class_names_of(args: argparse.Namespace) -> list[str]:
-    if args.num_classes == ADE20K_NUM_CLASSES:
-        return list(ADE20K_CLASS_NAMES)
-    if args.demo:
-        return list(DEMO_LABEL_NAMES[1:])
-    return [f"class {index}" for index in range(args.num_classes)]
-
-
 def write_table(confusion: ConfusionMatrix, names: list[str], file: Path) -> None:
     """Write a row for each class: its share of the pixels and its scores in percent."""
     set_aside(file)
@@ -354,7 +474,12 @@ def write_table(confusion: ConfusionMatrix, names: list[str], file: Path) -> Non
 def draw_predictions(
     accelerator: Accelerator, model: ViTMAEForSegmentation, data: ADE20KDataset, args: argparse.Namespace, path: Path
 ) -> None:
-    """Draw validation images, their label maps and the model's, with the names of all classes; every process calls."""
+    """Draw validation images, their label maps and the model's, with the names of the classes that fill most of them.
+
+    The main process draws; a sharded model answers only when all processes ask, so there every process calls.
+    """
+    if not accelerator.is_main_process and accelerator.distributed_type not in SHARDING:
+        return
     spacing = max(1, len(data) // NUM_PICTURES)
     samples = [data[SampleKey(EVAL_EPOCH, index)] for index in range(0, len(data), spacing)[:NUM_PICTURES]]
     model.eval()
@@ -366,16 +491,25 @@ def draw_predictions(
         return
 
     def fit(picture: Tensor) -> Tensor:
-        return F.interpolate(picture[None].float(), (PICTURE_SIDE, PICTURE_SIDE), mode="nearest")[0]
+        """Put a picture (C, H, W) into a square, its ratio kept, on grey."""
+        size = fit_within(*picture.shape[-2:], PICTURE_SIDE, PICTURE_SIDE)
+        picture = F.interpolate(picture[None].float(), size, mode="nearest")[0]
+        return F.pad(picture, (0, PICTURE_SIDE - size[1], 0, PICTURE_SIDE - size[0]), value=0.8)
 
+    labels = [sample.label.long() for sample in samples]
     rows = {
         "image": torch.stack([fit(sample.image / 255) for sample in samples]),
-        "label (black is ignored)": torch.stack([fit(colour_classes(s.label, LABEL_COLOURS)) for s in samples]),
+        "label (black is ignored)": torch.stack([fit(colour_classes(label, LABEL_COLOURS)) for label in labels]),
         "prediction": torch.stack([fit(colour_classes(answer, LABEL_COLOURS)) for answer in answers]),
     }
-    picture, names = draw_rows(rows), class_names_of(args)
-    shown = torch.cat([x.flatten().long() for x in (*answers, *(sample.label for sample in samples))]).unique().tolist()
-    legend = draw_legend({names[k]: tuple(LABEL_COLOURS[k]) for k in shown if k != IGNORE_INDEX}, picture.width)
+    picture = draw_rows(rows)
+    shown = torch.cat([x.flatten() for x in (*answers, *labels)])
+    counts = torch.bincount(shown[shown != IGNORE_INDEX], minlength=args.num_classes)
+    order = [k for k in counts.argsort(descending=True, stable=True).tolist() if counts[k]]
+    names = {args.class_names[k]: tuple(LABEL_COLOURS[k]) for k in order[:LEGEND_NAMES]}
+    if len(order) > LEGEND_NAMES:
+        names[f"and {len(order) - LEGEND_NAMES} more"] = (255, 255, 255)
+    legend = draw_legend(names, picture.width)
     canvas = Image.new("RGB", (picture.width, picture.height + legend.height), "white")
     canvas.paste(picture, (0, 0))
     canvas.paste(legend, (0, picture.height))
@@ -388,17 +522,22 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
     accelerator = build_accelerator(1)
     weights = find_weights(args.path_to_backbone_checkpoint)
     model, _ = load_segmenter(weights)
-    _, val_data = build_data(accelerator, args, model)
+    if not os.access(weights.parent, os.W_OK):
+        raise PermissionError(f"the figures are written beside the weights, but {weights.parent} cannot be written to")
+    pairs = list_checked_pairs(accelerator, args, "validation")
+    data = build_val_data(pairs, args)
     num_workers = cap_workers(args.num_workers)
-    loader = build_eval_loader(val_data, micro_batch_size(args), num_workers, *share_of(accelerator), collate_lists)
-    accelerator.print(f"{'evaluating':<16}{weights} on {val_data.files.describe()}")
+    loader = build_eval_loader(data, micro_batch_size(args), num_workers, *share_of(accelerator), collate_lists)
+    accelerator.print(f"{'evaluating':<16}{weights} on {pairs.describe()}")
     confusion = evaluate(accelerator, model.to(accelerator.device), loader, args)
     figures = confusion.figures()
     if accelerator.is_main_process:
         files = [weights.parent / name for name in ("evaluation.json", "per_class.tsv")]
+        how = {name: getattr(args, name) for name in ("path_to_data", "slide", "multi_scale", "flip", "resize_to")}
+        how |= {"weights": str(weights), "num_images": len(data), "precision": accelerator.mixed_precision}
         set_aside(files[0])
-        write_json(files[0], figures | {"weights": str(weights), "num_images": len(val_data)})
-        write_table(confusion, class_names_of(args), files[1])
+        write_json(files[0], figures | how)
+        write_table(confusion, args.class_names, files[1])
         accelerator.print(f"{'written':<16}{', '.join(file.name for file in files)} in {weights.parent}")
     report(accelerator, figures)
     accelerator.end_training()
@@ -408,20 +547,33 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------ training
 
 
-def build_data(
-    accelerator: Accelerator, args: argparse.Namespace, model: ViTMAEForSegmentation
-) -> tuple[ADE20KDataset, ADE20KDataset]:
-    """Pair and check images and label maps; training ones augmented, validation ones at their own size."""
-    table = label_table(args.num_classes, args.ignore_zero)
-    lists = [list_pairs(args.path_to_data, split) for split in ("training", "validation")]
+def list_checked_pairs(accelerator: Accelerator, args: argparse.Namespace, split: str) -> PairList:
+    """Pair the images and label maps of a split, "training" or "validation", and check that all can be used."""
+    pairs = list_pairs(args.path_to_data, split)
+    cache = Path(args.working_directory) / "file_lists"
+    accelerator.print(f"{'checking':<16}{pairs.describe()}")
     with accelerator.local_main_process_first():
-        for pairs in lists:
-            check_pairs(pairs, table, cap_workers(args.num_workers), Path(args.working_directory) / "file_lists")
-    config = model.backbone.config
-    augment = SegmentationTransform(config.image_hw, args.mean, args.std, *args.resize_to)
-    common = dict(seed=args.seed, channels=args.input_channels)
-    train_data = ADE20KDataset(lists[0], augment, table, noise_size=model.noise_size, **common)
-    return train_data, ADE20KDataset(lists[1], keep_size, table, replace_bad_files=False, **common)
+        check_pairs(
+            pairs,
+            label_table(args.num_classes, args.ignore_zero),
+            cap_workers(args.num_workers),
+            cache,
+            decode=split == "validation",  # where an image that cannot be decoded is not replaced by another
+            rescan=args.rescan_data and accelerator.is_local_main_process,
+        )
+    return pairs
+
+
+def build_training_data(pairs: PairList, model: ViTMAEForSegmentation, args: argparse.Namespace) -> ADE20KDataset:
+    augment = SegmentationTransform(model.backbone.config.image_hw, args.mean, args.std, *args.resize_to)
+    table, common = label_table(args.num_classes, args.ignore_zero), dict(seed=args.seed, channels=args.input_channels)
+    return ADE20KDataset(pairs, augment, table, noise_size=model.noise_size, **common)
+
+
+def build_val_data(pairs: PairList, args: argparse.Namespace) -> ADE20KDataset:
+    """Give validation images and label maps at their own size."""
+    table, common = label_table(args.num_classes, args.ignore_zero), dict(seed=args.seed, channels=args.input_channels)
+    return ADE20KDataset(pairs, keep_size, table, replace_bad_files=False, **common)
 
 
 def compute_loss(scores: Tensor, labels: Tensor) -> Tensor:
@@ -452,15 +604,15 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
     # Model: the pretrained encoder under a new neck and new heads
     config = build_config(args)
-    options = dict(taps=args.taps, channels=args.channels, norm=args.norm, rel_pos_bias=args.rel_pos_bias)
-    model = ViTMAEForSegmentation(config, args.num_classes, drop_path_rate=args.drop_path, **options)
+    model = build_model(config, args)
     start = "from scratch"
     if not args.from_scratch:
         loaded = load_pretrained_encoder(model.backbone, args.path_to_backbone_checkpoint)
         start = f"{loaded.describe()}, from {args.path_to_backbone_checkpoint}"
 
     # Data: augmentation, drop path and dropout are functions of (seed, epoch, index)
-    train_data, val_data = build_data(accelerator, args, model)
+    train_pairs, val_pairs = (list_checked_pairs(accelerator, args, split) for split in ("training", "validation"))
+    train_data, val_data = build_training_data(train_pairs, model, args), build_val_data(val_pairs, args)
     sampler = StepSampler(
         len(train_data),
         micro_batch_size(args),
@@ -475,13 +627,19 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     val_loader = build_eval_loader(val_data, eval_batch_size, num_workers, *share_of(accelerator), collate_lists)
     total_steps = args.iterations if args.epochs is None else args.epochs * sampler.steps_per_epoch
     num_epochs = math.ceil(total_steps / sampler.steps_per_epoch)
+    warmup_steps = choose_warmup(args, sampler.steps_per_epoch, total_steps)
+    eval_interval = args.eval_interval or max(1, num_epochs // EVALUATIONS)
+    save_interval = args.save_checkpoint_interval or max(1, num_epochs // EVALUATIONS)
 
     # Optimizer
     groups = param_groups_layer_decay(
         model, args.weight_decay, no_weight_decay_list=model.no_weight_decay(), layer_decay=args.layer_decay
     )
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=ADAM_BETAS, fused=True)
-    describe_run(accelerator, args, model, sampler, total_steps, train_data.files, val_data.files, num_workers, start)
+    describe_run(
+        accelerator, args, model, sampler, total_steps, warmup_steps, train_pairs, val_pairs, num_workers, start
+    )
+    say(f"{'every':<16}{eval_interval} of {num_epochs:,} epochs evaluated, every {save_interval} kept as a checkpoint")
     if args.norm == "batch" and accelerator.num_processes > 1:
         if device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -497,11 +655,11 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         "config": {k: v for k, v in dataclasses.asdict(config).items() if not k.startswith(("decoder", "norm_pix"))},
         "num_classes": args.num_classes,
         "ignore_zero": args.ignore_zero,
-        "class_names": class_names_of(args),
+        "class_names": args.class_names,
         "resize_to": args.resize_to,
         "image_mean": args.mean,
         "image_std": args.std,
-        **options,
+        **{name: getattr(args, name) for name in MODEL_FLAGS},
     }
     identity = {
         "effective_batch_size": sampler.images_per_step,
@@ -509,6 +667,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         "data": train_data.files.fingerprint(),
         "seed": args.seed,
         "total_steps": total_steps,
+        "warmup_steps": warmup_steps,
     }
     first_epoch, step, best = 0, 0, -1.0
     if resume_from is not None:
@@ -531,16 +690,14 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     for epoch in range(first_epoch, num_epochs):
         sampler.set_epoch(epoch)
         last_step = min(total_steps, (epoch + 1) * sampler.steps_per_epoch)
-        evaluates = (epoch + 1) % args.eval_interval == 0 or epoch + 1 == num_epochs
-        saves = (epoch + 1) % args.save_checkpoint_interval == 0 or epoch + 1 == num_epochs
+        evaluates = (epoch + 1) % eval_interval == 0 or epoch + 1 == num_epochs
+        saves = (epoch + 1) % save_interval == 0 or epoch + 1 == num_epochs
         for batch in clock.watch(loader):
             bad_files.note(batch.bad_files)
             images = batch.images.to(device, non_blocking=True)  #    (N, C, H, W), normalised
             labels = batch.labels.to(device, non_blocking=True).long()  # (N, H, W)
             noise = batch.noise.to(device, non_blocking=True)  #      (N, noise_size)
-            learning_rate = poly_lr(
-                step, peak=args.learning_rate, warmup_steps=args.warmup_iterations, total_steps=total_steps
-            )
+            learning_rate = poly_lr(step, peak=args.learning_rate, warmup_steps=warmup_steps, total_steps=total_steps)
             set_learning_rate(optimizer, learning_rate)
             with accelerator.accumulate(model):
                 logits, auxiliary = model(images, noise)
@@ -593,12 +750,14 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                 picture = experiment / "predictions" / f"epoch_{epoch + 1}.png"
                 draw_predictions(accelerator, bare_model, val_data, args, picture)
                 log.picture("predictions", picture, step)
+                if accelerator.is_main_process:
+                    write_table(confusion, args.class_names, picture.with_suffix(".tsv"))
                 if figures["testing_miou"] > best:
                     best = figures["testing_miou"]
                     record = config_record | {"epoch": epoch + 1, "testing": figures}
                     save_weights(accelerator, bare_model, experiment / BEST_CHECKPOINT, record)
                     if accelerator.is_main_process:
-                        write_table(confusion, class_names_of(args), experiment / BEST_CHECKPOINT / "per_class.tsv")
+                        write_table(confusion, args.class_names, experiment / BEST_CHECKPOINT / "per_class.tsv")
             bar.set_postfix_str(
                 f"loss {row['training_loss']:.4f}, lr {learning_rate:.1e}, {row['images_per_second']:.1f} images/s, "
                 f"{row['data_wait_fraction']:.0%} waiting for data"
@@ -628,12 +787,28 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     return figures
 
 
+def choose_warmup(args: argparse.Namespace, steps_per_epoch: int, total_steps: int) -> int:
+    """Give the steps of the warmup; ValueError where it leaves nothing of the run."""
+    steps = args.warmup_iterations
+    if args.warmup_epochs is not None:
+        steps = round(args.warmup_epochs * steps_per_epoch)
+    if steps is None:
+        return min(WARMUP_STEPS, total_steps // 10)
+    if steps >= total_steps:
+        raise ValueError(
+            f"a warmup of {steps} steps leaves nothing of the run's {total_steps}; give less --warmup_iterations, or "
+            "leave it out"
+        )
+    return steps
+
+
 def describe_run(
     accelerator: Accelerator,
     args: argparse.Namespace,
     model: ViTMAEForSegmentation,
     sampler: StepSampler,
     total_steps: int,
+    warmup_steps: int,
     train_pairs: PairList,
     val_pairs: PairList,
     num_workers: int,
@@ -661,11 +836,16 @@ def describe_run(
         "effective batch": f"{sampler.images_per_step} = {accelerator.num_processes} processes x "
         f"{args.gradient_accumulation_steps} forward passes x {sampler.micro_batch_size} images",
         "learning rate": f"{args.learning_rate:.2e}{decays}",
-        "schedule": f"{total_steps:,} steps, {sampler.steps_per_epoch:,} an epoch, warmup {args.warmup_iterations:,}",
+        "schedule": f"{total_steps:,} steps, {sampler.steps_per_epoch:,} an epoch, warmup {warmup_steps:,}",
         "images": f"fit into {args.resize_to[0]} x {args.resize_to[1]}, cropped to "
         f"{model.backbone.config.image_hw[0]} x {model.backbone.config.image_hw[1]}",
         "runs on": describe_processes(accelerator, num_workers, args.num_workers),
     }
+    if sampler.images_per_step != RECIPE["per_gpu_batch_size"]:
+        lines["note on batch"] = (
+            f"the published schedule has an effective batch of {RECIPE['per_gpu_batch_size']}; learning rate and steps "
+            "are not scaled to another"
+        )
     if len(train_pairs) < sampler.images_per_step:
         lines["note"] = repetition_note(len(train_pairs), sampler.images_per_step)
     for name, text in lines.items():

@@ -303,15 +303,21 @@ class VisionTransformer(nn.Module):
         """
         h, w = self.config.grid_size
         self.rel_pos_bias = True
+        self.relative_indices: dict[tuple, Tensor] = {}  # by grid and device: built once, not in every pass
         for block in self.blocks:
             table = torch.zeros((2 * h - 1) * (2 * w - 1) + 3, self.config.encoder_num_heads)
             block.attn.relative_position_bias_table = nn.Parameter(table)
+
+    def relative_index(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        if (grid, device) not in self.relative_indices:
+            self.relative_indices[grid, device] = relative_position_index(grid).to(device)
+        return self.relative_indices[grid, device]
 
     def encode_blocks(self, images: Tensor, last: int) -> Iterator[Tensor]:
         """Give the raw outputs of the blocks up to `last`, one after the other, each (N, 1 + L, D)."""
         x = self.embed_images(images)
         grid = self.grid_of(images)
-        index = relative_position_index(grid).to(images.device) if self.rel_pos_bias else None
+        index = self.relative_index(grid, images.device) if self.rel_pos_bias else None
         for block in self.blocks[: last + 1]:
             if self.rel_pos_bias:
                 table = block.attn.relative_position_bias_table
@@ -591,7 +597,7 @@ def default_taps(depth: int) -> list[int]:
     """Give the blocks whose outputs a segmenter sees: 3, 5, 7, 11 of 12, and likewise for other depths."""
     taps = [round(depth * share) - 1 for share in TAP_SHARES]
     if len(set(taps)) < len(taps) or taps[0] < 0:
-        raise ValueError(f"an encoder of {depth} blocks has no four taps; it needs at least 4, or taps of your own")
+        raise ValueError(f"an encoder of {depth} blocks has no four taps a third apart; name four blocks by --taps")
     return taps
 
 
@@ -632,6 +638,7 @@ class ViTMAEForSegmentation(nn.Module):
         self.backbone.pos_embed.requires_grad_(True)
         if rel_pos_bias:
             self.backbone.add_relative_positions()
+        self.backbone.blocks[max(self.taps) + 1 :].requires_grad_(False)  # nothing looks at these
         width = config.encoder_embed_dim
         self.neck = Feature2Pyramid(width, norm)
         self.decode_head = UperNetHead([width] * 4, channels or width, num_classes, norm)
@@ -647,7 +654,8 @@ class ViTMAEForSegmentation(nn.Module):
         Deviation: MMSegmentation decays these three, because its test looks for names without `backbone.`. Reason: its
         own recipe means to leave them out. Effect: not measured.
         """
-        return {"backbone.cls_token", "backbone.pos_embed", "*.relative_position_bias_table"}
+        tables = [name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")]
+        return {"backbone.cls_token", "backbone.pos_embed", *tables}
 
     @property
     def noise_size(self) -> int:

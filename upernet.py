@@ -7,7 +7,7 @@ Shapes   N batch   D, D' channels   H W image   h w map   K classes
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -156,27 +156,35 @@ def slide_inference(
     crop_size: tuple[int, int],
     stride: tuple[int, int],
     batch_size: int = 16,
-) -> list[Tensor]:
+) -> Iterator[Tensor]:
     """Score images of any sizes, (C, H, W) each, by overlapping windows: (K, H, W) each, the mean of the windows.
 
-    `predict` scores windows, (n, C, *crop_size) -> (n, K, *crop_size), and gets up to `batch_size` of them at once, of
-    all images together. Images smaller than a window are padded with zeros, and the padding is cut off again.
+    `predict` scores windows, (n, C, *crop_size) -> (n, K, *crop_size), and gets up to `batch_size` of them at once,
+    across images. An image's scores are given as soon as its last window has been seen, so that those of the other
+    images are not in memory. Images smaller than a window are padded with zeros, and the padding is cut off again.
     """
-    padded, places = [], []
+    places = []
     for index, image in enumerate(images):
-        height, width = image.shape[-2:]
-        padded.append(F.pad(image, (0, max(0, crop_size[1] - width), 0, max(0, crop_size[0] - height))))
-        tops, lefts = (window_starts(*side) for side in zip((height, width), crop_size, stride, strict=True))
-        places += [(index, (..., slice(y, y + crop_size[0]), slice(x, x + crop_size[1]))) for y in tops for x in lefts]
-    totals, visits = {}, [image.new_zeros(image.shape[-2:]) for image in padded]
+        tops, lefts = (window_starts(*side) for side in zip(image.shape[-2:], crop_size, stride, strict=True))
+        places += [(index, top, left) for top in tops for left in lefts]
+
+    def cut(index: int, top: int, left: int) -> Tensor:
+        window = images[index][:, top : top + crop_size[0], left : left + crop_size[1]]
+        return F.pad(window, (0, crop_size[1] - window.shape[2], 0, crop_size[0] - window.shape[1]))
+
+    total, visits, current = None, None, 0
     for first in range(0, len(places), batch_size):
         chunk = places[first : first + batch_size]
-        scores = predict(torch.stack([padded[index][area] for index, area in chunk]))  # (n, K, *crop_size)
-        for (index, area), score in zip(chunk, scores, strict=True):
-            if index not in totals:
-                totals[index] = score.new_zeros(len(score), *visits[index].shape)
-            totals[index][area] += score
-            visits[index][area] += 1
-    return [
-        (totals[index] / visits[index])[..., : image.shape[-2], : image.shape[-1]] for index, image in enumerate(images)
-    ]
+        scores = predict(torch.stack([cut(*place) for place in chunk]))  #   (n, K, *crop_size)
+        for (index, top, left), score in zip(chunk, scores, strict=True):
+            if index != current:
+                yield total.div_(visits)
+                total, current = None, index
+            height, width = images[index].shape[-2:]
+            if total is None:
+                total, visits = score.new_zeros(len(score), height, width), score.new_zeros(height, width)
+            area = (..., slice(top, top + crop_size[0]), slice(left, left + crop_size[1]))
+            total[area] += score[:, : height - top, : width - left]
+            visits[area] += 1
+    if total is not None:
+        yield total.div_(visits)

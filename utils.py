@@ -800,12 +800,19 @@ class ConfusionMatrix:
         self.ignore_index = ignore_index
 
     def update(self, labels: Tensor, predictions: Tensor) -> None:
-        """Add labels and predictions of any equal shape; where the label is `ignore_index` nothing counts."""
+        """Add labels and predictions of any equal shape; where the label is `ignore_index` nothing counts.
+
+        ValueError for shapes that differ, and for classes that do not exist: they would be counted as others.
+        """
         num_classes = len(self.counts)
+        if labels.shape != predictions.shape:
+            raise ValueError(f"labels of shape {tuple(labels.shape)}, predictions of shape {tuple(predictions.shape)}")
         labels, predictions = (x.flatten().to(self.counts.device).long() for x in (labels, predictions))
         if self.ignore_index is not None:
             counted = labels != self.ignore_index
             labels, predictions = labels[counted], predictions[counted]
+        if len(labels) and max(labels.max(), predictions.max()) >= num_classes:
+            raise ValueError(f"label {labels.max()} or prediction {predictions.max()} of {num_classes} classes from 0")
         found = torch.bincount(labels * num_classes + predictions, minlength=num_classes**2)
         self.counts += found.view(num_classes, num_classes)
 

@@ -626,7 +626,7 @@ def test_label_maps_that_cannot_be_used_are_all_named(pairs_root):
     Image.new("RGB", (8, 6)).save(folder / "colour.png")
     write_pair(pairs_root, "training", "lossy", np.ones((6, 8), dtype=np.uint8))
     Image.new("L", (8, 6)).save(folder / "lossy.png", format="JPEG")
-    with pytest.raises(ValueError, match="label maps that cannot be used") as error:
+    with pytest.raises(ValueError, match="label maps or images that cannot be used") as error:
         check_pairs(list_pairs(pairs_root, "training"), table, 2)
     lines = sorted(str(error.value).splitlines()[1:])
     assert len(lines) == 4
@@ -642,7 +642,7 @@ def test_checked_pairs_are_remembered_until_a_file_changes(pairs_root, tmp_path,
     pairs, table = list_pairs(pairs_root, "training"), label_table(150, True)
     check_pairs(pairs, table, 1, tmp_path / "cache")
     calls = []
-    monkeypatch.setattr(dataset, "check_pair", lambda *args: calls.append(args))
+    monkeypatch.setattr(dataset, "check_pair", lambda *args: calls.append(args) or dataset.PairCheck(None, True))
     check_pairs(pairs, table, 1, tmp_path / "cache")
     assert calls == []
     check_pairs(pairs, label_table(2, True), 1, tmp_path / "cache")  # other classes: not the same question
@@ -650,6 +650,29 @@ def test_checked_pairs_are_remembered_until_a_file_changes(pairs_root, tmp_path,
     os.utime(pairs.label_path(0), ns=(1, 1))
     check_pairs(pairs, table, 1, tmp_path / "cache")
     assert len(calls) == 6
+    check_pairs(pairs, table, 1, tmp_path / "cache", rescan=True)
+    assert len(calls) == 9
+
+
+def test_transposed_label_map_is_refused(pairs_root):
+    write_pair(pairs_root, "training", "turned", np.ones((6, 8), dtype=np.uint8), size=(6, 8))
+    with pytest.raises(ValueError, match=r"turned\.png: 8 x 6 pixels, but its image has 6 x 8"):
+        check_pairs(list_pairs(pairs_root, "training"), label_table(150, True), 1)
+
+
+def test_image_that_cannot_be_decoded_is_named_where_it_cannot_be_replaced(pairs_root):
+    write_pair(pairs_root, "training", "broken", np.ones((6, 8), dtype=np.uint8))
+    (pairs_root / "images" / "training" / "broken.jpg").write_text("<html>404</html>")
+    pairs, table = list_pairs(pairs_root, "training"), label_table(150, True)
+    check_pairs(pairs, table, 1)
+    with pytest.raises(ValueError, match=r"broken\.jpg: UnidentifiedImageError"):
+        check_pairs(pairs, table, 1, decode=True)
+
+
+def test_data_without_a_labelled_pixel_is_refused(tmp_path):
+    write_pair(tmp_path, "validation", "one", np.zeros((6, 8), dtype=np.uint8))
+    with pytest.raises(ValueError, match="not one pixel has a label"):
+        check_pairs(list_pairs(tmp_path, "validation"), label_table(150, True), 1)
 
 
 def test_palette_label_maps_are_read_as_numbers_not_as_colours(tmp_path):

@@ -34,7 +34,7 @@ from dataset import (
     resize_labels,
     write_demo_data,
 )
-from finetune_segmentation import build_config, compute_loss, main, parse_args, predict
+from finetune_segmentation import build_config, choose_warmup, compute_loss, main, parse_args, predict
 from model import ViTMAEForPreTraining, ViTMAEForSegmentation, load_segmenter
 from utils import ConfusionMatrix
 
@@ -204,7 +204,8 @@ def test_batch_norm_on_two_processes_of_the_cpu_is_local_and_says_so(drawn_pairs
     more = "--norm batch --per_gpu_batch_size 2 --epochs 2 --channels 48"
     printed = launch("finetune_segmentation.py", flags(drawn_pairs, tmp_path, pretrained, more), num_processes=2)
     assert printed.count("not synchronised: torch has no such layer for the CPU") == 1
-    figures = main(parse_args(flags(drawn_pairs, tmp_path, tmp_path / "run" / "last_checkpoint", "--eval_only")))
+    more = "--norm batch --channels 48 --eval_only"
+    figures = main(parse_args(flags(drawn_pairs, tmp_path, tmp_path / "run" / "last_checkpoint", more)))
     logged = rows(tmp_path / "run")[-1]
     assert figures == {key: logged[key] for key in figures}
 
@@ -244,7 +245,7 @@ def test_scores_equal_brute_force_at_the_labels_own_size(finished, drawn_pairs, 
 def test_metrics_of_one_and_two_processes_are_equal_to_the_last_digit(photographs, tmp_path):
     """18 validation pairs of ADE20K under a random segmenter."""
     size = "--img_size 32 --patch_size 8 --encoder_embed_dim 64 --encoder_depth 4 --encoder_num_heads 2 --channels 64"
-    more = f"{size} --num_classes 150 --iterations 1 --eval_interval 1"
+    more = f"{size} --num_classes 150 --iterations 1 --warmup_iterations 0 --eval_interval 1"
     data = photographs / "ade20k" / "ADEChallengeData2016"
     arguments = [flag for flag in flags(data, tmp_path, None, more)]
     at = arguments.index("--epochs")
@@ -347,7 +348,8 @@ def test_loss_is_the_mean_over_all_pixels_at_the_labels_size():
 
 def test_two_flags_suffice_and_give_the_published_recipe(pretrained):
     args = parse_args(["--path_to_data", "nowhere", "--path_to_backbone_checkpoint", str(pretrained)])
-    assert (args.img_size, args.iterations, args.warmup_iterations, args.per_gpu_batch_size) == (512, 160_000, 1500, 16)
+    assert (args.img_size, args.iterations, args.per_gpu_batch_size) == (512, 160_000, 16)
+    assert choose_warmup(args, 1263, 160_000) == 1500
     assert (args.learning_rate, args.weight_decay, args.layer_decay, args.drop_path) == (1e-4, 0.05, 0.65, 0.1)
     assert (args.num_classes, args.ignore_zero, args.resize_to, args.auxiliary_weight) == (150, True, [2048, 512], 0.4)
     assert args.encoder_embed_dim == 64 and args.taps == [0, 1, 2, 3] and args.max_grad_norm == 0

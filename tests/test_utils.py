@@ -352,6 +352,15 @@ def test_confusion_matrix_counts_and_finds_the_worst_pairs():
     assert confusion.worst_pairs(2) == [(1, 2, 2), (0, 2, 1)] and len(confusion.worst_pairs(9)) == 3
 
 
+def test_confusion_matrix_refuses_what_it_would_miscount():
+    confusion = ConfusionMatrix(3, ignore_index=255)
+    with pytest.raises(ValueError, match=r"labels of shape \(2, 3\), predictions of shape \(3, 2\)"):
+        confusion.update(torch.zeros(2, 3), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="label 0 or prediction 3 of 3 classes"):
+        confusion.update(torch.tensor([0, 255]), torch.tensor([3, 0]))
+    assert confusion.counts.sum() == 0
+
+
 def test_segmentation_scores_of_a_hand_made_case():
     """Of class 0 3 pixels, 2 hit, 1 taken for 1; of class 1 2 pixels, 1 hit, 1 taken for 3; none of classes 2 and 3."""
     confusion = ConfusionMatrix(4, ignore_index=255)
