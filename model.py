@@ -13,6 +13,8 @@ import dataclasses
 import functools
 import json
 import math
+import re
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -694,15 +696,28 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return content.get("model", content)
 
 
+def convert_command(path: str | Path) -> str:
+    return f"convert it once with: python tools/convert_weights.py {path} {path}_ours --to ours"
+
+
+def refuse_foreign(path: str | Path, state_dict: dict[str, Tensor]) -> None:
+    """Raise ValueError, with the command that converts them, for weights in the key names of another project."""
+    if not any(key.startswith(("blocks.", "backbone.blocks.")) for key in state_dict):
+        raise ValueError(
+            f"{path} has other key names than the original release, such as {sorted(state_dict)[:3]}; "
+            f"{convert_command(path)}"
+        )
+
+
 def find_weights(path: str | Path) -> Path:
     """Give the weight file of a checkpoint folder, or the file itself; FileNotFoundError says what was looked for."""
     path = Path(path)
     if path.is_dir():
         file = path / "model.safetensors"
         if not file.is_file():
-            raise FileNotFoundError(
-                f"{path} holds no model.safetensors; give a checkpoint folder such as checkpoint_800"
-            )
+            other = list(path.glob("*.bin")) + list(path.glob("*.index.json"))
+            way_out = convert_command(path) if other else "give a checkpoint folder such as checkpoint_800"
+            raise FileNotFoundError(f"{path} holds no model.safetensors; {way_out}")
         return file
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint folder or weight file at {path}")
@@ -719,53 +734,79 @@ def read_config(weights: Path) -> dict | None:
         return None
     record = json.loads(file.read_text())
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
-        raise ValueError(f"{file} is not of this project: it has no sizes under 'config'")
+        raise ValueError(
+            f"{file} is not of this project: it has no sizes under 'config'; {convert_command(weights.parent)}"
+        )
     return record
 
 
-def infer_config(state_dict: dict[str, Tensor], norm_pix_loss: bool = True) -> MAEConfig:
-    """Find the sizes of weights that have no config.json, with or without a decoder, from their names and shapes.
+def sizes_from_shapes(state_dict: dict[str, Tensor]) -> dict:
+    """Read the sizes of weights, with or without a decoder, off their names and shapes, as fields of MAEConfig.
 
-    Shapes do not tell the number of heads nor a rectangle: heads are those of the named size of this width, and
-    the image is a square. ValueError where that leaves nothing.
+    Shapes do not tell the number of heads, nor a rectangle: the image is taken for a square. ValueError names what
+    the weights lack.
     """
     try:
-        width, channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
-        side = math.isqrt(state_dict["pos_embed"].shape[1] - 1) * patch_size
+        _, channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
+        width = statistics.mode(
+            state_dict[key].shape[-1] for key in ("cls_token", "pos_embed", "blocks.0.norm1.weight")
+        )
         sizes = dict(
-            img_size=side,
+            img_size=math.isqrt(state_dict["pos_embed"].shape[1] - 1) * patch_size,
             patch_size=patch_size,
             input_channels=channels,
-            norm_pix_loss=norm_pix_loss,
             encoder_embed_dim=width,
             encoder_depth=count_blocks(state_dict, "blocks"),
-            encoder_mlp_ratio=state_dict["blocks.0.mlp.fc1.weight"].shape[0] / width,
+            encoder_mlp_ratio=mlp_width(state_dict, "blocks") / width,
         )
-        decoder_width = None
         if "decoder_embed.weight" in state_dict:
             decoder_width = len(state_dict["decoder_embed.weight"])
             sizes |= dict(
                 decoder_embed_dim=decoder_width,
                 decoder_depth=count_blocks(state_dict, "decoder_blocks"),
-                decoder_mlp_ratio=state_dict["decoder_blocks.0.mlp.fc1.weight"].shape[0] / decoder_width,
+                decoder_mlp_ratio=mlp_width(state_dict, "decoder_blocks") / decoder_width,
             )
     except KeyError as error:
         raise ValueError(
             f"{error} is not among these weights, whose names are such as {sorted(state_dict)[:3]}; they are not in "
-            "the layout of the original release"
+            f"the layout of the original release; {convert_command('<file>')}"
         ) from error
+    return sizes
+
+
+def named_heads(sizes: dict) -> dict | None:
+    """Give the numbers of heads of the named size of this width, and decoder width where there is one; else None."""
     for config in MODEL_CONFIGS.values():
-        if config.encoder_embed_dim == width and decoder_width in (None, config.decoder_embed_dim):
-            heads = {name: getattr(config, name) for name in ("encoder_num_heads", "decoder_num_heads")}
-            return MAEConfig(**sizes, **heads)
-    raise ValueError(
-        f"these weights are {width} wide, have no config.json beside them and fit none of {', '.join(MODEL_CONFIGS)}; "
-        "give the checkpoint folder that the training wrote"
-    )
+        decoder_width = sizes.get("decoder_embed_dim", config.decoder_embed_dim)
+        if (config.encoder_embed_dim, config.decoder_embed_dim) == (sizes["encoder_embed_dim"], decoder_width):
+            return {name: getattr(config, name) for name in ("encoder_num_heads", "decoder_num_heads")}
+    return None
+
+
+def infer_config(state_dict: dict[str, Tensor], norm_pix_loss: bool = True) -> MAEConfig:
+    """Find the sizes of weights that have no config.json, with or without a decoder, from their names and shapes.
+
+    Heads are those of the named size of this width, and the image is a square. ValueError where that leaves nothing.
+    """
+    sizes = sizes_from_shapes(state_dict)
+    heads = named_heads(sizes)
+    if heads is None:
+        raise ValueError(
+            f"these weights are {sizes['encoder_embed_dim']} wide, have no config.json beside them and fit none of "
+            f"{', '.join(MODEL_CONFIGS)}; give the checkpoint folder that the training wrote"
+        )
+    return MAEConfig(**sizes, **heads, norm_pix_loss=norm_pix_loss)
 
 
 def count_blocks(state_dict: dict[str, Tensor], name: str) -> int:
-    return len({key.split(".")[1] for key in state_dict if key.startswith(f"{name}.")})
+    found = (re.match(rf"{name}\.(\d+)\.", key) for key in state_dict)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+def mlp_width(state_dict: dict[str, Tensor], name: str) -> int:
+    """Give the width of most blocks' MLPs, so that a block with another one is what is reported not to fit."""
+    keys = [key for key in state_dict if re.fullmatch(rf"{name}\.\d+\.mlp\.fc1\.weight", key)]
+    return statistics.mode(len(state_dict[key]) for key in keys or [f"{name}.0.mlp.fc1.weight"])
 
 
 def load_pretrained_mae(path: str | Path, *, norm_pix_loss: bool = True) -> ViTMAEForPreTraining:
@@ -776,8 +817,7 @@ def load_pretrained_mae(path: str | Path, *, norm_pix_loss: bool = True) -> ViTM
     """
     file = find_weights(path)
     state_dict = read_state_dict(file)
-    if "patch_embed.proj.weight" not in state_dict:
-        raise ValueError(f"{file} has other key names than the original release, such as {sorted(state_dict)[:3]}")
+    refuse_foreign(path, state_dict)
     if not any(key.startswith("decoder_") for key in state_dict):
         raise ValueError(
             f"{file} holds an encoder only, so it cannot draw; a decoder is in the checkpoints of pretrain_mae.py and "
@@ -812,7 +852,9 @@ def read_sizes(path: str | Path) -> dict:
     file = find_weights(path)
     record = read_config(file)
     if record is None:
-        record = {"config": dataclasses.asdict(infer_config(read_state_dict(file)))}
+        state_dict = read_state_dict(file)
+        refuse_foreign(path, state_dict)
+        record = {"config": dataclasses.asdict(infer_config(state_dict))}
     return record
 
 
@@ -824,6 +866,7 @@ def load_classifier(path: str | Path) -> tuple[ViTMAEForImageClassification, dic
     """
     file = find_weights(path)
     state_dict = read_state_dict(file)
+    refuse_foreign(path, state_dict)
     head = "head.1" if "head.1.weight" in state_dict else "head"
     if f"{head}.weight" not in state_dict:
         raise ValueError(
@@ -848,6 +891,8 @@ def load_segmenter(path: str | Path) -> tuple[ViTMAEForSegmentation, dict]:
     """Load a segmenter, and its config.json, from a checkpoint folder; ValueError when there is none in it."""
     file = find_weights(path)
     record = read_config(file)
+    if record is None:
+        refuse_foreign(path, read_state_dict(file))
     if record is None or record.get("architecture") != "ViTMAEForSegmentation":
         raise ValueError(f"{file} holds no segmenter; give a checkpoint folder of finetune_segmentation.py")
     options = {name: record[name] for name in ("taps", "channels", "norm", "rel_pos_bias")}
@@ -871,6 +916,7 @@ def load_pretrained_encoder(model: VisionTransformer, path: str | Path) -> LoadR
     """
     file = find_weights(path)
     state_dict = read_state_dict(file)
+    refuse_foreign(path, state_dict)
     own = model.state_dict()
     missing = sorted(own.keys() - state_dict.keys())
     unexpected = sorted(state_dict.keys() - own.keys())
