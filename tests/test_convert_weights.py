@@ -1,0 +1,897 @@
+"""Weights in every layout: round trips, the target libraries' own models, and what is refused."""
+
+import argparse
+import dataclasses
+import json
+import re
+import runpy
+import sys
+import types
+from pathlib import Path
+
+import numpy
+import pytest
+import timm
+import torch
+import transformers
+from conftest import ROOT, TINY, load_tool, weights
+from safetensors.torch import load_file, save_file
+from timm.layers import gen_relative_position_index
+from torch import nn
+
+from dataset import ADE20K_CLASS_NAMES
+from model import (
+    MODEL_CONFIGS,
+    MAEConfig,
+    VisionTransformer,
+    ViTMAEForImageClassification,
+    ViTMAEForPreTraining,
+    ViTMAEForSegmentation,
+    load_classifier,
+    load_pretrained_encoder,
+    load_pretrained_mae,
+    load_segmenter,
+    read_sizes,
+    relative_position_index,
+)
+
+tool = load_tool("convert_weights")
+
+FOUR_BLOCKS = dataclasses.replace(TINY, encoder_embed_dim=64, encoder_depth=4)  # the least that a segmenter takes
+TOLD = ["--encoder_num_heads", "4", "--decoder_num_heads", "2", "--norm_pix_loss"]
+BUILD = {
+    "masked autoencoder": lambda config: ViTMAEForPreTraining(config),
+    "encoder": lambda config: VisionTransformer(config),
+    "classifier of the mean": lambda config: ViTMAEForImageClassification(config, 7),
+    "classifier of the cls token": lambda config: ViTMAEForImageClassification(config, 7, "cls"),
+    "linear probe": lambda config: ViTMAEForImageClassification(config, 7, "cls", probe_head=True),
+    "segmenter": lambda config: ViTMAEForSegmentation(config, 5, channels=32),
+    "segmenter with relative positions": lambda config: ViTMAEForSegmentation(
+        config, 5, channels=32, rel_pos_bias=True
+    ),
+}
+
+
+def build(kind: str, config: MAEConfig = TINY, seed: int = 0) -> nn.Module:
+    """Build a model without any special value, so that no mistake hides behind a zero or a one."""
+    torch.manual_seed(seed)
+    model = BUILD[kind](config if "segmenter" not in kind else FOUR_BLOCKS)
+    with torch.no_grad():
+        for value in [*model.parameters(), *model.buffers()]:
+            if value.is_floating_point():
+                noise = 0.05 * torch.randn_like(value)
+                value.add_(noise.abs() if (value > 0).all() else noise)  # variances stay positive
+    return model.eval()
+
+
+def write_ours(folder: Path, model: nn.Module) -> Path:
+    """Write a checkpoint as the training scripts do."""
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    segmenter = isinstance(model, ViTMAEForSegmentation)
+    fields = dataclasses.asdict((model.backbone if segmenter else model).config)
+    if not isinstance(model, ViTMAEForPreTraining):
+        fields = {key: value for key, value in fields.items() if not key.startswith(("decoder", "norm_pix"))}
+    record = {"architecture": type(model).__name__, "config": fields, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    if segmenter:
+        record |= dict(taps=[0, 1, 2, 3], channels=32, norm="batch", rel_pos_bias=model.backbone.rel_pos_bias)
+        record |= dict(num_classes=5, class_names=list("abcde"), ignore_zero=True, resize_to=[64, 16])
+    if isinstance(model, ViTMAEForImageClassification):
+        record |= dict(num_classes=7, global_pool=model.global_pool, class_names=[f"n{i:08d}" for i in range(7)])
+    (folder / "config.json").write_text(json.dumps(record))
+    return folder
+
+
+def convert(source: Path, target: Path, layout: str, *flags: str) -> Path:
+    tool.main(tool.parse_args([str(source), str(target), "--to", layout, *flags]))
+    return target
+
+
+def target_of(folder: Path, layout: str) -> Path:
+    return folder / f"as_{layout}{tool.SUFFIXES.get(layout, '')}"
+
+
+def told(kind: str) -> list[str]:
+    return TOLD if kind == "masked autoencoder" else TOLD[:2]
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+
+
+# -------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        ("masked autoencoder", "original"),
+        ("masked autoencoder", "huggingface"),
+        *(("encoder", layout) for layout in ("original", "timm", "huggingface", "mmseg", "tutorial")),
+        *(("classifier of the mean", layout) for layout in ("original", "timm")),
+        *(("classifier of the cls token", layout) for layout in ("original", "timm", "huggingface", "tutorial")),
+        ("linear probe", "original"),
+        ("segmenter", "mmseg"),
+        ("segmenter with relative positions", "mmseg"),
+    ],
+)
+def test_round_trip_changes_no_bit(tmp_path, kind, layout):
+    model = build(kind)
+    ours = write_ours(tmp_path / "ours", model)
+    theirs = convert(ours, target_of(tmp_path, layout), layout)
+    flags = [] if layout == "huggingface" else told(kind)
+    flags += ["--mean", "0.5", "0.5", "0.5", "--std", "0.25", "0.25", "0.25"] if layout != "huggingface" else []
+    back = convert(theirs, tmp_path / "back", "ours", *flags)
+    assert_same(weights(back), model.state_dict())
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (ours, back))
+    untold = {"class_names", "ignore_zero"} if layout != "huggingface" else set()  # these have no place there
+    assert {key: value for key, value in after.items() if key not in untold} == {
+        key: value for key, value in before.items() if key not in untold
+    }
+
+
+@pytest.mark.parametrize("layout", ["timm", "mmseg", "tutorial"])
+def test_decoder_without_a_place_needs_drop_and_the_encoder_comes_back(tmp_path, layout):
+    model = build("masked autoencoder")
+    ours, target = write_ours(tmp_path / "ours", model), target_of(tmp_path, layout)
+    with pytest.raises(ValueError, match=r"no place for .*decoder_embed.*mask_token \(32 tensors\).*--drop"):
+        convert(ours, target, layout)
+    assert not target.exists()
+    back = convert(convert(ours, target, layout, "--drop"), tmp_path / "back", "ours", *TOLD[:2])
+    encoder = {key: value for key, value in model.state_dict().items() if not key.startswith(("decoder", "mask"))}
+    assert_same(weights(back), encoder)
+
+
+@pytest.mark.parametrize("whole_in", ["ours", "mmseg"])
+def test_a_segmenter_gives_up_its_encoder(tmp_path, whole_in):
+    model = build("segmenter with relative positions")
+    source = write_ours(tmp_path / "ours", model)
+    if whole_in == "mmseg":
+        source = convert(source, tmp_path / "whole.pth", "mmseg")
+    with pytest.raises(ValueError, match=r"(?=.*neck)(?=.*relative_position_bias_table).*--drop"):
+        convert(source, tmp_path / "encoder.pth", "original")
+    encoder = torch.load(convert(source, tmp_path / "encoder.pth", "original", "--drop"))["model"]
+    assert_same(encoder, {key: value for key, value in model.backbone.state_dict().items() if "relative" not in key})
+    with pytest.raises(
+        ValueError, match=r"encoder needs vit\.layernorm\.weight and vit\.layernorm\.bias, which .* lacks"
+    ):
+        convert(source, tmp_path / "theirs", "huggingface", "--drop")
+
+
+LAYOUTS_OF_SIZES = [
+    ("masked autoencoder", "original", 0),
+    ("masked autoencoder", "huggingface", 4),  # q, k and v of weights and biases, 6 for 2
+    ("encoder", "timm", 0),
+    ("encoder", "huggingface", 4),
+    ("encoder", "mmseg", 0),
+    ("encoder", "tutorial", 0),
+    ("classifier of the mean", "beit", 3),  # BEiT's keys have no bias
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "full"), [("base_patch16", 150, 254), ("large_patch16", 294, 398), ("huge_patch14", 390, 494)]
+)
+@pytest.mark.parametrize(("kind", "layout", "more"), LAYOUTS_OF_SIZES)
+def test_names_and_shapes_of_published_sizes_are_a_bijection(name, encoder, full, kind, layout, more):
+    config, device = MODEL_CONFIGS[f"mae_vit_{name}"], "meta"
+    if layout == "beit":  # where values decide, of the same depth and narrow
+        config, device = dataclasses.replace(TINY, encoder_depth=config.encoder_depth), "cpu"
+    with torch.device(device):
+        expected = BUILD[kind](config).state_dict()
+    source = tool.Source(Path("there"), "ours", "ours", expected, {}, [], {}, {}, [], {})
+    converted = tool.convert(source, layout).tensors
+    num_blocks = config.encoder_depth + (config.decoder_depth if kind == "masked autoencoder" else 0)
+    tensors = {"masked autoencoder": full, "encoder": encoder, "classifier of the mean": encoder + 2}[kind]
+    assert len(converted) == tensors + more * num_blocks
+    assert tool.detect_layout(converted, Path("there")) == {"original": "ours", "timm": "ours"}.get(layout, layout)
+    back, _ = tool.rename(Path("there"), converted, "ours" if layout in ("original", "timm") else layout)
+    assert {key: value.shape for key, value in back.items()} == {key: value.shape for key, value in expected.items()}
+
+
+# -------------------------------------------------------------------------------- against timm
+
+
+@pytest.mark.parametrize("kind", ["encoder", "classifier of the mean", "classifier of the cls token"])
+def test_timm_opens_what_is_written_with_the_printed_line(tmp_path, capsys, kind):
+    model = build(kind, dataclasses.replace(TINY, img_size=(8, 20), input_channels=1))
+    convert(write_ours(tmp_path / "ours", model), tmp_path / "out.safetensors", "timm")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("opens with"))
+    theirs = eval(line.removeprefix("opens with"), {"timm": timm}).eval()  # the line that users copy
+    images = torch.randn(3, 1, 8, 20)
+    with torch.no_grad():
+        found = theirs.forward_features(images) if kind == "encoder" else theirs(images)
+        torch.testing.assert_close(found, model(images), rtol=0, atol=1e-5)
+
+
+def test_relative_positions_and_layer_scales_equal_timms_beit(tmp_path):
+    torch.manual_seed(0)
+    theirs = timm.models.Beit(
+        img_size=16,
+        patch_size=4,
+        embed_dim=32,
+        depth=3,
+        num_heads=4,
+        num_classes=0,
+        global_pool="token",
+        init_values=0.1,
+        use_abs_pos_emb=True,
+        use_rel_pos_bias=True,
+    ).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    torch.save({"module": theirs.state_dict()}, tmp_path / "beit.pth")
+    back = convert(tmp_path / "beit.pth", tmp_path / "ours", "ours")
+    ours = VisionTransformer(MAEConfig(**read_sizes(back)["config"]))
+    ours.add_relative_positions()
+    assert load_pretrained_encoder(ours, back).missing == []
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = theirs.forward_features(images)
+        torch.testing.assert_close(ours.eval()(images), expected, rtol=0, atol=1e-5)
+        for block in ours.blocks:
+            nn.init.zeros_(block.attn.relative_position_bias_table)
+        assert not torch.allclose(ours(images), expected, atol=1e-3)  # they do act
+
+
+# -------------------------------------------------------------------------------- against transformers
+
+
+def open_in_transformers(name: str, folder: Path, **options) -> transformers.PreTrainedModel:
+    """Open a folder as its users do, and make sure that nothing in it was missing, left over or of another shape."""
+    model, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(report.values()), report
+    return model.eval()
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_masked_autoencoder_equals_transformers(tmp_path, norm_pix_loss):
+    ours = build("masked autoencoder", dataclasses.replace(TINY, img_size=32, norm_pix_loss=norm_pix_loss))
+    folder = convert(write_ours(tmp_path / "ours", ours), tmp_path / "theirs", "huggingface")
+    theirs = open_in_transformers("ViTMAEForPreTraining", folder)
+    assert theirs.config.layer_norm_eps == 1e-6 and theirs.config.norm_pix_loss == norm_pix_loss
+    images, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 64)
+    with torch.no_grad():
+        loss, pred, mask = ours(images, 0.75, noise)
+        expected = theirs(images, noise=noise)
+    assert torch.equal(mask, expected.mask)
+    torch.testing.assert_close(pred, expected.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(loss, expected.loss, rtol=0, atol=1e-5)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    assert list(processor.image_mean) == [0.5] * 3 and list(processor.image_std) == [0.25] * 3
+    assert (processor.size["height"], processor.size["width"]) == (32, 32)
+
+
+def test_encoder_alone_equals_transformers_vit(tmp_path):
+    ours = build("encoder", dataclasses.replace(TINY, img_size=(8, 20)))
+    folder = convert(write_ours(tmp_path / "ours", ours), tmp_path / "theirs", "huggingface")
+    theirs = open_in_transformers("ViTModel", folder, add_pooling_layer=False)
+    images = torch.randn(2, 3, 8, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(images).last_hidden_state, ours(images), rtol=0, atol=1e-5)
+
+
+def test_classifier_of_the_cls_token_equals_transformers_vit(tmp_path):
+    ours = build("classifier of the cls token")
+    folder = convert(write_ours(tmp_path / "ours", ours), tmp_path / "theirs", "huggingface")
+    theirs = open_in_transformers("ViTForImageClassification", folder)
+    assert theirs.config.id2label[3] == "n00000003"
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(images).logits, ours(images), rtol=0, atol=1e-5)
+
+
+def test_classifier_of_the_mean_equals_transformers_beit_but_for_a_bias_without_effect(tmp_path):
+    ours = build("classifier of the mean")
+    source = write_ours(tmp_path / "ours", ours)
+    with pytest.raises(ValueError, match=r"the keys' third of blocks\.N\.attn\.qkv\.bias.*--drop"):
+        convert(source, tmp_path / "theirs", "huggingface")
+    folder = convert(source, tmp_path / "theirs", "huggingface", "--drop")
+    theirs = open_in_transformers("BeitForImageClassification", folder)
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(images).logits, ours(images), rtol=0, atol=1e-5)
+    back, expected = weights(convert(folder, tmp_path / "back", "ours")), ours.state_dict()
+    for key in expected:
+        if key.endswith("qkv.bias"):
+            expected[key][32:64] = 0
+    assert_same(back, expected)
+    convert(tmp_path / "back", tmp_path / "again", "huggingface")  # with no such bias there is nothing to drop
+
+
+def their_mae(**changes) -> transformers.ViTMAEForPreTraining:
+    torch.manual_seed(0)
+    sizes = dict(image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
+    sizes |= dict(intermediate_size=128, decoder_hidden_size=16, decoder_num_hidden_layers=2)
+    sizes |= dict(decoder_num_attention_heads=2, decoder_intermediate_size=64, layer_norm_eps=1e-6)
+    model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**sizes | changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def shard_as_bin(folder: Path) -> None:
+    """Cut a folder's safetensors into two pickled shards, as older versions of transformers did."""
+    tensors = weights(folder)
+    (folder / "model.safetensors").unlink()
+    places = {key: f"pytorch_model-0000{1 + index % 2}-of-00002.bin" for index, key in enumerate(tensors)}
+    for name in set(places.values()):
+        torch.save({key: value for key, value in tensors.items() if places[key] == name}, folder / name)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+@pytest.mark.parametrize("spelling", ["saved", "shards", "shards of .bin", "in memory"])
+def test_what_transformers_writes_gives_the_same_loss_here(tmp_path, spelling):
+    theirs, folder = their_mae(), tmp_path / "theirs"
+    theirs.save_pretrained(folder, max_shard_size="20KB" if spelling == "shards" else "1GB")
+    if spelling == "shards":
+        assert len(list(folder.glob("*.safetensors"))) > 2
+    elif spelling == "shards of .bin":
+        shard_as_bin(folder)
+    elif spelling == "in memory":
+        assert any("q_proj" in key for key in theirs.state_dict())
+        save_file(theirs.state_dict(), folder / "model.safetensors")
+    ours = load_pretrained_mae(convert(folder, tmp_path / "ours", "ours"))
+    assert ours.config == dataclasses.replace(TINY, norm_pix_loss=False)
+    images, noise = torch.randn(3, 3, 16, 16), torch.rand(3, 16)
+    with torch.no_grad():
+        expected, (loss, pred, _) = theirs(images, noise=noise), ours.eval()(images, 0.75, noise)
+    torch.testing.assert_close(pred, expected.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(loss, expected.loss, rtol=0, atol=1e-5)
+
+
+def test_other_epsilon_of_transformers_is_said_and_its_pooler_needs_drop(tmp_path, capsys):
+    their_mae(layer_norm_eps=1e-12).save_pretrained(tmp_path / "mae")
+    convert(tmp_path / "mae", tmp_path / "ours", "ours")
+    assert "epsilon 1e-12 there, 1e-06 here" in capsys.readouterr().out
+    config = their_mae().config
+    vit = transformers.ViTConfig(**{key: getattr(config, key) for key in ("image_size", "patch_size", "hidden_size")})
+    vit.num_hidden_layers, vit.num_attention_heads, vit.intermediate_size = 3, 4, 128
+    transformers.ViTModel(vit).save_pretrained(tmp_path / "vit")
+    with pytest.raises(ValueError, match=r"no place for pooler \(2 tensors\)"):
+        convert(tmp_path / "vit", tmp_path / "encoder", "ours")
+    assert (
+        load_pretrained_encoder(
+            VisionTransformer(TINY), convert(tmp_path / "vit", tmp_path / "encoder", "ours", "--drop")
+        ).missing
+        == []
+    )
+
+
+# -------------------------------------------------------------------------------- against MMSegmentation's names
+
+
+def as_beit2mmseg(encoder: dict) -> dict:
+    """Rename an encoder by the rules of MMSegmentation's tools/model_converters/beit2mmseg.py."""
+    renamed = {}
+    for key, value in encoder.items():
+        if key.startswith("blocks"):
+            key = key.replace("blocks", "layers").replace("norm", "ln")
+            key = key.replace("mlp.fc1", "ffn.layers.0.0").replace("mlp.fc2", "ffn.layers.1")
+        elif key.startswith("patch_embed"):
+            key = key.replace("patch_embed.proj", "patch_embed.projection")
+        renamed[key] = value
+    return renamed
+
+
+def as_mmseg(model: ViTMAEForSegmentation) -> dict:
+    """Rename a segmenter to MMSegmentation's MAE under UperNet, with the parts that only theirs has."""
+    backbone = as_beit2mmseg(model.backbone.state_dict())
+    index = gen_relative_position_index(model.backbone.config.grid_size, class_token=True)
+    index = index.view(17, 17)
+    for layer in range(4):
+        backbone[f"layers.{layer}.gamma_1"] = torch.ones(64)
+        backbone[f"layers.{layer}.gamma_2"] = torch.ones(64)
+        backbone[f"layers.{layer}.attn.relative_position_index"] = index
+    heads = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
+    return {f"backbone.{key}": value for key, value in backbone.items()} | heads
+
+
+MMSEG_LAYER = """
+    ln1.weight ln1.bias attn.qkv.weight attn.qkv.bias attn.proj.weight attn.proj.bias ln2.weight ln2.bias
+    ffn.layers.0.0.weight ffn.layers.0.0.bias ffn.layers.1.weight ffn.layers.1.bias
+"""
+MMSEG_MAE_LAYER = "gamma_1 gamma_2 attn.relative_position_bias_table attn.relative_position_index"
+MMSEG_OTHERS = """
+    cls_token pos_embed patch_embed.projection.weight patch_embed.projection.bias norm.weight norm.bias
+"""
+MMSEG_CONVS = """
+    decode_head.psp_modules.0.1 decode_head.psp_modules.1.1 decode_head.psp_modules.2.1 decode_head.psp_modules.3.1
+    decode_head.bottleneck decode_head.lateral_convs.0 decode_head.lateral_convs.1 decode_head.lateral_convs.2
+    decode_head.fpn_convs.0 decode_head.fpn_convs.1 decode_head.fpn_convs.2 decode_head.fpn_bottleneck
+    auxiliary_head.convs.0
+"""
+
+
+def test_relative_positions_are_numbered_as_in_beit():
+    for grid in ((4, 4), (2, 5), (32, 32)):
+        theirs = gen_relative_position_index(grid, class_token=True).view(1 + grid[0] * grid[1], -1)
+        assert torch.equal(relative_position_index(grid), theirs)
+
+
+def test_encoder_for_mmsegmentation_is_what_its_own_converter_gives(tmp_path):
+    model = build("encoder")
+    written = torch.load(convert(write_ours(tmp_path / "ours", model), tmp_path / "out.pth", "mmseg"))
+    assert_same(written, as_beit2mmseg(model.state_dict()))
+    layers = {f"layers.{layer}.{key}" for layer in range(3) for key in MMSEG_LAYER.split()}
+    assert written.keys() == layers | set(MMSEG_OTHERS.split())
+
+
+def test_segmenter_for_mmsegmentation_has_its_names(tmp_path):
+    model = build("segmenter with relative positions")
+    content = torch.load(convert(write_ours(tmp_path / "ours", model), tmp_path / "out.pth", "mmseg"))
+    written = content["state_dict"]
+    assert_same(written, as_mmseg(model))
+    keys = {f"backbone.{key}" for key in MMSEG_OTHERS.split() if not key.startswith("norm")}
+    for layer in range(4):
+        keys |= {f"backbone.layers.{layer}.{key}" for key in (MMSEG_LAYER + MMSEG_MAE_LAYER).split()}
+    for name in MMSEG_CONVS.split():
+        stats = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        keys |= {f"{name}.conv.weight", *(f"{name}.bn.{stat}" for stat in stats)}
+    keys |= {f"neck.upsample_4x.1.{stat}" for stat in stats}
+    for name in ("neck.upsample_4x.0", "neck.upsample_4x.3", "neck.upsample_2x.0"):
+        keys |= {f"{name}.weight", f"{name}.bias"}
+    for name in ("decode_head.conv_seg", "auxiliary_head.conv_seg"):
+        keys |= {f"{name}.weight", f"{name}.bias"}
+    assert written.keys() == keys
+    assert content["meta"]["dataset_meta"]["classes"] == list("abcde")
+    assert content["meta"]["dataset_meta"]["palette"][0] == [120, 120, 120]  # ADE20K's wall
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_segmenter_of_mmsegmentation_gives_the_same_logits(tmp_path, prefix):
+    expected = build("segmenter with relative positions")
+    tensors = {f"{prefix}{key}": value for key, value in as_mmseg(expected).items()}
+    meta = {"CLASSES": tuple("vwxyz"), "epoch": 3}
+    torch.save({"meta": meta, "state_dict": tensors, "optimizer": {"state": {}}}, tmp_path / "theirs.pth")
+    loaded, record = load_segmenter(convert(tmp_path / "theirs.pth", tmp_path / "ours", "ours"))
+    assert record["class_names"] == list("vwxyz") and record["taps"] == [0, 1, 2, 3]
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        found, logits = loaded.eval()(images), expected(images)
+    assert torch.equal(found.logits, logits.logits) and torch.equal(found.auxiliary, logits.auxiliary)
+
+
+def test_layer_scales_of_mmsegmentation_act_through_the_layers_before_them(tmp_path):
+    expected = build("segmenter with relative positions")
+    tensors = as_mmseg(expected)
+    for layer, block in enumerate(expected.backbone.blocks):
+        for gamma, branch in (("gamma_1", block.attn), ("gamma_2", block.mlp)):
+            scale = 1 + 0.5 * torch.randn(64)
+            tensors[f"backbone.layers.{layer}.{gamma}"] = scale
+            branch.register_forward_hook(lambda _module, _inputs, output, scale=scale: output * scale)
+    torch.save({"state_dict": tensors}, tmp_path / "theirs.pth")
+    loaded, _ = load_segmenter(convert(tmp_path / "theirs.pth", tmp_path / "ours", "ours"))
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(images).logits, expected(images).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("gamma", ["gamma_1", "gamma_2"])
+def test_a_layer_without_its_scale_is_refused(tmp_path, gamma):
+    tensors = as_mmseg(build("segmenter with relative positions"))
+    del tensors[f"backbone.layers.2.{gamma}"]
+    torch.save({"state_dict": tensors}, tmp_path / "theirs.pth")
+    with pytest.raises(ValueError, match=rf"missing backbone\.layers\.2\.{gamma}$"):
+        convert(tmp_path / "theirs.pth", tmp_path / "ours", "ours")
+
+
+def test_backbone_of_mmsegmentation_becomes_an_encoder(tmp_path):
+    expected = build("segmenter with relative positions").backbone
+    tensors = {
+        key: value for key, value in as_mmseg(build("segmenter with relative positions")).items() if "backbone." in key
+    }
+    torch.save({"state_dict": tensors}, tmp_path / "theirs.pth")
+    back = convert(tmp_path / "theirs.pth", tmp_path / "ours", "ours")
+    assert_same(weights(back), expected.state_dict())
+    model = ViTMAEForSegmentation(MAEConfig(**read_sizes(back)["config"]), 5, channels=32, rel_pos_bias=True)
+    assert load_pretrained_encoder(model.backbone, back).missing == []
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path):
+    tensors = as_mmseg(build("segmenter with relative positions"))
+    torch.save({"state_dict": tensors | {"cls_token": torch.zeros(1, 1, 64)}}, tmp_path / "theirs.pth")
+    with pytest.raises(ValueError, match=r"backbone\.cls_token and cls_token are the same tensor"):
+        convert(tmp_path / "theirs.pth", tmp_path / "ours", "ours")
+
+
+def test_positions_numbered_otherwise_are_refused(tmp_path):
+    tensors = as_mmseg(build("segmenter with relative positions"))
+    key = "backbone.layers.2.attn.relative_position_index"
+    tensors[key] = tensors[key].T.contiguous()
+    torch.save({"state_dict": tensors}, tmp_path / "theirs.pth")
+    with pytest.raises(ValueError, match=r"blocks\.2\.attn\.relative_position_index numbers positions otherwise"):
+        convert(tmp_path / "theirs.pth", tmp_path / "ours", "ours")
+
+
+def test_ade20k_names_come_with_150_classes(tmp_path):
+    torch.manual_seed(0)
+    model = ViTMAEForSegmentation(FOUR_BLOCKS, 150, channels=32)
+    torch.save({"state_dict": as_mmseg(model)}, tmp_path / "theirs.pth")
+    with pytest.raises(ValueError, match=r"tell encoder_num_heads; add --encoder_num_heads N"):
+        convert(tmp_path / "theirs.pth", tmp_path / "ours", "ours")
+    _, record = load_segmenter(convert(tmp_path / "theirs.pth", tmp_path / "ours", "ours", *TOLD[:2]))
+    assert record["class_names"] == list(ADE20K_CLASS_NAMES) and record["ignore_zero"] is True
+    assert record["resize_to"] == [64, 16]
+
+
+# -------------------------------------------------------------------------------- against the tutorial's names
+
+
+def as_tutorial(model: ViTMAEForPreTraining) -> dict:
+    """Rename a masked autoencoder to PyTorch-Adventures' names; its decoder has no row for the cls token."""
+    renamed = {}
+    for key, value in model.state_dict().items():
+        if key == "decoder_pos_embed":
+            renamed["decoder.dec_pos_embed"] = value[:, 1:].clone()
+        elif key.startswith(("decoder_", "mask_token")):
+            key = key.replace("decoder_embed", "encoder2decoder_embbedding_proj").replace(
+                "decoder_norm", "decoder_layer_norm"
+            )
+            renamed["embed2image" + key.removeprefix("decoder_pred") if "pred" in key else f"decoder.{key}"] = value
+        else:
+            names = {"cls_token": "enc_cls_token", "pos_embed": "enc_pos_embed"}
+            key = names.get(key, key.replace("blocks.", "encoder_blocks."))
+            renamed["encoder." + (key.replace("norm", "encoder_layer_norm") if key.startswith("norm") else key)] = value
+    return renamed
+
+
+def test_tutorial_gives_its_encoder_and_not_its_decoder(tmp_path):
+    model = build("masked autoencoder")
+    save_file(as_tutorial(model), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"no place for .*decoder.*embed2image.*never sees the cls token.*--drop"):
+        convert(tmp_path / "model.safetensors", tmp_path / "ours", "ours", *TOLD[:2])
+    back = convert(tmp_path / "model.safetensors", tmp_path / "ours", "ours", *TOLD[:2], "--drop")
+    encoder = {key: value for key, value in model.state_dict().items() if not key.startswith(("decoder", "mask"))}
+    assert_same(weights(back), encoder)
+    theirs = load_file(convert(back, tmp_path / "out.safetensors", "tutorial"))
+    assert_same(theirs, {key: value for key, value in as_tutorial(model).items() if key.startswith("encoder.")})
+
+
+def test_tutorial_takes_no_classifier_of_the_mean(tmp_path):
+    source = write_ours(tmp_path / "ours", build("classifier of the mean"))
+    with pytest.raises(ValueError, match=r"needs encoder\.encoder_layer_norm\.weight .* lacks"):
+        convert(source, tmp_path / "out.safetensors", "tutorial", "--drop")
+
+
+# -------------------------------------------------------------------------------- what shapes do not tell
+
+
+def test_training_file_of_the_original_tells_its_sizes(tmp_path):
+    sizes = dict(img_size=32, encoder_depth=2, decoder_depth=1)
+    model = ViTMAEForPreTraining(dataclasses.replace(MODEL_CONFIGS["mae_vit_base_patch16"], **sizes))
+    arguments = argparse.Namespace(model="mae_vit_base_patch16", norm_pix_loss=True, lr=1.0)
+    content = {"model": model.state_dict(), "optimizer": {"state": {}, "param_groups": []}, "epoch": 3, "scaler": {}}
+    torch.save({**content, "args": arguments}, tmp_path / "checkpoint-3.pth")
+    loaded = load_pretrained_mae(convert(tmp_path / "checkpoint-3.pth", tmp_path / "ours", "ours"))
+    assert loaded.config == model.config and torch.equal(loaded.mask_token, model.mask_token)
+
+
+def test_what_nobody_tells_is_asked_for(tmp_path):
+    file = convert(write_ours(tmp_path / "ours", build("masked autoencoder")), tmp_path / "out.pth", "original")
+    asked = (
+        r"tell encoder_num_heads, decoder_num_heads, norm_pix_loss; add --encoder_num_heads N .*\[no-\]norm_pix_loss"
+    )
+    with pytest.raises(ValueError, match=asked):
+        convert(file, tmp_path / "back", "ours")
+    convert(file, tmp_path / "back", "ours", *TOLD)
+    with pytest.raises(ValueError, match=r"--encoder_num_heads 8, but .*ours has 4; leave the flag out"):
+        convert(tmp_path / "ours", tmp_path / "other", "huggingface", "--encoder_num_heads", "8")
+
+
+def test_norm_behind_timms_mean_needs_drop_without_a_head(tmp_path):
+    theirs = timm.models.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4, num_classes=0, global_pool="avg"
+    )
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit", "pretrained_cfg": {"mean": [0.1] * 3}}))
+    with pytest.raises(ValueError, match=r"no place for fc_norm \(2 tensors\)"):
+        convert(tmp_path, tmp_path / "ours", "ours", *TOLD[:2])
+    back = convert(tmp_path, tmp_path / "ours", "ours", *TOLD[:2], "--drop")
+    assert read_sizes(back)["image_mean"] == [0.1] * 3
+    assert_same(weights(back), {key: value for key, value in theirs.state_dict().items() if "fc_norm" not in key})
+
+
+def test_mean_and_deviation_have_a_number_for_each_channel(tmp_path):
+    weights_of_grey = build("encoder", dataclasses.replace(TINY, input_channels=1)).state_dict()
+    torch.save({"model": weights_of_grey}, tmp_path / "grey.pth")
+    with pytest.raises(ValueError, match=r"--std takes 1 numbers, one for each channel, not \[0\.2, 0\.2, 0\.2\]"):
+        convert(tmp_path / "grey.pth", tmp_path / "ours", "ours", *TOLD[:2], "--std", "0.2", "0.2", "0.2")
+    record = read_sizes(convert(tmp_path / "grey.pth", tmp_path / "ours", "ours", *TOLD[:2], "--std", "0.25"))
+    assert record["image_mean"] == [0.5] and record["image_std"] == [0.25]
+
+
+def test_rectangles_are_told_by_a_flag_or_refused(tmp_path):
+    config = dataclasses.replace(TINY, img_size=(8, 20))
+    source = write_ours(tmp_path / "ours", build("masked autoencoder", config))
+    file = convert(source, tmp_path / "out.pth", "original")
+    with pytest.raises(ValueError, match=r"pos_embed is \(1, 11, 32\) instead of \(1, 10, 32\)"):
+        convert(file, tmp_path / "back", "ours", *TOLD)
+    assert (
+        load_pretrained_mae(convert(file, tmp_path / "back", "ours", *TOLD, "--img_size", "8", "20")).config == config
+    )
+    with pytest.raises(ValueError, match=r"ViTMAE takes square images only, not 8 x 20"):
+        convert(source, tmp_path / "theirs", "huggingface")
+
+
+def test_config_of_another_layout_in_the_same_folder_says_nothing(tmp_path):
+    folder = convert(write_ours(tmp_path / "ours", build("masked autoencoder")), tmp_path / "theirs", "huggingface")
+    file = convert(tmp_path / "ours", folder / "original.pth", "original")
+    with pytest.raises(ValueError, match="tell encoder_num_heads, decoder_num_heads, norm_pix_loss"):
+        convert(file, tmp_path / "back", "ours")
+
+
+def test_config_that_contradicts_the_weights_is_refused(tmp_path):
+    folder = convert(write_ours(tmp_path / "ours", build("masked autoencoder")), tmp_path / "theirs", "huggingface")
+    tensors = {key: value for key, value in weights(folder).items() if "encoder.layer.2." not in key}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"encoder_depth is 3 in config\.json, 2 in the weights"):
+        convert(folder, tmp_path / "back", "ours")
+
+
+# -------------------------------------------------------------------------------- what is refused
+
+
+class Hostile:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (open, (self.target, "w"))
+
+
+def foreign_files(folder: Path) -> dict[str, Path]:
+    """Write one source of each layout."""
+    mae, segmenter = build("masked autoencoder"), build("segmenter with relative positions")
+    ours = write_ours(folder / "mae", mae)
+    torch.save({"state_dict": as_mmseg(segmenter)}, folder / "mmseg.pth")
+    save_file(as_tutorial(mae), folder / "tutorial.safetensors")
+    return {
+        "original": convert(ours, folder / "original.pth", "original"),
+        "huggingface": convert(ours, folder / "huggingface", "huggingface"),
+        "mmseg": folder / "mmseg.pth",
+        "tutorial": folder / "tutorial.safetensors",
+    }
+
+
+def change(path: Path, how) -> None:
+    """Change the tensors of a source in place."""
+    file = path / "model.safetensors" if path.is_dir() else path
+    if file.suffix == ".safetensors":
+        tensors = load_file(file)
+        how(tensors)
+        return save_file(tensors, file)
+    content = torch.load(file)
+    how(content.get("model", content.get("state_dict")))
+    return torch.save(content, file)
+
+
+A_KEY = {
+    "original": "blocks.1.mlp.fc1.weight",
+    "huggingface": "vit.encoder.layer.1.attention.attention.key.weight",
+    "mmseg": "backbone.layers.1.ffn.layers.0.0.weight",
+    "tutorial": "encoder.encoder_blocks.1.mlp.fc1.weight",
+}
+
+
+@pytest.mark.parametrize("layout", A_KEY)
+def test_renamed_missing_and_misshapen_keys_are_named_and_nothing_is_written(tmp_path, layout):
+    source, key = foreign_files(tmp_path)[layout], A_KEY[layout]
+    arguments = [source, tmp_path / "out", "ours", *TOLD, "--drop"]
+    if layout in ("huggingface", "mmseg"):
+        arguments = [source, tmp_path / "out", "ours", "--drop"]
+    renamed = key.replace(".1.", ".1.new_", 1)
+    change(source, lambda tensors: tensors.update({renamed: tensors.pop(key)}))
+    with pytest.raises(ValueError, match=f"unknown key {renamed}".replace(".", r"\.")):
+        convert(*arguments)
+    change(source, lambda tensors: tensors.pop(renamed))
+    with pytest.raises(ValueError, match=f"missing {key}".replace(".", r"\.")):
+        convert(*arguments)
+    change(source, lambda tensors: tensors.update({key: torch.zeros(7, 32)}))
+    with pytest.raises(ValueError, match=rf"{key}.* \(7, 32\)".replace(".", r"\.").replace(r"\.*", ".*")):
+        convert(*arguments)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.tmp"))
+
+
+def test_hostile_and_damaged_files_are_refused_in_one_sentence(tmp_path):
+    torch.save({"model": Hostile(str(tmp_path / "owned"))}, tmp_path / "hostile.pth")
+    save_file({"a": torch.zeros(100)}, tmp_path / "cut.safetensors")
+    content = (tmp_path / "cut.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[:-50])
+    torch.save({"model": build("encoder").state_dict()}, tmp_path / "cut.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-500])
+    (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "text.pth").write_text("no weights")
+    (tmp_path / "weights.npz").write_bytes(b"")
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    torch.save({"model": {"a": 1}}, tmp_path / "number.pth")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    for name, message in {
+        "hostile.pth": r"hostile\.pth is not opened: it wants \S*open called",
+        "cut.safetensors": r"cut\.safetensors is damaged",
+        "cut.pth": r"cut\.pth is damaged",
+        "empty.pth": r"empty\.pth is damaged",
+        "text.pth": r"text\.pth is not opened: it is no file of weights",
+        "weights.npz": r"weights\.npz ends in none of",
+        "list.pth": r"list\.pth holds a list",
+        "number.pth": r"number\.pth is not weights by name: 'a' is a int",
+        "other.safetensors": r"is in no layout known here: its keys are such as \['a'\]",
+    }.items():
+        with pytest.raises(ValueError, match=message) as refusal:
+            convert(tmp_path / name, tmp_path / "out", "ours")
+        assert "\n" not in str(refusal.value) and "weights_only" not in str(refusal.value)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "owned").exists()
+
+
+def test_the_command_ends_with_a_sentence_and_a_status(tmp_path, monkeypatch):
+    torch.save({"model": Hostile(str(tmp_path / "owned"))}, tmp_path / "hostile.pth")
+    arguments = ["convert_weights.py", str(tmp_path / "hostile.pth"), str(tmp_path / "out"), "--to", "ours"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "tools" / "convert_weights.py"), run_name="__main__")
+    assert re.fullmatch(r"error: .*hostile\.pth is not opened.*", end.value.code)  # printed, with status 1
+    assert not (tmp_path / "owned").exists()
+
+
+def test_logs_of_mmsegmentation_beside_the_weights_are_let_in_unopened(tmp_path, monkeypatch):
+    """A training of MMSegmentation saves objects of its own; here a stand-in of that name, which is gone at reading."""
+    name = "mmengine.logging.history_buffer"
+    module = types.ModuleType(name)
+    module.HistoryBuffer = type("HistoryBuffer", (), {"__module__": name})
+    buffer = module.HistoryBuffer()
+    buffer.history, buffer.mean = numpy.arange(3.0), numpy.float64(1)
+    model = build("segmenter with relative positions")
+    content = {"state_dict": as_mmseg(model), "message_hub": {"log_scalars": {"loss": buffer}}}
+    with monkeypatch.context() as patch:
+        for package in ("mmengine", "mmengine.logging"):
+            patch.setitem(sys.modules, package, types.ModuleType(package))
+        patch.setitem(sys.modules, name, module)
+        torch.save(content, tmp_path / "iter_160000.pth")
+    back = convert(tmp_path / "iter_160000.pth", tmp_path / "ours", "ours")
+    assert_same(weights(back), model.state_dict())
+
+
+def test_config_that_is_no_json_is_refused(tmp_path):
+    folder = write_ours(tmp_path / "ours", build("encoder"))
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is no JSON"):
+        convert(folder, tmp_path / "out.pth", "original")
+
+
+@pytest.mark.parametrize("place", ["../outside.safetensors", "/etc/passwd", "absent.safetensors"])
+def test_shards_outside_the_folder_or_absent_are_refused(tmp_path, place):
+    save_file({"a": torch.zeros(1)}, tmp_path / "outside.safetensors")
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": place}}))
+    with pytest.raises(ValueError, match=f"lists the shard '{place}', which is no file in"):
+        convert(folder, tmp_path / "ours", "ours")
+
+
+def test_shards_that_disagree_with_the_index_are_refused(tmp_path):
+    folder = tmp_path / "theirs"
+    their_mae().save_pretrained(folder, max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    place = content["weight_map"].pop("vit.layernorm.bias")
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"{place} disagree about vit\.layernorm\.bias"):
+        convert(folder, tmp_path / "ours", "ours")
+
+
+def test_targets_are_never_replaced_by_accident(tmp_path):
+    source = write_ours(tmp_path / "ours", build("encoder"))
+    file, folder = convert(source, tmp_path / "out.pth", "original"), convert(source, tmp_path / "out", "huggingface")
+    for target, layout in ((file, "original"), (folder, "huggingface")):
+        with pytest.raises(FileExistsError, match="--overwrite"):
+            convert(source, target, layout)
+        convert(source, target, layout, "--overwrite")
+    (folder / "optimizer.bin").write_text("of a training")
+    with pytest.raises(ValueError, match=r"also holds optimizer\.bin, so --overwrite does not replace it"):
+        convert(source, folder, "huggingface", "--overwrite")
+    with pytest.raises(ValueError, match=r"writes a \.pth file, so .* must end in \.pth"):
+        convert(source, tmp_path / "out.safetensors", "original")
+    with pytest.raises(ValueError, match="looks like a file"):
+        convert(source, tmp_path / "new.pth", "ours")
+    with pytest.raises(ValueError, match="is a folder, which --overwrite does not replace"):
+        (tmp_path / "folder.pth").mkdir()
+        convert(source, tmp_path / "folder.pth", "original", "--overwrite")
+    assert (folder / "optimizer.bin").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_write_that_fails_leaves_everything_as_it_was(tmp_path, monkeypatch, overwrite):
+    source, target = write_ours(tmp_path / "ours", build("encoder")), tmp_path / "new" / "out"
+    if overwrite:
+        convert(source, target, "ours")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def full_disk(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(tool, "write_json", full_disk)  # after the weights
+    with pytest.raises(OSError, match="no space left"):
+        convert(source, target, "ours", *["--overwrite"] * overwrite)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert target.exists() == overwrite and not list(target.parent.glob("out.*"))
+
+
+# -------------------------------------------------------------------------------- inspecting
+
+
+@pytest.mark.parametrize(
+    ("layout", "title", "yes", "more"),
+    [
+        ("mae", "this project's masked autoencoder", "finetuning pretraining", "as it is"),
+        (
+            "original",
+            "the original release's .* masked autoencoder",
+            "finetuning pretraining",
+            "nobody tells +encoder_num",
+        ),
+        (
+            "huggingface",
+            "Hugging Face's ViT and ViTMAE masked autoencoder",
+            "finetuning pretraining",
+            r"_ours --to ours$",
+        ),
+        ("mmseg", "MMSegmentation's segmenter", "segmenting", r"mmseg\.pth_ours --to ours$"),
+        (
+            "tutorial",
+            "PyTorch-Adventures' encoder",
+            "finetuning",
+            r"(?s)no counterpart +decoder, embed2image .*--drop$",
+        ),
+    ],
+)
+def test_inspect_tells_what_a_source_serves(tmp_path, capsys, layout, title, yes, more):
+    files = foreign_files(tmp_path) | {"mae": tmp_path / "mae"}
+    capsys.readouterr()
+    before = sorted(tmp_path.rglob("*"))
+    tool.main(tool.parse_args(["--inspect", str(files[layout])]))
+    output = capsys.readouterr().out
+    assert re.search(rf"^layout +{title}$", output, re.MULTILINE)
+    for use in ("finetuning", "pretraining", "classifying", "segmenting"):
+        line = next(line for line in output.splitlines() if line.startswith(use))
+        assert line.endswith(" yes") == (use in yes.split()) and ("no, it lacks" in line) != line.endswith(" yes")
+    assert re.search(more, output, re.MULTILINE)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["classifier of the mean", "classifier of the cls token", "linear probe", "encoder"])
+def test_inspect_counts_parameters(tmp_path, capsys, kind):
+    model = build(kind)
+    tool.main(tool.parse_args(["--inspect", str(write_ours(tmp_path / "ours", model))]))
+    output = capsys.readouterr().out
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert f"{count:,} in " in output and f"this project's {kind}\n" in output
+    assert ("classifying" + " " * 13 + "yes" in output) == (kind != "encoder")
+
+
+# -------------------------------------------------------------------------------- the training scripts refuse
+
+
+@pytest.mark.parametrize("layout", ["huggingface", "mmseg", "tutorial"])
+def test_foreign_layouts_are_refused_with_the_command_that_converts_them(tmp_path, layout):
+    source = foreign_files(tmp_path)[layout]
+    command = f"python tools/convert_weights.py {source} {source}_ours --to ours"
+    loaders = [load_pretrained_mae, load_classifier, load_segmenter, read_sizes]
+    loaders.append(lambda path: load_pretrained_encoder(VisionTransformer(TINY), path))
+    for loader in loaders:
+        with pytest.raises(ValueError, match=command.replace(".", r"\.") + "$"):
+            loader(source)
+    arguments = command.split()[2:]
+    tool.main(tool.parse_args([*arguments, "--drop", *(TOLD[:2] if layout == "tutorial" else [])]))
+    expected = FOUR_BLOCKS if layout == "mmseg" else TINY
+    assert MAEConfig(**read_sizes(f"{source}_ours")["config"]).encoder_depth == expected.encoder_depth
+
+
+def test_folder_of_shards_is_refused_with_the_command(tmp_path):
+    their_mae().save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    with pytest.raises(
+        FileNotFoundError, match=rf"convert_weights\.py {tmp_path}/theirs {tmp_path}/theirs_ours --to ours$"
+    ):
+        read_sizes(tmp_path / "theirs")
