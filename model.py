@@ -911,18 +911,25 @@ MAY_BE_UNEXPECTED = ("decoder_", "mask_token", "norm.")  # of pretraining alone
 def load_pretrained_encoder(model: VisionTransformer, path: str | Path) -> LoadReport:
     """Load the encoder of a checkpoint folder or weight file into a model, position embeddings resampled to its grid.
 
-    Only a new head may be missing, only the decoder and the final norm left over; anything else raises ValueError with
-    the names, before a weight is touched.
+    Only a new head may be missing, only the decoder, the final norm and, of a classifier for a model that is none, its
+    head left over; anything else raises ValueError with the names, before a weight is touched.
     """
     file = find_weights(path)
     state_dict = read_state_dict(file)
     refuse_foreign(path, state_dict)
+    if any(key.startswith("backbone.") for key in state_dict):
+        raise ValueError(
+            f"{path} is a segmenter, and an encoder is needed to start from; take it out with: python "
+            f"tools/convert_weights.py {path} {path}_encoder.pth --to original --drop"
+        )
     own = model.state_dict()
     missing = sorted(own.keys() - state_dict.keys())
     unexpected = sorted(state_dict.keys() - own.keys())
     new = [key for key in missing if key.startswith(MAY_BE_MISSING) or key.endswith("relative_position_bias_table")]
     problems = [f"missing: {key}" for key in missing if key not in new]
-    problems += [f"unexpected: {key}" for key in unexpected if not key.startswith(MAY_BE_UNEXPECTED)]
+    has_head = isinstance(model, ViTMAEForImageClassification)
+    may_be_unexpected = MAY_BE_UNEXPECTED if has_head else (*MAY_BE_UNEXPECTED, *MAY_BE_MISSING)
+    problems += [f"unexpected: {key}" for key in unexpected if not key.startswith(may_be_unexpected)]
     loaded = {key: value for key, value in state_dict.items() if key in own}
     resampled = []
     if "pos_embed" in loaded:

@@ -875,6 +875,33 @@ def test_load_pretrained_encoder_fills_a_segmenter(tmp_path):
     assert torch.equal(model.backbone.blocks[3].mlp.fc2.weight, pretrained.blocks[3].mlp.fc2.weight)
 
 
+def test_a_classifier_may_become_a_segmenters_backbone_and_a_segmenter_may_not(tmp_path):
+    config = dataclasses.replace(TINY, encoder_embed_dim=64, encoder_depth=4, encoder_num_heads=2)
+    for name, source in (
+        ("classifier", ViTMAEForImageClassification(config, 5)),
+        ("segmenter", ViTMAEForSegmentation(config, 5, channels=48)),
+    ):
+        (tmp_path / name).mkdir()
+        save_file(source.state_dict(), tmp_path / name / "model.safetensors")
+        record = {"config": dataclasses.asdict(config)}
+        (tmp_path / name / "config.json").write_text(json.dumps(record))
+    model = ViTMAEForSegmentation(config, 7, channels=48)
+    report = load_pretrained_encoder(model.backbone, tmp_path / "classifier")
+    assert {key.split(".")[0] for key in report.unexpected} == {"head", "fc_norm"} and report.missing == []
+    with pytest.raises(ValueError, match=r"is a segmenter.*convert_weights\.py .* --to original --drop$"):
+        load_pretrained_encoder(model.backbone, tmp_path / "segmenter")
+
+
+def test_blocks_behind_the_last_tap_are_not_trained():
+    """Two processes would wait for their gradients."""
+    model = ViTMAEForSegmentation(dataclasses.replace(TINY, encoder_depth=5), 4, taps=[0, 1, 2, 3], channels=48)
+    trained = {name.split(".")[2] for name, p in model.named_parameters() if p.requires_grad and ".blocks." in name}
+    assert trained == {"0", "1", "2", "3"}
+    output = model.eval()(torch.randn(1, 3, 16, 16))
+    (output.logits.sum() + output.auxiliary.sum()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_load_segmenter_gives_back_what_was_written_and_refuses_the_rest(tmp_path):
     options = dict(taps=[0, 1, 2, 3], channels=32, norm="batch", rel_pos_bias=True)
     model = random_segmenter(**options)
