@@ -27,7 +27,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageDraw, ImageOps
-from timm.data import Mixup, create_transform
+from timm.data import Mixup, auto_augment, create_transform
+from timm.data.auto_augment import RandAugment
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
@@ -532,7 +533,7 @@ def build_finetuning_transform(
     Gives normalised float32, because erased areas are filled with normal noise of that space. All of it is timm's, at
     the settings of the original release; a magnitude of 0 leaves RandAugment out.
     """
-    return create_transform(
+    transform = create_transform(
         img_size,
         is_training=True,
         color_jitter=None,
@@ -543,6 +544,19 @@ def build_finetuning_transform(
         mean=mean,
         std=std,
     )
+    for step in transform.transforms:
+        for operation in step.ops if isinstance(step, RandAugment) else ():
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = posterize
+    return transform
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **unused: object) -> Image.Image:
+    """Keep the highest bits of each value; none where the magnitude is 10, which 9 +- 0.5 draws now and then.
+
+    Pillow made that a black picture until version 13, whose error timm 1.0.31 does not expect.
+    """
+    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
 
 
 class SingleTryResizedCrop(v2.RandomResizedCrop):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.auto_augment import RandAugment
 from torchvision.transforms import InterpolationMode, v2
 
 import dataset
@@ -730,6 +731,22 @@ def test_image_and_label_map_move_together_through_every_random_transform():
         assert inner.sum() >= 20
         torch.testing.assert_close(moved[0][inner] * 255, classes[inner].float() * 10, rtol=0, atol=1.01)
     assert 0 < padded < 40
+
+
+@pytest.mark.parametrize("magnitude", range(11))
+def test_every_operation_of_randaugment_works_at_every_magnitude(magnitude):
+    """9 with a deviation of 0.5 is 10 in one draw of forty, where timm and Pillow 13 disagree about posterizing."""
+    transform = build_finetuning_transform((16, 16), 9, 0.0, IMAGENET_MEAN, IMAGENET_STD)
+    (augment,) = (step for step in transform.transforms if isinstance(step, RandAugment))
+    pixels = np.random.default_rng(0).integers(1, 256, (16, 16, 3), dtype=np.uint8)
+    assert len(augment.ops) > 10
+    for operation in augment.ops:
+        operation.prob, operation.magnitude, operation.magnitude_std = 1, magnitude, 0
+        result = operation(Image.fromarray(pixels))
+        assert result.size == (16, 16) and result.mode == "RGB"
+        if operation.name == "PosterizeIncreasing":
+            kept = 4 - int(magnitude / 10 * 4)
+            assert np.array_equal(np.asarray(result), pixels & (0xFF00 >> kept & 0xFF))
 
 
 def test_crop_avoids_what_is_nearly_all_one_class():
