@@ -57,8 +57,8 @@ def draw_panel(series: dict[str, list[tuple[float, float]]], title: str, x_name:
         draw.line([place(x_low, y), place(x_high, y)], fill="#e0e0e0")
         draw.text((MARGIN["left"] - 6, place(x, y)[1]), f"{y:.4g}", fill="black", font=font, anchor="rm")
         draw.text((place(x, y)[0], height - MARGIN["bottom"] + 6), f"{x:.4g}", fill="black", font=font, anchor="mt")
-    draw.text((width / 2, height - 12), x_name, fill="black", font=font, anchor="mm")
-    draw.text((MARGIN["left"], 10), title, fill="black", font=font, anchor="lm")
+    caption = f"{title} over {x_name}" if title else x_name
+    draw.text((width / 2, height - 12), caption, fill="black", font=font, anchor="mm")
     legend_x = width - MARGIN["right"]
     for colour, (name, points) in reversed(list(zip(COLOURS, series.items(), strict=False))):
         places = [place(*point) for point in points]
@@ -77,9 +77,10 @@ def main(args: argparse.Namespace) -> None:
     panels = []
     for names in args.y:
         series = {}
+        figures = names.split("+")
         for log in args.logs:
-            for name in names.split("+"):
-                label = name if len(args.logs) == 1 else f"{log.parent.name} {name}"
+            for name in figures:
+                label = " ".join([log.parent.name] * (len(args.logs) > 1) + [name] * (len(figures) > 1)) or name
                 points = read_points(log, args.x, name)
                 if points:
                     series[label] = points
