@@ -15,9 +15,9 @@ from pathlib import Path
 from pretraining_helps import SIZE, pretrain, run
 
 # Cut from images of 128 x 96 pixels times 0.5 to 2, as at full size from 2048 x 512.
-RECIPE = ["--img_size", "96", "--channels", "32", "--per_gpu_batch_size", "8", "--warmup_iterations", "60"]
-RECIPE += ["--eval_interval", "4", "--save_checkpoint_interval", "1000", "--num_workers", "1", "--max_grad_norm", "1"]
-LEARNING_RATES = ("5e-4", "1e-3", "2e-3")
+RECIPE = ["--img_size", "96", "--channels", "32", "--per_gpu_batch_size", "8", "--warmup_iterations", "36"]
+RECIPE += ["--eval_interval", "3", "--save_checkpoint_interval", "1000", "--num_workers", "1", "--max_grad_norm", "1"]
+LEARNING_RATES = ("1e-3", "2e-3")
 LAYER_DECAY = {"mae": "0.75", "scratch": "1"}
 
 
@@ -27,7 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--path_to_pretraining_data", required=True, help="train/ and val/ with class folders")
     parser.add_argument("--working_directory", type=Path, required=True, help="where all runs are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--epochs", type=int, default=20, help="of finetuning (default: 20)")
+    parser.add_argument("--epochs", type=int, default=12, help="of finetuning (default: 12)")
     parser.add_argument("--at_once", type=int, default=2, help="runs side by side, one thread each (default: 2)")
     return parser.parse_args(argv)
 
