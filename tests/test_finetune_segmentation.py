@@ -441,3 +441,8 @@ def test_segment_labels_images_of_any_size(finished, drawn_pairs, tmp_path, caps
     (folder / "text.jpg").write_text("no picture")
     with pytest.raises(ValueError, match=r"cannot decode .*text\.jpg"):
         tool.main(tool.parse_args([*arguments, "--overwrite"]))
+    with pytest.raises(FileNotFoundError, match=r"no image or folder at .*absent\.jpg; nothing was written"):
+        absent = str(tmp_path / "absent.jpg")
+        tool.main(tool.parse_args([absent if argument == str(folder) else argument for argument in arguments]))
+    with pytest.raises(SystemExit):
+        tool.parse_args([*arguments, "--opacity", "1.5"])

@@ -36,13 +36,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--flip", action="store_true", help="average over the image and its mirror image")
     parser.add_argument("--batch_size", type=int, default=4, help="windows at once (default: 4)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not 0 <= args.opacity <= 1:
+        parser.error(f"--opacity is a share between 0 and 1, not {args.opacity}")
+    if args.batch_size < 1:
+        parser.error(f"--batch_size must be at least 1, not {args.batch_size}")
+    return args
 
 
 def find_images(paths: list[Path]) -> dict[str, Path]:
     """Give the images by the name of their pictures: the file's, or the path below its folder with _ for /."""
     found = {}
     for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"no image or folder at {path}; nothing was written")
         files = [path / name for name in scan_images(path)[0]] if path.is_dir() else [path]
         for file in files:
             name = "_".join((file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix("").parts)
