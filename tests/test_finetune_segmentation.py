@@ -1,4 +1,4 @@
-"""The segmentation run: resumed, accumulated and spread, its scores against brute force, its tests, its refusals."""
+"""The segmentation run: against plain torch, resumed and spread, its scores by brute force, and its refusals."""
 
 import dataclasses
 import functools
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from conftest import TINY, assert_close, launch, load_tool, rows, weights, without_key_bias
 from PIL import Image
 from safetensors.torch import save_file
+from torchvision.transforms.v2 import functional as tvf
 
 import finetune_segmentation
 import pretrain_mae
@@ -26,6 +27,7 @@ from dataset import (
     ADE20KDataset,
     SampleKey,
     SegmentationTransform,
+    StepSampler,
     collate,
     label_table,
     list_pairs,
@@ -34,8 +36,8 @@ from dataset import (
     resize_labels,
     write_demo_data,
 )
-from finetune_segmentation import build_config, choose_warmup, compute_loss, main, parse_args, predict
-from model import ViTMAEForPreTraining, ViTMAEForSegmentation, load_segmenter
+from finetune_segmentation import build_config, choose_warmup, compute_loss, label_pixels, main, parse_args, predict
+from model import MAEConfig, ViTMAEForPreTraining, ViTMAEForSegmentation, load_segmenter
 from utils import ConfusionMatrix
 
 ENCODER = dataclasses.replace(TINY, encoder_embed_dim=64, encoder_depth=4, encoder_num_heads=2)
@@ -119,7 +121,101 @@ def test_run_leaves_checkpoints_log_and_pictures(finished):
         assert picture.width > 4 * 256 and picture.height > 3 * 256
 
 
+@pytest.mark.parametrize("more", ["--no-rel_pos_bias", "--rel_pos_bias"])
+def test_run_at_learning_rate_zero_leaves_the_pretrained_encoder(drawn_pairs, pretrained, tmp_path, more):
+    short = "--learning_rate 0 --epochs 1 --warmup_iterations 0 --channels 64"
+    experiment = train(drawn_pairs, tmp_path, pretrained, f"{short} {more}")
+    ours, expected = weights(experiment / "checkpoint_1"), pretrained_backbone(pretrained, (8, 8))
+    tables = {name for name in ours if name.endswith("relative_position_bias_table")}
+    assert {name for name in ours if name.startswith("backbone.")} == expected.keys() | tables
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=0)
+    assert len(tables) == (4 if more == "--rel_pos_bias" else 0) and not any(ours[name].any() for name in tables)
+
+
+def pretrained_backbone(pretrained: Path, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Give what a segmenter starts from: the encoder without its final norm, its positions brought to a grid."""
+    kept = {k: v for k, v in weights(pretrained).items() if k.startswith(("cls", "pos_embed", "patch_embed", "blocks"))}
+    cls_row, table = kept["pos_embed"].split([1, 16], dim=1)  # of 4 x 4 patches
+    table = F.interpolate(table.mT.reshape(1, -1, 4, 4), grid, mode="bicubic", align_corners=False)
+    kept["pos_embed"] = torch.cat([cls_row, table.flatten(2).mT], dim=1)
+    return {f"backbone.{name}": value for name, value in kept.items()}
+
+
+def test_evaluations_and_checkpoints_are_a_tenth_of_the_run_apart_by_default(drawn_pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune_segmentation, "NUM_PICTURES", 1)
+    size = "--img_size 8 --patch_size 4 --encoder_embed_dim 16 --encoder_depth 4 --encoder_num_heads 2 --channels 8"
+    more = f"{size} --norm batch --epochs 20 --per_gpu_batch_size 10 --log_interval 1"
+    arguments = flags(drawn_pairs, tmp_path, None, more)
+    main(parse_args(without(arguments, "--eval_interval", "--save_checkpoint_interval", "--warmup_iterations")))
+    log = rows(tmp_path / "run")
+    assert [row["step"] for row in log if "testing_miou" in row] == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
+    kept = {int(folder.name.split("_")[1]) for folder in (tmp_path / "run").glob("checkpoint_*")}
+    assert kept == set(range(2, 21, 2))
+    rates = [row["learning_rate"] for row in log]
+    assert rates.index(max(rates)) == 2 and max(rates) == 1e-4  # after a warmup of a tenth
+
+
+def without(arguments: list[str], *names: str) -> list[str]:
+    """Leave out flags of one value, wherever they stand."""
+    pairs = zip(["", *arguments], arguments, strict=False)
+    return [argument for before, argument in pairs if before not in names and argument not in names]
+
+
 # -------------------------------------------------------------------------------- the same run, otherwise
+
+
+@pytest.mark.parametrize("more", ["--max_grad_norm 0.5", "--rel_pos_bias"])
+def test_run_equals_the_same_steps_in_plain_torch(drawn_pairs, pretrained, tmp_path, more):
+    """Replay the recipe by hand, 6 steps of which 2 are warmup, from samples of the data set.
+
+    The weights agree to 1/400 of a step. Left out are the biases of the neck's transposed convolutions and the means of
+    the batch norms behind them, which take any shift away again: their true gradient is zero, as of the keys' bias.
+    """
+    recipe = "--layer_decay 0.6 --weight_decay 0.5 --auxiliary_weight 0.7 --learning_rate 2e-3 --epochs 3"
+    given = f"--norm batch --channels 24 --log_interval 1 {recipe} {more}"
+    experiment = train(drawn_pairs, tmp_path, pretrained, given)
+
+    torch.manual_seed(0)
+    config = dataclasses.replace(ENCODER, img_size=32)
+    options = dict(channels=24, drop_path_rate=0.3, rel_pos_bias="rel_pos_bias" in more)
+    model = ViTMAEForSegmentation(config, 4, **options)
+    model.load_state_dict(model.state_dict() | pretrained_backbone(pretrained, (8, 8)))
+    groups = []
+    for name, p in model.named_parameters():
+        part, kind, number, *_ = f"{name}.".split(".")
+        layer = 5 if part != "backbone" else int(number) + 1 if kind == "blocks" else 0
+        spared = p.ndim == 1 or kind in ("cls_token", "pos_embed") or "relative_position" in name
+        groups.append({"params": [p], "weight_decay": 0.0 if spared else 0.5, "scale": 0.6 ** (5 - layer)})
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+    pairs, table = list_pairs(drawn_pairs, "training"), label_table(4, True)
+    transform = SegmentationTransform((32, 32), IMAGENET_MEAN, IMAGENET_STD, 128, 32)
+    data = ADE20KDataset(pairs, transform, table, noise_size=2 * 4 + 24 + 256)  # drop path, dropout of both heads
+    sampler, log = StepSampler(10, 4, seed=0), []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        for keys in sampler:
+            samples, step = [data[key] for key in keys], len(log)
+            images, labels, noise = (torch.stack(x) for x in list(zip(*samples, strict=True))[1:4])
+            scores = [F.interpolate(x, (32, 32), mode="bilinear") for x in model(images, noise)]
+            single = [F.cross_entropy(x, labels.long(), ignore_index=255, reduction="none") for x in scores]
+            loss, auxiliary = (x.mean() for x in single)
+            (loss + 0.7 * auxiliary).backward()
+            if "max_grad_norm" in more:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            rate = 2e-3 * ((1e-6 + (1 - 1e-6) * step / 2) if step < 2 else (6 - step) / 4)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+            optimizer.step()
+            optimizer.zero_grad()
+            log.append((loss.item(), auxiliary.item(), rate))
+    keys = ("training_loss", "training_auxiliary_loss", "learning_rate")
+    logged = [[row[key] for key in keys] for row in rows(experiment)]
+    assert torch.allclose(torch.tensor(logged), torch.tensor(log), rtol=1e-5, atol=1e-12)
+    shifts = {f"neck.upsample_{name}.bias" for name in ("4x.0", "4x.3", "2x.0")} | {"neck.upsample_4x.1.running_mean"}
+    shifts |= {f"decode_head.lateral_convs.{level}.bn.running_mean" for level in (0, 1)}
+    ours, plain = weights(experiment / "checkpoint_3"), model.state_dict()
+    assert_close(*({k: v for k, v in x.items() if k not in shifts} for x in (ours, plain)), atol=5e-6)
 
 
 def test_resumed_run_equals_the_uninterrupted_bit_for_bit(finished, drawn_pairs, pretrained, tmp_path):
@@ -191,10 +287,8 @@ def test_two_processes_equal_one(finished, drawn_pairs, pretrained, tmp_path):
 
 def test_iterations_may_end_within_an_epoch(drawn_pairs, tmp_path):
     size = "--patch_size 4 --encoder_embed_dim 64 --encoder_depth 4 --encoder_num_heads 2"
-    arguments = [flag for flag in flags(drawn_pairs, tmp_path, None, f"{size} --iterations 5") if flag]
-    at = arguments.index("--epochs")
-    del arguments[at : at + 2]
-    main(parse_args(arguments))
+    arguments = flags(drawn_pairs, tmp_path, None, f"{size} --iterations 5")
+    main(parse_args(without(arguments, "--epochs")))
     log = rows(tmp_path / "run")
     assert log[-1]["step"] == 5 and "testing_miou" in log[-1]
     assert (tmp_path / "run" / "checkpoint_3").is_dir()
@@ -247,10 +341,7 @@ def test_metrics_of_one_and_two_processes_are_equal_to_the_last_digit(photograph
     size = "--img_size 32 --patch_size 8 --encoder_embed_dim 64 --encoder_depth 4 --encoder_num_heads 2 --channels 64"
     more = f"{size} --num_classes 150 --iterations 1 --warmup_iterations 0 --eval_interval 1"
     data = photographs / "ade20k" / "ADEChallengeData2016"
-    arguments = [flag for flag in flags(data, tmp_path, None, more)]
-    at = arguments.index("--epochs")
-    del arguments[at : at + 2]
-    main(parse_args(arguments))
+    main(parse_args(without(flags(data, tmp_path, None, more), "--epochs")))
     found = []
     for num_processes in (1, 2):
         checkpoint = shutil.copytree(tmp_path / "run" / "last_checkpoint", tmp_path / f"on_{num_processes}")
@@ -262,11 +353,154 @@ def test_metrics_of_one_and_two_processes_are_equal_to_the_last_digit(photograph
     assert found[0] == found[1] and found[0]["num_images"] == 18
 
 
-@pytest.mark.parametrize("more", ["--no-slide", "--multi_scale --flip", "--no-slide --flip"])
-def test_other_tests_score_too(finished, drawn_pairs, tmp_path, more):
-    checkpoint = shutil.copytree(finished / "last_checkpoint", tmp_path / "copy")
-    figures = main(parse_args(flags(drawn_pairs, tmp_path, checkpoint, f"--eval_only {more}")))
-    assert 0 <= figures["testing_miou"] <= 100
+@pytest.fixture(scope="module")
+def opinionated(tmp_path_factory) -> Path:
+    """A segmenter for 32 x 24 pixels, not trained, whose answers change from place to place and are sure."""
+    folder = tmp_path_factory.mktemp("opinionated")
+    torch.manual_seed(0)
+    config = MAEConfig(img_size=(32, 24), patch_size=4, encoder_embed_dim=32, encoder_depth=4, encoder_num_heads=2)
+    model = ViTMAEForSegmentation(config, 4, channels=16)
+    torch.nn.init.normal_(model.decode_head.conv_seg.weight, std=3.0)
+    for module in model.modules():  # with the statistics of real maps, else one class has the most everywhere
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model(torch.randn(8, 3, 32, 24))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    record = {
+        "architecture": "ViTMAEForSegmentation", "config": dataclasses.asdict(config), "num_classes": 4,
+        "ignore_zero": True, "class_names": ["rose", "leaf", "sea", "sand"], "resize_to": [70, 28],
+        "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25],
+        "taps": [0, 1, 2, 3], "channels": 16, "norm": "batch", "rel_pos_bias": False,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(record))
+    return folder
+
+
+def evaluation_args(checkpoint: Path, data: Path, more: str = ""):
+    given = ["--eval_only", "--path_to_backbone_checkpoint", str(checkpoint), "--path_to_data", str(data)]
+    given += ["--working_directory", str(checkpoint / "work"), "--num_workers", "0", "--window_batch_size", "3"]
+    return parse_args([*given, *shlex.split(more)])
+
+
+def label_by_hand(model: ViTMAEForSegmentation, image: torch.Tensor, mode: str) -> torch.Tensor:
+    """Label a uint8 (C, H, W) as `opinionated` does in a mode: one view, one window, one step after the other."""
+    total, (height, width) = 0, image.shape[1:]
+    for factor in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75) if "--multi_scale" in mode else (1.0,):
+        scale = min(factor * 70 / max(height, width), factor * 28 / min(height, width))
+        if "--multi_scale" in mode and "--no-slide" not in mode:  # at least a window, and as long as it comes
+            scale = max(factor * 28, 32) / min(height, width)
+        size = [math.floor(side * scale + 0.5) for side in (height, width)]
+        view = tvf.resize(image, size, antialias=False).float() / 255
+        view = (view - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.25]).view(3, 1, 1)
+        for mirrored in (False, True) if "--flip" in mode else (False,):
+            score = score_by_hand(model, view.flip(-1) if mirrored else view, slide="--no-slide" not in mode)
+            score = score.flip(-1) if mirrored else score
+            total = total + F.interpolate(score[None], (height, width), mode="bilinear")[0].softmax(dim=0)
+    return total.argmax(dim=0)
+
+
+def score_by_hand(model: ViTMAEForSegmentation, view: torch.Tensor, slide: bool) -> torch.Tensor:
+    """Score the pixels of one view by windows of 32 x 24, 21 and 16 apart, or padded to whole cells of 8 x 8."""
+    height, width = view.shape[1:]
+    crop, stride = ((32, 24), (21, 16)) if slide else ([math.ceil(side / 8) * 8 for side in (height, width)], (1, 1))
+    tops, lefts = (
+        {min(start, max(0, side - length)) for start in range(0, max(0, side - length) + step, step)}
+        for side, length, step in zip((height, width), crop, stride, strict=True)
+    )
+    total, visits = torch.zeros(4, height, width), torch.zeros(height, width)
+    for top, left in itertools.product(tops, lefts):
+        pixels = view[:, top : top + crop[0], left : left + crop[1]]
+        window = torch.zeros(1, 3, *crop)
+        window[0, :, : pixels.shape[1], : pixels.shape[2]] = pixels
+        score = F.interpolate(model(window).logits, crop, mode="bilinear")[0]
+        total[:, top : top + crop[0], left : left + crop[1]] += score[:, : pixels.shape[1], : pixels.shape[2]]
+        visits[top : top + crop[0], left : left + crop[1]] += 1
+    return total / visits
+
+
+MODES = ["", "--flip", "--multi_scale", "--multi_scale --flip"]
+MODES += [f"--no-slide {mode}".strip() for mode in MODES[:3]]
+
+
+@pytest.fixture(scope="module")
+def odd_images() -> list[torch.Tensor]:
+    """Blocks of colour in three sizes: of several windows, smaller than one, and so wide that the long side binds."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (3, 3, 13, 13), generator=generator, dtype=torch.uint8)
+    sizes = ((50, 81), (20, 17), (24, 66))
+    return [tvf.resize(x, list(size), antialias=False) for x, size in zip(blocks, sizes, strict=True)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_predict_equals_one_view_and_window_at_a_time(opinionated, odd_images, mode):
+    """But for 0.2 % of the pixels, where two classes may be as good as equal and the order of sums decides."""
+    model = load_segmenter(opinionated)[0].eval()
+    with torch.no_grad():
+        answers = predict(model, odd_images, evaluation_args(opinionated, opinionated, mode))
+        expected = [label_by_hand(model, image, mode) for image in odd_images]
+    for answer, labels, image in zip(answers, expected, odd_images, strict=True):
+        assert answer.shape == labels.shape == image.shape[1:] and answer.dtype == torch.int64
+        assert (answer != labels).float().mean() <= 0.002
+
+
+def test_every_mode_of_a_test_answers_otherwise(opinionated, odd_images):
+    """Else the test above would not notice a flag that is ignored."""
+    model, few = load_segmenter(opinionated)[0].eval(), odd_images[-1:]
+    with torch.no_grad():
+        found = [predict(model, few, evaluation_args(opinionated, opinionated, mode))[0] for mode in MODES]
+    for one, other in itertools.combinations(found, 2):
+        assert (one != other).float().mean() > 0.1
+
+
+@pytest.mark.parametrize("mode", ["--multi_scale", "--no-slide --flip"])
+def test_eval_only_scores_and_records_the_mode_of_its_flags(opinionated, drawn_pairs, tmp_path, mode):
+    """On a root that has only the validation split, under the names that the checkpoint has."""
+    checkpoint = shutil.copytree(opinionated, tmp_path / "checkpoint")
+    for kind in ("images", "annotations"):
+        shutil.copytree(drawn_pairs / kind / "validation", tmp_path / "data" / kind / "validation")
+    figures = main(evaluation_args(checkpoint, tmp_path / "data", mode))
+    record = json.loads((checkpoint / "evaluation.json").read_text())
+    expected = {name: f"--{name}" in mode for name in ("multi_scale", "flip")} | {"slide": "--no-slide" not in mode}
+    expected |= {"path_to_data": str(tmp_path / "data"), "resize_to": [70, 28], "num_images": 5}
+    assert record == record | expected | figures
+    names = [line.split("\t")[1] for line in (checkpoint / "per_class.tsv").read_text().splitlines()[1:]]
+    assert names == ["rose", "leaf", "sea", "sand"]
+
+    model = load_segmenter(checkpoint)[0].eval()
+    pairs, table, confusion = list_pairs(tmp_path / "data", "validation"), label_table(4, True), ConfusionMatrix(4)
+    for index in range(5):
+        labels = torch.from_numpy(read_label_map(pairs.label_path(index), table))
+        with torch.no_grad(), Image.open(pairs.path(index)) as image:
+            answer = label_by_hand(model, torch.from_numpy(np.array(image)).permute(2, 0, 1), mode)
+        confusion.update(labels[labels != IGNORE_INDEX], answer[labels != IGNORE_INDEX])
+    assert figures == pytest.approx(confusion.figures(), abs=0.05)  # percent; a few pixels may tip
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--num_classes 5", "--num_classes 5, but {} has 4; leave the flag out"),
+        ("--img_size 32", "--img_size [32], but {} has [32, 24]; leave the flag out"),
+        ("--channels 32", "--channels 32, but {} has 16; leave the flag out"),
+        ("--norm group", "--norm group, but {} has batch; leave the flag out"),
+        ("--rel_pos_bias", "--rel_pos_bias True, but {} has False; leave the flag out"),
+    ],
+)
+def test_eval_only_refuses_flags_that_contradict_the_segmenter(opinionated, flag, message, capsys):
+    with pytest.raises(SystemExit):
+        evaluation_args(opinionated, opinionated, flag)
+    assert message.format(opinionated) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [(40, 29), (7, 9), (13, 40), (25, 8), (13, 17)])
+def test_label_pixels_is_bilinear_then_argmax_however_the_rows_are_cut(monkeypatch, size):
+    """But for one pixel in a thousand, where two classes may be as good as equal."""
+    monkeypatch.setattr(finetune_segmentation, "BAND_ROWS", 6)
+    score = torch.randn(5, 13, 17, generator=torch.Generator().manual_seed(0))
+    whole = F.interpolate(score[None], size, mode="bilinear", align_corners=False)[0].argmax(dim=0)
+    answer = label_pixels(score, size)
+    assert answer.shape == size and (answer != whole).float().mean() <= 0.001
 
 
 def test_no_scale_of_a_windowed_test_is_smaller_than_a_window(finished, tmp_path, monkeypatch):
@@ -364,12 +598,44 @@ def test_two_flags_suffice_and_give_the_published_recipe(pretrained):
         ("--eval_only --from_scratch", "--eval_only judges weights"),
         ("--layer_decay 2", "--layer_decay must lie between 0 and 1"),
         ("--iterations 0", "--iterations must be at least 1"),
+        ("--num_classes 1", "--num_classes 1 leaves nothing to tell apart"),
+        ("--resize_to 512 2048", "--resize_to takes a long and a short side, not 512 2048"),
+        ("--learning_rate -1", "--learning_rate must lie between 0 and 1, and is -1.0"),
+        ("--img_size 4", "--img_size 4 is less than two patches of 4 a side"),
+        ("--norm group --channels 32", "32 channels cannot be cut into 32 groups of two or more"),
     ],
 )
 def test_impossible_flags_are_refused_before_any_work(pretrained, more, message, capsys):
     with pytest.raises(SystemExit):
         parse_args(["--path_to_data", "nowhere", "--path_to_backbone_checkpoint", str(pretrained), *shlex.split(more)])
     assert message in capsys.readouterr().err
+
+
+def test_warmup_is_a_tenth_of_a_short_run_and_shorter_than_any(drawn_pairs, pretrained, tmp_path):
+    args = parse_args(["--path_to_data", "nowhere", "--path_to_backbone_checkpoint", str(pretrained)])
+    assert [choose_warmup(args, 10, steps) for steps in (5, 300, 14_990, 15_000, 20_000)] == [0, 30, 1499, 1500, 1500]
+    args.warmup_iterations = 299
+    assert choose_warmup(args, 10, 300) == 299
+    args.warmup_epochs = 2.5  # counts, where both are given
+    assert choose_warmup(args, 10, 300) == 25
+    with pytest.raises(ValueError, match="a warmup of 8 steps leaves nothing of the run's 8; give less"):
+        train(drawn_pairs, tmp_path, pretrained, "--warmup_iterations 8")
+    assert not (tmp_path / "run").exists()
+
+
+def test_class_names_come_from_a_file(drawn_pairs, tmp_path, capsys):
+    file = tmp_path / "names.txt"
+    file.write_text("rose\nleaf\n\n deep sea \nsand\n")
+    size = "--img_size 8 --patch_size 4 --encoder_embed_dim 16 --encoder_depth 4 --encoder_num_heads 2 --channels 8"
+    more = f"{size} --norm batch --epochs 1 --warmup_iterations 0 --class_names {file}"
+    best = train(drawn_pairs, tmp_path, None, more) / "best_checkpoint"
+    names = ["rose", "leaf", "deep sea", "sand"]
+    assert [line.split("\t")[1] for line in (best / "per_class.tsv").read_text().splitlines()[1:]] == names
+    assert json.loads((best / "config.json").read_text())["class_names"] == names
+    file.write_text("rose\nleaf\nsea\n")
+    with pytest.raises(SystemExit):
+        parse_args(flags(drawn_pairs, tmp_path, None, more))
+    assert f"--class_names {file} has 3 names for 4 classes" in capsys.readouterr().err
 
 
 def test_neither_checkpoint_nor_from_scratch_is_an_error_that_names_both(capsys):
