@@ -17,7 +17,7 @@ from pretraining_helps import SIZE, pretrain, run
 # Cut from images of 128 x 96 pixels times 0.5 to 2, as at full size from 2048 x 512.
 RECIPE = ["--img_size", "96", "--channels", "32", "--per_gpu_batch_size", "8", "--warmup_iterations", "36"]
 RECIPE += ["--eval_interval", "3", "--save_checkpoint_interval", "1000", "--num_workers", "1", "--max_grad_norm", "1"]
-LEARNING_RATES = ("1e-3", "2e-3")
+LEARNING_RATES = ("1e-3", "2e-3", "4e-3")
 LAYER_DECAY = {"mae": "0.75", "scratch": "1"}
 
 
