@@ -268,6 +268,7 @@ LOGS = (
     "mmengine.logging.history_buffer.HistoryBuffer",
     "numpy.ndarray",
     "numpy.dtype",
+    *(f"{module}.getattr" for module in ("builtins", "__builtin__")),  # of a HistoryBuffer's methods, and not called
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
 )
 # What torch raises for files that are cut short or no weights at all
