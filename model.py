@@ -799,8 +799,12 @@ def infer_config(state_dict: dict[str, Tensor], norm_pix_loss: bool = True) -> M
 
 
 def count_blocks(state_dict: dict[str, Tensor], name: str) -> int:
-    found = (re.match(rf"{name}\.(\d+)\.", key) for key in state_dict)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
+    """Count the blocks of a list; ValueError where their numbers leave one out, before any of them is built."""
+    numbers = {int(match[1]) for key in state_dict if (match := re.match(rf"{name}\.(\d+)\.", key))}
+    absent = sorted(set(range(len(numbers))) - numbers)
+    if absent:
+        raise ValueError(f"{name} are numbered up to {max(numbers)}, but there is no {name}.{absent[0]}")
+    return len(numbers)
 
 
 def mlp_width(state_dict: dict[str, Tensor], name: str) -> int:

@@ -697,6 +697,55 @@ def test_renamed_missing_and_misshapen_keys_are_named_and_nothing_is_written(tmp
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (1, 0, 32), (5, 1, 1, 1, 1)])
+@pytest.mark.parametrize("layout", ["original", "huggingface", "mmseg", "tutorial"])
+def test_tensors_of_no_sensible_shape_are_named(tmp_path, layout, shape):
+    source = foreign_files(tmp_path)[layout]
+    tensors = tool.unwrap(tool.read_file(tool.find_source(source)), source)
+    one_block = r"(^|layer\.|layers\.|blocks\.)1\.|^[a-z_.]+$"
+    for key in [key for key in tensors if re.search(one_block, key) and not re.match("neck|.*_head", key)]:
+        if layout != "tutorial" or key.startswith("encoder."):
+            torch.save(tensors | {key: torch.ones(shape)}, tmp_path / "changed.pth")
+            with pytest.raises(ValueError, match=re.escape(key)):
+                tool.main(tool.parse_args(["--inspect", str(tmp_path / "changed.pth")]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cls_token": torch.zeros(1, 1, 32).to_sparse()}, "cls_token holds no values, or not as a plain array"),
+        ({"cls_token": torch.zeros(1, 1, 32, device="meta")}, "cls_token holds no values, or not as a plain array"),
+        ({"cls_token": torch.zeros(1, 1, 32, dtype=torch.int64)}, r"cls_token is of torch\.int64"),
+        ({3: torch.zeros(1)}, "is not weights by name: 3 is a Tensor"),
+        ({"blocks.3000.norm1.weight": torch.zeros(32)}, r"numbered up to 3000, but there is no blocks\.3$"),
+    ],
+)
+def test_values_that_are_no_weights_are_named(tmp_path, change, message):
+    torch.save({"model": build("encoder").state_dict() | change}, tmp_path / "changed.pth")
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "changed.pth", tmp_path / "out", "ours", *TOLD[:2])
+
+
+@pytest.mark.parametrize("third", ["query", "key", "value"])
+def test_thirds_that_differ_are_named(tmp_path, third):
+    folder = foreign_files(tmp_path)["huggingface"]
+    key = f"vit.encoder.layer.1.attention.attention.{third}.weight"
+    for value, told in ((torch.zeros(7, 32), r"\(7, 32\)"), (torch.zeros(32, 32).half(), r"torch\.float16")):
+        change(folder, lambda tensors, value=value: tensors.update({key: value}))
+        with pytest.raises(ValueError, match=rf"{re.escape(key)} .*{told}"):
+            convert(folder, tmp_path / "out", "ours")
+
+
+@pytest.mark.parametrize(("layer", "gamma"), [("attn.proj", "gamma_1"), ("ffn.layers.1", "gamma_2")])
+def test_layer_scales_of_another_length_than_the_layer_are_refused(tmp_path, layer, gamma):
+    tensors = as_mmseg(build("segmenter with relative positions"))
+    tensors[f"backbone.layers.1.{gamma}"] = torch.full((64,), 2.0)
+    tensors[f"backbone.layers.1.{layer}.weight"] = torch.zeros(7, 64)
+    torch.save({"state_dict": tensors}, tmp_path / "theirs.pth")
+    with pytest.raises(ValueError, match=rf"lengths that differ: .*{gamma} \(64,\), .*{layer}\.weight \(7, 64\)"):
+        convert(tmp_path / "theirs.pth", tmp_path / "ours", "ours")
+
+
 def test_hostile_and_damaged_files_are_refused_in_one_sentence(tmp_path):
     torch.save({"model": Hostile(str(tmp_path / "owned"))}, tmp_path / "hostile.pth")
     save_file({"a": torch.zeros(100)}, tmp_path / "cut.safetensors")
@@ -708,6 +757,8 @@ def test_hostile_and_damaged_files_are_refused_in_one_sentence(tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     (tmp_path / "weights.npz").write_bytes(b"")
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    torch.save({"a": torch.zeros(9)}, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "legacy.pth").write_bytes((tmp_path / "legacy.pth").read_bytes()[:-30])
     torch.save({"model": {"a": 1}}, tmp_path / "number.pth")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     for name, message in {
@@ -718,6 +769,7 @@ def test_hostile_and_damaged_files_are_refused_in_one_sentence(tmp_path):
         "text.pth": r"text\.pth is not opened: it is no file of weights",
         "weights.npz": r"weights\.npz ends in none of",
         "list.pth": r"list\.pth holds a list",
+        "legacy.pth": r"legacy\.pth is damaged",
         "number.pth": r"number\.pth is not weights by name: 'a' is a int",
         "other.safetensors": r"is in no layout known here: its keys are such as \['a'\]",
     }.items():

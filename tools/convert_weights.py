@@ -209,6 +209,14 @@ SEGMENTER_PARTS = ("neck.", "decode_head.", "auxiliary_head.")
 DECODER_PARTS = ("decoder_", "mask_token")
 NOT_OF_THE_ENCODER = ("fc_norm.", "head.", *SEGMENTER_PARTS, *DECODER_PARTS)
 LEAVES = ("weight", "bias", *BUFFERS)
+# Numbers of dimensions, so that all later code may rely on them; the rest have one.
+RANKS = {
+    r".*\.num_batches_tracked": 0,
+    r"blocks\..*\.relative_position_(index|bias_table)": 2,
+    r"((decoder_)?blocks\..*\.(attn|mlp)\..*|decoder_embed|decoder_pred|head.*)\.weight": 2,
+    r"cls_token|mask_token|(decoder_)?pos_embed": 3,
+    r"patch_embed\.proj\.weight": 4,
+}
 
 
 def split_name(name: str) -> tuple[str, str, str]:
@@ -272,7 +280,16 @@ LOGS = (
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
 )
 # What torch raises for files that are cut short or no weights at all
-DAMAGED = (RuntimeError, EOFError, KeyError, IndexError, UnicodeDecodeError, struct.error)
+DAMAGED = (
+    RuntimeError,
+    EOFError,
+    LookupError,
+    UnicodeDecodeError,
+    struct.error,
+    AssertionError,
+    AttributeError,
+    TypeError,
+)
 
 
 class Inert:
@@ -351,10 +368,13 @@ def unwrap(content: dict, file: Path) -> dict[str, Tensor]:
     """Take the tensors out of what trainings wrap around them; ValueError where there is something else among them."""
     while wrapper := next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None):
         content = content[wrapper]
-    strange = next((key for key, value in content.items() if not isinstance(value, Tensor)), None)
-    if strange is not None or not content:
-        what = f"{strange!r} is a {type(content[strange]).__name__}" if content else "it is empty"
-        raise ValueError(f"{file} is not weights by name: {what}")
+    if not content:
+        raise ValueError(f"{file} is not weights by name: it is empty")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{file} is not weights by name: {key!r} is a {type(value).__name__}")
+        if value.is_meta or value.is_nested or value.layout != torch.strided or 0 in value.shape:
+            raise ValueError(f"{file} is not weights by name: {key} holds no values, or not as a plain array")
     while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in content)), None):
         content = {key.removeprefix(prefix): value for key, value in content.items()}
     return content
@@ -454,6 +474,8 @@ def rename(path: Path, tensors: Mapping[str, Tensor], layout: str) -> tuple[dict
     problems = []
     for key, tensor in tensors.items():
         place = our_name(key, layout)
+        if place is not None and (problem := describe_misfit(place[0], tensor)):
+            raise_problems(path, layout, [f"{key} {problem}"])
         if place is None:
             problems.append(f"unknown key {key}")
         elif place[1] in parts.setdefault(place[0], {}):
@@ -468,13 +490,23 @@ def rename(path: Path, tensors: Mapping[str, Tensor], layout: str) -> tuple[dict
             thirds[1] = torch.zeros_like(thirds[0])  # BEiT's keys have no bias: no output depends on it
         missing = [theirs[index] for index in range(len(theirs)) if index not in thirds]
         problems += [f"missing {key}" for key in missing]
-        if len({thirds[index].shape for index in thirds}) > 1:
-            shapes = ", ".join(f"{theirs[index]} {tuple(thirds[index].shape)}" for index in sorted(thirds))
-            problems.append(f"shapes that differ: {shapes}")
+        if len({(part.shape, part.dtype) for part in thirds.values()}) > 1:
+            parts_of = (f"{theirs[i]} {tuple(thirds[i].shape)} {thirds[i].dtype}" for i in sorted(thirds))
+            problems.append(f"shapes or types that differ: {', '.join(parts_of)}")
         elif not missing:
             joined[name] = torch.cat([thirds[index] for index in range(3)]) if len(theirs) == 3 else thirds[0]
     raise_problems(path, layout, problems)
     return joined, keys
+
+
+def describe_misfit(name: str, tensor: Tensor) -> str | None:
+    """Say what is wrong with the type or the dimensions of a tensor of this name; a segmenter's are compared later."""
+    if not tensor.is_floating_point() and not name.endswith(("relative_position_index", "num_batches_tracked")):
+        return f"is of {tensor.dtype}, not of floating point"
+    rank = next((rank for pattern, rank in RANKS.items() if re.fullmatch(pattern, name)), 1)
+    if tensor.ndim != rank and not name.startswith(SEGMENTER_PARTS):
+        return f"has the shape {tuple(tensor.shape)} instead of one of {rank} dimensions"
+    return None
 
 
 def raise_problems(path: Path, layout: str, problems: list[str]) -> None:
@@ -496,9 +528,10 @@ def simplify(source: Source) -> None:
             weight, bias = (tensors.get(f"{block}.{layer}.{leaf}") for leaf in ("weight", "bias"))
             if scale is None or weight is None or bias is None or bool((scale == 1).all()):
                 continue
-            if scale.shape != bias.shape:
-                problem = f"{block}.{gamma} {tuple(scale.shape)}, but {layer}.bias {tuple(bias.shape)}"
-                raise_problems(source.path, source.layout, [problem])
+            if not len(scale) == len(bias) == len(weight):
+                found = {gamma: scale, f"{layer}.weight": weight, f"{layer}.bias": bias}
+                listed = ", ".join(f"{source.key_of(f'{block}.{n}')} {tuple(v.shape)}" for n, v in found.items())
+                raise_problems(source.path, source.layout, [f"lengths that differ: {listed}"])
             tensors[f"{block}.{layer}.weight"], tensors[f"{block}.{layer}.bias"] = weight * scale[:, None], bias * scale
             folded += 1
         q_bias, v_bias = (tensors.pop(f"{block}.attn.{name}", None) for name in ("q_bias", "v_bias"))
