@@ -13,8 +13,11 @@ import dataclasses
 import functools
 import json
 import math
+import pickle
 import re
+import shlex
 import statistics
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import DropPath, PatchEmbed
 from timm.models.vision_transformer import Block
@@ -683,21 +687,96 @@ class ViTMAEForSegmentation(nn.Module):
 # ------------------------------------------------------------------------------------------------ weight files
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the weights of a .safetensors or .pth file without executing anything in it.
+PICKLED = (".pth", ".pt", ".bin", ".ckpt")
+WRAPPERS = ("model", "state_dict", "module")
+PREFIXES = ("module.", "_orig_mod.", "model.")
+# Objects of logs that MMSegmentation's trainings save beside the weights; `Inert` is built in their place.
+LOGS = (
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "numpy.ndarray",
+    "numpy.dtype",
+    *(f"{module}.getattr" for module in ("builtins", "__builtin__")),  # of a HistoryBuffer's methods, and not called
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+)
+# What torch raises for files that are cut short or no weights at all
+DAMAGED = (
+    RuntimeError,
+    EOFError,
+    LookupError,
+    UnicodeDecodeError,
+    struct.error,
+    AssertionError,
+    AttributeError,
+    TypeError,
+)
 
-    Original training files wrap the weights as {"model": ...} beside an argparse Namespace, which is let in by name.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    return content.get("model", content)
+
+class Inert:
+    """Stand for an object that is not looked at; it ignores all that a file says of it."""
+
+    def __new__(cls, *_):
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def read_json(file: Path) -> dict:
+    """Read a JSON file; what is not there is empty, and ValueError names a file that is no JSON."""
+    try:
+        content = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def read_file(file: Path) -> dict:
+    """Read a .safetensors or pickled file without executing anything in it; ValueError says what is wrong with it."""
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from error
+    if file.suffix not in PICKLED:
+        raise ValueError(f"{file} ends in none of .safetensors, {', '.join(PICKLED)}, .index.json")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace, *((Inert, name) for name in LOGS)]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it wants {found[1]} called or built when opened" if found else "it is no file of weights"
+        raise ValueError(f"{file} is not opened: {reason}, and only tensors and plain values are let in") from error
+    except DAMAGED as error:
+        raise ValueError(f"{file} is damaged, or no file of weights: {str(error).partition(chr(10))[0]}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not weights by name")
+    return content
+
+
+def unwrap(content: dict, file: Path) -> dict[str, Tensor]:
+    """Take the tensors out of what trainings wrap around them; ValueError where there is something else among them."""
+    while wrapper := next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None):
+        content = content[wrapper]
+    if not content:
+        raise ValueError(f"{file} is not weights by name: it is empty")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{file} is not weights by name: {key!r} is a {type(value).__name__}")
+        if value.is_meta or value.is_nested or value.layout != torch.strided or 0 in value.shape:
+            raise ValueError(f"{file} is not weights by name: {key} holds no values, or not as a plain array")
+    while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in content)), None):
+        content = {key.removeprefix(prefix): value for key, value in content.items()}
+    return content
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read the weights of a .safetensors or pickled file, whatever a training wrapped around them; see `read_file`."""
+    return unwrap(read_file(Path(path)), Path(path))
 
 
 def convert_command(path: str | Path) -> str:
-    return f"convert it once with: python tools/convert_weights.py {path} {path}_ours --to ours"
+    source, target = (shlex.quote(str(Path(path)) + ending) for ending in ("", "_ours"))
+    return f"convert it once with: python tools/convert_weights.py {source} {target} --to ours"
 
 
 def refuse_foreign(path: str | Path, state_dict: dict[str, Tensor]) -> None:
@@ -732,15 +811,15 @@ def read_config(weights: Path) -> dict | None:
     file = weights.with_name("config.json")
     if not file.is_file():
         return None
-    record = json.loads(file.read_text())
-    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+    record = read_json(file)
+    if not isinstance(record.get("config"), dict):
         raise ValueError(
             f"{file} is not of this project: it has no sizes under 'config'; {convert_command(weights.parent)}"
         )
     return record
 
 
-def sizes_from_shapes(state_dict: dict[str, Tensor]) -> dict:
+def sizes_from_shapes(state_dict: dict[str, Tensor], path: str | Path = "FILE") -> dict:
     """Read the sizes of weights, with or without a decoder, off their names and shapes, as fields of MAEConfig.
 
     Shapes do not tell the number of heads, nor a rectangle: the image is taken for a square. ValueError names what
@@ -769,7 +848,7 @@ def sizes_from_shapes(state_dict: dict[str, Tensor]) -> dict:
     except KeyError as error:
         raise ValueError(
             f"{error} is not among these weights, whose names are such as {sorted(state_dict)[:3]}; they are not in "
-            f"the layout of the original release; {convert_command('<file>')}"
+            f"the layout of the original release; {convert_command(path)}"
         ) from error
     return sizes
 
@@ -783,17 +862,18 @@ def named_heads(sizes: dict) -> dict | None:
     return None
 
 
-def infer_config(state_dict: dict[str, Tensor], norm_pix_loss: bool = True) -> MAEConfig:
+def infer_config(state_dict: dict[str, Tensor], norm_pix_loss: bool = True, path: str | Path = "FILE") -> MAEConfig:
     """Find the sizes of weights that have no config.json, with or without a decoder, from their names and shapes.
 
     Heads are those of the named size of this width, and the image is a square. ValueError where that leaves nothing.
     """
-    sizes = sizes_from_shapes(state_dict)
+    sizes = sizes_from_shapes(state_dict, path)
     heads = named_heads(sizes)
     if heads is None:
         raise ValueError(
             f"these weights are {sizes['encoder_embed_dim']} wide, have no config.json beside them and fit none of "
-            f"{', '.join(MODEL_CONFIGS)}; give the checkpoint folder that the training wrote"
+            f"{', '.join(MODEL_CONFIGS)}; give the checkpoint folder that the training wrote, or "
+            f"{convert_command(path)} --encoder_num_heads N"
         )
     return MAEConfig(**sizes, **heads, norm_pix_loss=norm_pix_loss)
 
@@ -828,7 +908,7 @@ def load_pretrained_mae(path: str | Path, *, norm_pix_loss: bool = True) -> ViTM
             "in the original release's mae_visualize_vit_*.pth and mae_pretrain_vit_*_full.pth"
         )
     record = read_config(file)
-    config = MAEConfig(**record["config"]) if record else infer_config(state_dict, norm_pix_loss)
+    config = MAEConfig(**record["config"]) if record else infer_config(state_dict, norm_pix_loss, path)
     model = ViTMAEForPreTraining(config)
     model.load_state_dict(state_dict)
     return model
@@ -858,7 +938,7 @@ def read_sizes(path: str | Path) -> dict:
     if record is None:
         state_dict = read_state_dict(file)
         refuse_foreign(path, state_dict)
-        record = {"config": dataclasses.asdict(infer_config(state_dict))}
+        record = {"config": dataclasses.asdict(infer_config(state_dict, path=path))}
     return record
 
 

@@ -926,6 +926,39 @@ def test_inspect_tells_what_a_source_serves(tmp_path, capsys, layout, title, yes
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def wrapped_files(folder: Path) -> dict[str, Path]:
+    """Write a named size as many trainings wrap it; what is no part of a name here the scripts take as it is."""
+    expected = VisionTransformer(MAEConfig(encoder_embed_dim=192, encoder_depth=1, encoder_num_heads=3)).state_dict()
+    contents = {
+        "plain": expected,
+        "none": {"model": None, "state_dict": expected},
+        "nested": {"model": {"module": expected}},
+    }
+    for prefix in ("module.", "_orig_mod.", "model."):
+        contents[prefix] = {prefix + key: value for key, value in expected.items()}
+    contents["unnamed"] = build("encoder").state_dict()
+    contents["pooled"] = expected | {"fc_norm.weight": torch.ones(192), "fc_norm.bias": torch.ones(192)}
+    for name, content in contents.items():
+        torch.save(content, folder / f"{name}.pth")
+    (folder / "folder").mkdir()
+    torch.save(expected, folder / "folder" / "pytorch_model.bin")
+    return {name: folder / f"{name}.pth" for name in contents} | {"folder": folder / "folder"}
+
+
+def test_inspect_says_as_it_is_of_what_the_scripts_take(tmp_path, capsys):
+    for name, path in wrapped_files(tmp_path).items():
+        tool.main(tool.parse_args(["--inspect", str(path)]))
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert re.fullmatch(r"to use it here +(as it is|convert it once with: .*)", line)
+        assert ("as it is" in line) == (name not in ("folder", "unnamed", "pooled")), name
+        if "as it is" in line:
+            model = VisionTransformer(MAEConfig(encoder_embed_dim=192, encoder_depth=1, encoder_num_heads=3))
+            assert load_pretrained_encoder(model, path).missing == [] and read_sizes(path)
+        else:
+            flags = line.split("--to ours")[1].replace(" N", " 4").split()
+            convert(path, tmp_path / f"{name}_ours", "ours", *flags)
+
+
 @pytest.mark.parametrize("kind", ["classifier of the mean", "classifier of the cls token", "linear probe", "encoder"])
 def test_inspect_counts_parameters(tmp_path, capsys, kind):
     model = build(kind)

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import math
-import pickle
 
 import pytest
 import timm
@@ -23,6 +22,7 @@ from model import (
     ViTMAEForImageClassification,
     ViTMAEForPreTraining,
     ViTMAEForSegmentation,
+    convert_command,
     default_taps,
     get_2d_sincos_pos_embed,
     infer_config,
@@ -746,9 +746,36 @@ class Hostile:
 
 def test_read_state_dict_runs_no_code(tmp_path):
     torch.save({"model": Hostile(str(tmp_path / "owned"))}, tmp_path / "hostile.pth")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match=r"hostile\.pth is not opened: it wants \S*open called"):
         read_state_dict(tmp_path / "hostile.pth")
     assert not (tmp_path / "owned").exists()
+
+
+def test_read_state_dict_says_what_is_no_weights(tmp_path):
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    (tmp_path / "cut.safetensors").write_bytes(b"cut")
+    for name, message in {"list.pth": r"list\.pth holds a list", "cut.safetensors": "is damaged"}.items():
+        for loader in (read_state_dict, load_pretrained_mae, load_classifier):
+            with pytest.raises(ValueError, match=message):
+                loader(tmp_path / name)
+
+
+def test_read_state_dict_unwraps_what_trainings_wrap(tmp_path):
+    expected = VisionTransformer(TINY).state_dict()
+    for prefix in ("", "module.", "_orig_mod.", "model.", "module._orig_mod."):
+        tensors = {prefix + key: value for key, value in expected.items()}
+        for content in (tensors, {"state_dict": tensors}, {"model": {"module": tensors}}):
+            torch.save({"model": None} | content if "state_dict" in content else content, tmp_path / "a.pth")
+            found = read_state_dict(tmp_path / "a.pth")
+            assert found.keys() == expected.keys() and torch.equal(found["cls_token"], expected["cls_token"])
+
+
+def test_the_command_that_converts_is_for_a_shell(tmp_path):
+    for name, source in (("a b", "'a b' 'a b_ours'"), ("hf/", "hf hf_ours")):
+        assert convert_command(name).endswith(f"convert_weights.py {source} --to ours")
+    torch.save(random_model(TINY).state_dict(), tmp_path / "narrow.pth")
+    with pytest.raises(ValueError, match=r"narrow\.pth_ours --to ours --encoder_num_heads N$"):
+        load_pretrained_mae(tmp_path / "narrow.pth")
 
 
 # -------------------------------------------------------------------------------- segmenter

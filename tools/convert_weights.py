@@ -11,20 +11,16 @@ What a target has no place for is named, and needs --drop.
 import argparse
 import dataclasses
 import functools
-import json
 import os
-import pickle
 import re
 import shutil
-import struct
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,6 +29,7 @@ from dataset import ADE20K_CLASS_NAMES, ADE20K_NUM_CLASSES, IMAGENET_MEAN, IMAGE
 from model import (
     LAYER_NORM_EPS,
     MODEL_CONFIGS,
+    PICKLED,
     MAEConfig,
     VisionTransformer,
     ViTMAEForImageClassification,
@@ -42,8 +39,12 @@ from model import (
     count_blocks,
     default_taps,
     named_heads,
+    read_file,
+    read_json,
+    read_sizes,
     relative_position_index,
     sizes_from_shapes,
+    unwrap,
 )
 from utils import write_json
 
@@ -268,47 +269,6 @@ WHOLE_OR_INDEX = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-PICKLED = (".pth", ".pt", ".bin", ".ckpt")
-WRAPPERS = ("model", "state_dict", "module")
-PREFIXES = ("module.", "_orig_mod.", "model.")
-# Objects of logs that MMSegmentation's trainings save beside the weights; `Inert` is built in their place.
-LOGS = (
-    "mmengine.logging.history_buffer.HistoryBuffer",
-    "numpy.ndarray",
-    "numpy.dtype",
-    *(f"{module}.getattr" for module in ("builtins", "__builtin__")),  # of a HistoryBuffer's methods, and not called
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-)
-# What torch raises for files that are cut short or no weights at all
-DAMAGED = (
-    RuntimeError,
-    EOFError,
-    LookupError,
-    UnicodeDecodeError,
-    struct.error,
-    AssertionError,
-    AttributeError,
-    TypeError,
-)
-
-
-class Inert:
-    """Stand for an object that is not looked at; it ignores all that a file says of it."""
-
-    def __new__(cls, *_):
-        return super().__new__(cls)
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-def read_json(file: Path) -> dict:
-    """Read a JSON file; what is not there is empty, and ValueError names a file that is no JSON."""
-    try:
-        content = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
-    return content if isinstance(content, dict) else {}
 
 
 def find_source(path: Path) -> Path:
@@ -321,29 +281,6 @@ def find_source(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"no weight file or folder at {path}")
     return path
-
-
-def read_file(file: Path) -> dict:
-    """Read a .safetensors or pickled file without executing anything in it; ValueError says what is wrong with it."""
-    if file.suffix == ".safetensors":
-        try:
-            return load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from error
-    if file.suffix not in PICKLED:
-        raise ValueError(f"{file} ends in none of .safetensors, {', '.join(PICKLED)}, .index.json")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace, *((Inert, name) for name in LOGS)]):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it wants {found[1]} called or built when opened" if found else "it is no file of weights"
-        raise ValueError(f"{file} is not opened: {reason}, and only tensors and plain values are let in") from error
-    except DAMAGED as error:
-        raise ValueError(f"{file} is damaged, or no file of weights: {str(error).partition(chr(10))[0]}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, not weights by name")
-    return content
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
@@ -362,22 +299,6 @@ def read_shards(index: Path) -> dict[str, Tensor]:
             raise ValueError(f"{index} and {name} disagree about {key}")
         tensors |= shard
     return tensors
-
-
-def unwrap(content: dict, file: Path) -> dict[str, Tensor]:
-    """Take the tensors out of what trainings wrap around them; ValueError where there is something else among them."""
-    while wrapper := next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None):
-        content = content[wrapper]
-    if not content:
-        raise ValueError(f"{file} is not weights by name: it is empty")
-    for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{file} is not weights by name: {key!r} is a {type(value).__name__}")
-        if value.is_meta or value.is_nested or value.layout != torch.strided or 0 in value.shape:
-            raise ValueError(f"{file} is not weights by name: {key} holds no values, or not as a plain array")
-    while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in content)), None):
-        content = {key.removeprefix(prefix): value for key, value in content.items()}
-    return content
 
 
 # ------------------------------------------------------------------------------------------------ what a source is
@@ -1048,9 +969,18 @@ def inspect(path: str, args: argparse.Namespace) -> None:
     untold = [name for name in needed_sizes(source.kind) if sizes[name] is None]
     if untold:
         print(f"{'nobody tells':<24}{', '.join(untold)}")
-    as_it_is = source.title in (TITLES["ours"], ORIGINAL_OR_TIMM) and "encoder_num_heads" not in untold
     flags = flags_for(untold) + (" --drop" if source.left_over else "")
-    print(f"{'to use it here':<24}{'as it is' if as_it_is else convert_command(path)}{flags}")
+    as_it_is = source.title in (TITLES["ours"], ORIGINAL_OR_TIMM) and not source.left_over and scripts_take(path)
+    print(f"{'to use it here':<24}{'as it is' if as_it_is else convert_command(path) + flags}")
+
+
+def scripts_take(path: str) -> bool:
+    """Say whether the scripts open a source of our names, by opening it as they do."""
+    try:
+        read_sizes(path)
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
