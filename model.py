@@ -989,14 +989,15 @@ def load_segmenter(path: str | Path) -> tuple[ViTMAEForSegmentation, dict]:
 
 
 MAY_BE_MISSING = ("head.", "fc_norm.")  # new in finetuning
-MAY_BE_UNEXPECTED = ("decoder_", "mask_token", "norm.")  # of pretraining alone
+MAY_BE_UNEXPECTED = ("decoder_", "mask_token", "norm.", "head.")  # of pretraining, and heads for other classes
+TABLE = "relative_position_bias_table"
 
 
 def load_pretrained_encoder(model: VisionTransformer, path: str | Path) -> LoadReport:
     """Load the encoder of a checkpoint folder or weight file into a model, position embeddings resampled to its grid.
 
-    Only a new head may be missing, only the decoder, the final norm and, of a classifier for a model that is none, its
-    head left over; anything else raises ValueError with the names, before a weight is touched.
+    Only a new head may be missing, only the decoder, the final norm and a head of other classes or another kind left
+    over; anything else raises ValueError with the names, before a weight is touched.
     """
     file = find_weights(path)
     state_dict = read_state_dict(file)
@@ -1007,14 +1008,24 @@ def load_pretrained_encoder(model: VisionTransformer, path: str | Path) -> LoadR
             f"tools/convert_weights.py {path} {path}_encoder.pth --to original --drop"
         )
     own = model.state_dict()
-    missing = sorted(own.keys() - state_dict.keys())
-    unexpected = sorted(state_dict.keys() - own.keys())
-    new = [key for key in missing if key.startswith(MAY_BE_MISSING) or key.endswith("relative_position_bias_table")]
+    if any(key.endswith(TABLE) for key in state_dict) and not any(key.endswith(TABLE) for key in own):
+        raise ValueError(
+            f"{path} has relative positions, which a segmenter takes with --rel_pos_bias and a classifier never does"
+        )
+    heads = [{key: value.shape for key, value in of.items() if key.startswith("head.")} for of in (state_dict, own)]
+    loaded = {
+        key: value
+        for key, value in state_dict.items()
+        if key in own and (key not in heads[0] or heads[0] == heads[1])  # a head is taken whole or not at all
+    }
+    missing = sorted(own.keys() - loaded.keys())
+    unexpected = sorted(state_dict.keys() - loaded.keys())
+    new = [key for key in missing if key.startswith(MAY_BE_MISSING) or key.endswith(TABLE)]
     problems = [f"missing: {key}" for key in missing if key not in new]
-    has_head = isinstance(model, ViTMAEForImageClassification)
-    may_be_unexpected = MAY_BE_UNEXPECTED if has_head else (*MAY_BE_UNEXPECTED, *MAY_BE_MISSING)
-    problems += [f"unexpected: {key}" for key in unexpected if not key.startswith(may_be_unexpected)]
-    loaded = {key: value for key, value in state_dict.items() if key in own}
+    left_over = MAY_BE_UNEXPECTED
+    if not isinstance(model, ViTMAEForImageClassification):
+        left_over += MAY_BE_MISSING
+    problems += [f"unexpected: {key}" for key in unexpected if not key.startswith(left_over)]
     resampled = []
     if "pos_embed" in loaded:
         record = read_config(file)

@@ -121,7 +121,7 @@ def test_round_trip_changes_no_bit(tmp_path, kind, layout):
     model = build(kind)
     ours = write_ours(tmp_path / "ours", model)
     theirs = convert(ours, target_of(tmp_path, layout), layout)
-    flags = [] if layout == "huggingface" else told(kind)
+    flags = [] if layout == "huggingface" or "segmenter" in kind else told(kind)
     flags += ["--mean", "0.5", "0.5", "0.5", "--std", "0.25", "0.25", "0.25"] if layout != "huggingface" else []
     back = convert(theirs, tmp_path / "back", "ours", *flags)
     assert_same(weights(back), model.state_dict())
@@ -130,6 +130,25 @@ def test_round_trip_changes_no_bit(tmp_path, kind, layout):
     assert {key: value for key, value in after.items() if key not in untold} == {
         key: value for key, value in before.items() if key not in untold
     }
+
+
+def test_heads_come_back_from_the_width_of_tables_of_zeros(tmp_path):
+    theirs = convert(write_ours(tmp_path / "ours", build("segmenter")), tmp_path / "theirs.pth", "mmseg")
+    back = convert(theirs, tmp_path / "back", "ours")
+    assert read_sizes(back)["config"]["encoder_num_heads"] == 4
+
+
+def test_a_ratio_that_gives_no_whole_width_comes_back(tmp_path):
+    model = build("masked autoencoder", dataclasses.replace(TINY, encoder_mlp_ratio=2.67, decoder_mlp_ratio=2.3))
+    ours = write_ours(tmp_path / "ours", model)
+    file = convert(ours, tmp_path / "theirs.pth", "original")
+    assert_same(torch.load(file)["model"], model.state_dict())
+    folder = convert(ours, tmp_path / "theirs", "huggingface")
+    open_in_transformers("ViTMAEForPreTraining", folder)
+    for source, flags in ((file, TOLD), (folder, [])):
+        back = convert(source, tmp_path / f"{source.name}_back", "ours", *flags)
+        assert_same(weights(back), model.state_dict())
+        assert load_pretrained_mae(back).blocks[0].mlp.fc1.out_features == 85  # of 85.44
 
 
 @pytest.mark.parametrize("layout", ["timm", "mmseg", "tutorial"])
@@ -957,6 +976,41 @@ def test_inspect_says_as_it_is_of_what_the_scripts_take(tmp_path, capsys):
         else:
             flags = line.split("--to ours")[1].replace(" N", " 4").split()
             convert(path, tmp_path / f"{name}_ours", "ours", *flags)
+
+
+@pytest.mark.parametrize(
+    ("kind", "serves"),
+    [
+        ("encoder", {"avg", "cls", "plain", "relative"}),
+        ("classifier of the mean", {"avg", "plain", "relative"}),
+        ("classifier of the cls token", {"avg", "cls", "plain", "relative"}),
+        ("linear probe", {"avg", "cls", "plain", "relative"}),
+        ("relative", {"relative"}),
+    ],
+)
+def test_inspect_calls_finetuning_what_the_loader_does(tmp_path, capsys, kind, serves):
+    model = build("encoder" if kind == "relative" else kind)
+    if kind == "relative":
+        model.add_relative_positions()
+    source = write_ours(tmp_path / "ours", model)
+    tool.main(tool.parse_args(["--inspect", str(source)]))
+    verdict = re.search(r"^finetuning +(.*)$", capsys.readouterr().out, re.MULTILINE)[1]
+    assert ("no classifier" in verdict) == (not serves & {"avg", "cls"}) == ("--rel_pos_bias" in verdict)
+    assert ("--global_pool avg" in verdict) == ("avg" in serves and "cls" not in serves)
+    targets = {pool: ViTMAEForImageClassification(TINY, 3, pool) for pool in ("avg", "cls")}
+    targets |= {"plain": VisionTransformer(TINY), "relative": VisionTransformer(TINY)}
+    targets["relative"].add_relative_positions()
+    for name in ("plain", "relative"):
+        targets[name].norm = nn.Identity()  # as in a segmenter
+    for name, target in targets.items():
+        if name not in serves:
+            with pytest.raises(ValueError, match="rel_pos_bias" if kind == "relative" else r"missing: norm\.weight"):
+                load_pretrained_encoder(target, source)
+        else:
+            report = load_pretrained_encoder(target, source)
+            if name in ("avg", "cls") and kind != "encoder":  # a head of seven classes for three
+                assert any(key.startswith("head.") for key in report.unexpected)
+                assert {"head.weight", "head.bias"} <= set(report.missing)
 
 
 @pytest.mark.parametrize("kind", ["classifier of the mean", "classifier of the cls token", "linear probe", "encoder"])

@@ -464,6 +464,8 @@ def simplify(source: Source) -> None:
     if folded:
         source.notes.append(f"{folded} layer scales multiplied into the layers before them; each value rounded once")
     zero_tables = [name for name in tensors if name.endswith("relative_position_bias_table")]
+    if zero_tables:
+        source.known.setdefault("encoder_num_heads", tensors[zero_tables[0]].shape[-1])
     if zero_tables and "architecture" not in source.record and not any(tensors[name].any() for name in zero_tables):
         source.notes.append("relative positions left out: all are zero, which changes nothing")
         source.tensors = {name: value for name, value in tensors.items() if name not in zero_tables}
@@ -546,6 +548,11 @@ def resolve_sizes(source: Source, args: argparse.Namespace) -> dict:
         problems.append(f"{key} {tuple(weight.shape)} is no convolution of square patches")
     raise_problems(source.path, source.layout, problems)
     sizes = sizes_from_shapes(source.tensors)
+    for part in ("encoder", "decoder"):  # a ratio need not give a whole number, and is then rounded down
+        name, width = f"{part}_mlp_ratio", sizes.get(f"{part}_embed_dim", 0)
+        known = source.known.get(name)
+        if name in sizes and isinstance(known, int | float) and int(known * width) == round(sizes[name] * width):
+            sizes[name] = known
     problems = [
         f"{name} is {source.known[name]} in config.json, {value} in the weights"
         for name, value in sizes.items()
@@ -782,7 +789,7 @@ def huggingface_configs(kind: str, config: MAEConfig, record: dict) -> dict[str,
         "architectures": [architecture],
         "model_type": model_type,
         **{HUGGINGFACE_SIZES[name]: value for name, value in sizes.items() if name in HUGGINGFACE_SIZES},
-        "intermediate_size": round(config.encoder_embed_dim * config.encoder_mlp_ratio),
+        "intermediate_size": int(config.encoder_embed_dim * config.encoder_mlp_ratio),
         "hidden_act": "gelu",
         "layer_norm_eps": LAYER_NORM_EPS,  # transformers' default, 1e-12, is not the original's
         "hidden_dropout_prob": 0.0,
@@ -790,7 +797,7 @@ def huggingface_configs(kind: str, config: MAEConfig, record: dict) -> dict[str,
     }
     if kind == "masked autoencoder":
         content |= {
-            "decoder_intermediate_size": round(config.decoder_embed_dim * config.decoder_mlp_ratio),
+            "decoder_intermediate_size": int(config.decoder_embed_dim * config.decoder_mlp_ratio),
             "mask_ratio": 0.75,
         }
     if kind.startswith("classifier"):
@@ -960,8 +967,13 @@ def inspect(path: str, args: argparse.Namespace) -> None:
         "classifying": "" if classifier else "a head (head.*)",
         "segmenting": "" if segmenter else "neck.*, decode_head.* and auxiliary_head.*",
     }
+    if source.has_relative_positions:
+        condition = ", a segmenter with --rel_pos_bias, and no classifier"
+    else:
+        condition = "" if "norm.weight" in source.tensors else ", a classifier with --global_pool avg, or a segmenter"
     for use, lack in lacks.items():
-        print(f"{use:<24}{f'no, it lacks {lack}' if lack else 'yes'}")
+        yes = f"yes{condition if use == 'finetuning' else ''}"
+        print(f"{use:<24}{f'no, it lacks {lack}' if lack else yes}")
     for note in source.notes:
         print(f"{'note':<24}{note}")
     if source.left_over:
