@@ -132,6 +132,28 @@ def test_round_trip_changes_no_bit(tmp_path, kind, layout):
     }
 
 
+def rows_of_readme() -> list[tuple[str, str, str]]:
+    """Give (kind, layout, cell) of README's table of what goes where."""
+    lines = (ROOT / "README.md").read_text().split("| checkpoint | original |")[1].split("\n\n")[0].splitlines()
+    layouts = ["original", *(name.strip() for name in lines[0].split("|")[:-1])]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    return [(row[0], layout, cell) for row in rows for layout, cell in zip(layouts, row[1:], strict=True)]
+
+
+@pytest.mark.parametrize(("kind", "layout", "cell"), rows_of_readme())
+def test_readme_says_what_goes_where(tmp_path, kind, layout, cell):
+    source, target = write_ours(tmp_path / "ours", build(kind)), target_of(tmp_path, layout)
+    if cell != "whole":
+        with pytest.raises(ValueError, match="--drop" if cell == "`--drop`" else r"needs .* lacks|--drop"):
+            convert(source, target, layout)
+    if cell == "no":
+        with pytest.raises(ValueError, match=r"needs .* which .* lacks"):
+            convert(source, target, layout, "--drop")
+    else:
+        convert(source, target, layout, *["--drop"] * (cell != "whole"))
+    assert target.exists() == (cell != "no")
+
+
 def test_heads_come_back_from_the_width_of_tables_of_zeros(tmp_path):
     theirs = convert(write_ours(tmp_path / "ours", build("segmenter")), tmp_path / "theirs.pth", "mmseg")
     back = convert(theirs, tmp_path / "back", "ours")
