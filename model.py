@@ -755,8 +755,9 @@ def read_file(file: Path) -> dict:
 
 def unwrap(content: dict, file: Path) -> dict[str, Tensor]:
     """Take the tensors out of what trainings wrap around them; ValueError where there is something else among them."""
-    while wrapper := next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None):
-        content = content[wrapper]
+    for _ in WRAPPERS:  # no deeper, as a file may wrap itself
+        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+        content = content[wrapper] if wrapper else content
     if not content:
         raise ValueError(f"{file} is not weights by name: it is empty")
     for key, value in content.items():

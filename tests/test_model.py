@@ -744,6 +744,14 @@ class Hostile:
         return (open, (self.target, "w"))
 
 
+def test_file_that_wraps_itself_is_refused(tmp_path):
+    content = {}
+    content["model"] = content
+    torch.save(content, tmp_path / "loop.pth")
+    with pytest.raises(ValueError, match=r"loop\.pth is not weights by name: 'model' is a dict"):
+        read_state_dict(tmp_path / "loop.pth")
+
+
 def test_read_state_dict_runs_no_code(tmp_path):
     torch.save({"model": Hostile(str(tmp_path / "owned"))}, tmp_path / "hostile.pth")
     with pytest.raises(ValueError, match=r"hostile\.pth is not opened: it wants \S*open called"):
