@@ -75,12 +75,17 @@ def main(args: argparse.Namespace) -> None:
     if args.output.exists() and not args.overwrite:
         raise FileExistsError(f"{args.output} exists; choose another --output or add --overwrite")
     panels = []
+    words = [log.parent.name.split("_") for log in args.logs]
+    shared = 0  # words that all names of runs begin with
+    while all(len(name) > shared + 1 and name[shared] == words[0][shared] for name in words):
+        shared += 1
     for names in args.y:
         series = {}
         figures = names.split("+")
-        for log in args.logs:
+        for log, run_words in zip(args.logs, words, strict=True):
             for name in figures:
-                label = " ".join([log.parent.name] * (len(args.logs) > 1) + [name] * (len(figures) > 1)) or name
+                run = "_".join(run_words[shared:])
+                label = " ".join([run] * (len(args.logs) > 1) + [name] * (len(figures) > 1)) or name
                 points = read_points(log, args.x, name)
                 if points:
                     series[label] = points
