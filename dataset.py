@@ -6,14 +6,17 @@ workers (epoch, index), and the dataset seeds every generator from them. Nothing
 Shapes   N batch   C channels   H W image   L patches
 """
 
+import atexit
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 import random
 import shutil
+import signal
 import struct
 import tempfile
 import zipfile
@@ -908,10 +911,11 @@ class StepSampler(Sampler):
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.images_per_step = micro_batch_size * accumulation_steps * world_size
         self.steps_per_epoch = max(1, num_images // self.images_per_step)
-        self.epoch = 0
+        self.epoch, self.first_step = 0, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Choose the epoch, and how many of its optimizer steps are already made."""
+        self.epoch, self.first_step = epoch, first_step
 
     def order(self) -> list[int]:
         """Give the epoch's indices; those of the r-th repetition of the data set are raised by r * num_images."""
@@ -921,14 +925,53 @@ class StepSampler(Sampler):
         shuffles = [torch.randperm(self.num_images, generator=generator) + r * self.num_images for r in range(repeats)]
         return torch.cat(shuffles)[:needed].tolist()
 
+    def images_of(self, step: int) -> list[int]:
+        """Give the indices of the images of a run's optimizer step, from 1, over all processes."""
+        epoch, step = divmod(step - 1, self.steps_per_epoch)
+        before, self.epoch = self.epoch, epoch
+        order, self.epoch = self.order(), before
+        indices = order[step * self.images_per_step : (step + 1) * self.images_per_step]
+        return [index % self.num_images for index in indices]
+
     def __len__(self) -> int:
-        return self.steps_per_epoch * self.accumulation_steps
+        return (self.steps_per_epoch - self.first_step) * self.accumulation_steps
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         order, size = self.order(), self.micro_batch_size
-        first = self.rank * size
+        first = self.first_step * self.images_per_step + self.rank * size
         for start in range(first, len(order), self.world_size * size):
             yield [SampleKey(self.epoch, index) for index in order[start : start + size]]
+
+
+PROTECTED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Loader(DataLoader):
+    """A DataLoader whose workers leave the signals that end a run to the process that trains, and end with it.
+
+    A scheduler and a terminal signal every process of a job. A worker that obeyed would take the training process
+    down, which then could not save. So the workers start with these signals held back, and let them in when they have
+    handlers of their own.
+    """
+
+    def __init__(self, *args, **options):
+        leaving = torch.zeros(1).share_memory_()  # 1 when this process is at its end; its workers see it
+        atexit.register(leaving.fill_, 1)  # before multiprocessing sends the workers SIGTERM and waits for them
+        super().__init__(*args, worker_init_fn=functools.partial(protect_worker, leaving), **options)
+
+    def __iter__(self):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, PROTECTED_SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def protect_worker(leaving: Tensor, worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.item() else None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PROTECTED_SIGNALS)
 
 
 def build_training_loader(
@@ -938,7 +981,7 @@ def build_training_loader(
     pin_memory: bool,
     collate_fn: Callable[[list[Sample]], Batch] = collate,
 ) -> DataLoader:
-    return DataLoader(
+    return Loader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate_fn,
@@ -959,7 +1002,7 @@ def build_eval_loader(
     collate_fn: Callable[[list[Sample]], Batch] = collate,
 ) -> DataLoader:
     """Give every image exactly once over all processes: this one's share is every `world_size`-th, unpadded."""
-    return DataLoader(
+    return Loader(
         dataset,
         sampler=[SampleKey(EVAL_EPOCH, index) for index in range(rank, len(dataset), world_size)],
         batch_size=batch_size,

@@ -12,9 +12,10 @@ paper's recipe (table 3). This code at that size: not run yet.
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ from torch.utils.data import DataLoader
 
 from dataset import (
     EVAL_EPOCH,
+    Batch,
     FileList,
     ImageDataset,
     PairMixing,
@@ -64,12 +66,18 @@ from model import (
 )
 from utils import (
     BEST_CHECKPOINT,
+    GO_ON,
     KNN_NEIGHBOURS,
     LAST_CHECKPOINT,
     SHARDING,
+    STOP,
     BadFiles,
+    Checkpoints,
     ConfusionMatrix,
     HelpFormatter,
+    Interrupted,
+    Interruptions,
+    SkippedSteps,
     StepClock,
     accuracy,
     add_run_flags,
@@ -77,6 +85,8 @@ from utils import (
     build_bar,
     cap_workers,
     check_run_flags,
+    check_weights,
+    choose_kernels,
     collect_features,
     compile_in_place,
     cosine_lr,
@@ -93,16 +103,15 @@ from utils import (
     repetition_note,
     report,
     resume,
-    save_checkpoint,
-    save_weights,
+    save_picture,
     scaled_lr,
     set_aside,
     set_learning_rate,
     share_buffers,
     share_of,
+    skip_if_not_finite,
+    spread_not_finite,
     start_records,
-    stop_not_finite,
-    weights_are_finite,
     write_json,
 )
 
@@ -257,7 +266,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         checkpoints = find_checkpoints(Path(given.working_directory) / "demo")
         if not checkpoints:
             parser.error("--demo starts from the demo pretraining: first run accelerate launch pretrain_mae.py --demo")
-        parser.set_defaults(path_to_pretrained_mae_weights=str(checkpoints[max(checkpoints)]))
+        parser.set_defaults(path_to_pretrained_mae_weights=str(checkpoints[-1]))
         given = parser.parse_known_args(flags)[0]
     set_size_defaults(parser, given)
     width = parser.parse_known_args(flags)[0].encoder_embed_dim
@@ -381,13 +390,17 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, model: ViTMAEForImageClassification, loader: DataLoader, args: argparse.Namespace
+    accelerator: Accelerator,
+    model: ViTMAEForImageClassification,
+    loader: DataLoader,
+    args: argparse.Namespace,
+    watch: Callable[[DataLoader], Iterable[Batch]] = iter,
 ) -> Evaluation:
     """Classify every validation image exactly once, whatever the number of processes and the remainder."""
     was_training = model.training
     model.eval()
     total, results = len(loader.dataset), []
-    for batch in loader:
+    for batch in watch(loader):
         images = normalize(batch.images.to(accelerator.device), args.mean, args.std)
         with accelerator.autocast():
             scores = model(images).float()  #                          (N, K)
@@ -591,12 +604,14 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         return run_knn(args)
 
     # Run: processes, folder, what to resume
-    accelerator = build_accelerator(args.gradient_accumulation_steps)
+    accelerator = build_accelerator(args.gradient_accumulation_steps, args.timeout_minutes)
     say, device = accelerator.print, accelerator.device
     if args.ema_decay and accelerator.distributed_type in SHARDING:
         raise ValueError("--ema_decay cannot average weights that are sharded; leave it out or use plain DDP")
-    experiment, resume_from = open_experiment(args)
+    start = open_experiment(accelerator, args)
+    experiment = start.experiment
     set_seed(args.seed)
+    choose_kernels(args.deterministic)
 
     # Model: the pretrained encoder under a new head
     train_files, val_files = list_splits(accelerator, args)
@@ -605,10 +620,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     model = ViTMAEForImageClassification(
         config, len(train_files.classes), args.global_pool, args.drop_path, probe_head=args.linear_probe
     )
-    start = "from scratch"
+    origin = "from scratch"
     if args.path_to_pretrained_mae_weights is not None:
         loaded = load_pretrained_encoder(model, args.path_to_pretrained_mae_weights)
-        start = f"{loaded.describe()}, from {args.path_to_pretrained_mae_weights}"
+        origin = f"{loaded.describe()}, from {args.path_to_pretrained_mae_weights}"
     if args.linear_probe:
         model.requires_grad_(False)
         model.head.requires_grad_(True)
@@ -634,7 +649,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     peak_learning_rate = args.learning_rate
     if peak_learning_rate is None:
         peak_learning_rate = scaled_lr(args.base_learning_rate, sampler.images_per_step)
-    describe_run(accelerator, args, model, sampler, peak_learning_rate, train_files, val_files, num_workers, start)
+    describe_run(accelerator, args, model, sampler, peak_learning_rate, train_files, val_files, num_workers, origin)
     optimizer = build_optimizer(model, peak_learning_rate, args)
     average = ModelEmaV3(model.to(device), decay=args.ema_decay) if args.ema_decay else None
     compile_in_place(accelerator, model)
@@ -661,24 +676,37 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         "finetune_blocks": args.finetune_blocks,
         "ema_decay": args.ema_decay,
     }
-    first_epoch, step, best = 0, 0, -1.0
-    if resume_from is not None:
-        state = resume(accelerator, resume_from, config_record, identity)
-        first_epoch, step = state["epoch"], state["step"]
+    first_epoch, step, best, row = 0, 0, -1.0, {}
+    if start.resume_from is not None:
+        state = resume(accelerator, start.resume_from, config_record, identity)
+        first_epoch, step, row = state["epoch"], state["step"], state["row"]
         if (experiment / BEST_CHECKPOINT).exists():  # else the run goes on under another name, without the best so far
             best = state["best"]
         if average is not None:
-            average.module.load_state_dict(load_file(resume_from / "ema.safetensors"))
+            average.module.load_state_dict(load_file(start.resume_from / "ema.safetensors"))
     total_steps = args.epochs * sampler.steps_per_epoch
 
     # Records: one run at a time in this folder
-    log = start_records(accelerator, experiment, args, resume_from, step)
+    log = start_records(accelerator, start, args, step)
     bad_files = BadFiles(experiment, len(train_data), args.max_bad_fraction)
+    skipped_steps = SkippedSteps(
+        experiment, lambda step: [train_files.path(i) for i in sampler.images_of(step)], args.max_nonfinite_steps
+    )
+    checkpoints = Checkpoints(accelerator, experiment, args.keep_checkpoints)
+    interruptions = Interruptions(accelerator, checkpoints, args.save_minutes)
     spacing = max(1, len(eval_data) // NUM_PICTURES)
     shown = list(range(0, len(eval_data), spacing))[:NUM_PICTURES]
 
+    def save(epoch: int, row: dict, *, epoch_ends: bool = False, for_good: bool = False) -> bool:
+        """Save after `epoch` complete epochs; `row` is one that waits for its evaluation."""
+        state = identity | {"epoch": epoch, "step": step, "best": best, "row": row}
+        weights_average = average and average.module
+        return checkpoints.save(
+            model, config_record, state, epoch_ends=epoch_ends, for_good=for_good, average=weights_average
+        )
+
     # Every validation image is decoded once now, because one that cannot be would stop the run at its first evaluation
-    if resume_from is None:
+    if start.resume_from is None:
         for _ in eval_loader:
             pass
 
@@ -687,10 +715,11 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     bar = build_bar(accelerator, total_steps, step)
     clock = StepClock()
     sums = torch.zeros(2, device=device)  # of this step: loss, and images whose strongest target was the top answer
-    pending = []  # of the steps since the last row, left on the device
+    pending = []  # of each step since the last row, and whether it was left out; on the device
     figures: dict[str, float] = {}
+    saved = True
     for epoch in range(first_epoch, args.epochs):
-        sampler.set_epoch(epoch)
+        sampler.set_epoch(epoch, first_step=step - epoch * sampler.steps_per_epoch)
         evaluates = (epoch + 1) % args.eval_interval == 0 or epoch + 1 == args.epochs
         saves = (epoch + 1) % args.save_checkpoint_interval == 0 or epoch + 1 == args.epochs
         for batch in clock.watch(loader):
@@ -709,9 +738,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             with accelerator.accumulate(model):
                 scores = model(images, noise)  #                      (N, K)
                 loss = compute_loss(scores.float(), targets)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients and args.max_grad_norm > 0:
-                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                accelerator.backward(spread_not_finite(loss))
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+                    skipped = skip_if_not_finite(optimizer, grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             hits = (scores.argmax(dim=1) == targets.argmax(dim=1)).float().mean()
@@ -723,73 +753,91 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             step += 1
             if average is not None:
                 average.update(bare_model)
-            pending.append(sums.clone())
+            pending.append(torch.stack([*sums, skipped]))
             sums.zero_()
             bar.update()
+            request = interruptions.agree()
             epoch_ends = step == (epoch + 1) * sampler.steps_per_epoch
-            if step > 1 and step % args.log_interval and not (epoch_ends and (evaluates or saves)):
+            if step > 1 and step % args.log_interval and not epoch_ends and request == GO_ON:
                 continue
 
             # Row: figures cross to the host here and nowhere else
-            window = accelerator.reduce(torch.stack(pending), "mean")  # (steps, 2)
+            window = accelerator.reduce(torch.stack(pending), "mean").cpu()  # (steps, 3)
             pending.clear()
-            for index, finite in enumerate(window[:, 0].isfinite().tolist()):
-                if not finite:
-                    bad_step = step - len(window) + index + 1
-                    stop_not_finite("loss", bad_step, sampler.steps_per_epoch, learning_rate, experiment)
-            throughput = clock.read(accelerator.num_processes)
+            finite = window[:, 2] == 0
+            training_loss, hits = window[finite, :2].mean(dim=0).tolist()
+            skipped_steps.note(accelerator, (~finite).tolist(), step, bar.write)
             row = {
                 "step": step,
                 "epoch": step / sampler.steps_per_epoch,
-                "training_loss": window[:, 0].mean().item(),
-                "training_top1_acc": 100 * window[:, 1].mean().item(),
+                "training_loss": training_loss if finite.any() else None,
+                "training_top1_acc": 100 * hits if finite.any() else None,
                 "learning_rate": learning_rate,
-                **throughput,
+                **clock.read(accelerator.num_processes),
                 "memory_gb": peak_memory_gb(device),
                 "bad_files": bad_files.share(accelerator, bar.write),
+                "nonfinite_steps": skipped_steps.count,
             }
-            if epoch_ends and evaluates:
-                if not weights_are_finite(accelerator, model):
-                    stop_not_finite("model", step, sampler.steps_per_epoch, learning_rate, experiment)
-                share_buffers(accelerator, bare_model)
-                figures = evaluate(accelerator, bare_model, eval_loader, args).figures()
-                candidates = {"testing": bare_model}
-                if average is not None:
-                    share_buffers(accelerator, average.module)
-                    figures |= evaluate(accelerator, average.module, eval_loader, args).figures("ema_testing")
-                    candidates["ema_testing"] = average.module
-                row |= figures
-                for prefix, candidate in candidates.items():
-                    if figures[f"{prefix}_top1_acc"] > best:
-                        best = figures[f"{prefix}_top1_acc"]
-                        kept = {key: figures[f"{prefix}_{key}"] for key in ("loss", "top1_acc", "top5_acc")}
-                        record = config_record | {"epoch": epoch + 1, "moving_average": prefix != "testing"}
-                        save_weights(accelerator, candidate, experiment / BEST_CHECKPOINT, record | {"testing": kept})
             bar.set_postfix_str(
-                f"loss {row['training_loss']:.4f}, lr {learning_rate:.1e}, {row['images_per_second']:.0f} images/s, "
+                f"loss {training_loss:.4f}, lr {learning_rate:.1e}, {row['images_per_second']:.0f} images/s, "
                 f"{row['data_wait_fraction']:.0%} waiting for data"
                 + (f", top-1 {figures['testing_top1_acc']:.2f} %, best {best:.2f} %" if figures else ""),
                 refresh=False,
             )
+            if epoch_ends:  # its row waits for the evaluation
+                break
             log.write(row)
-            if epoch_ends and saves:
-                picture = experiment / "predictions" / f"epoch_{epoch + 1}.png"
-                draw_predictions(accelerator, bare_model, eval_data, shown, args, picture)
-                log.picture("predictions", picture, step)
-            if epoch_ends and (evaluates or saves):
-                state = identity | {"epoch": epoch + 1, "step": step, "best": best}
-                folders = [experiment / LAST_CHECKPOINT] + [experiment / f"checkpoint_{epoch + 1}"] * saves
-                for folder in folders:
-                    save_checkpoint(accelerator, model, folder, config_record, state, average and average.module)
-            clock.restart()
+            if request != GO_ON:
+                saved = save(epoch, {})
+                if request == STOP:
+                    interruptions.leave(log, bar, saved, step)
+                    return {}
+                clock.restart()
+
+        # The epoch is complete
+        if evaluates:
+            check_weights(accelerator, model, experiment, step)
+            candidates = {"testing": bare_model} | ({} if average is None else {"ema_testing": average.module})
+            try:
+                figures = {}
+                for prefix, candidate in candidates.items():
+                    share_buffers(accelerator, candidate)
+                    evaluation = evaluate(accelerator, candidate, eval_loader, args, interruptions.watch)
+                    figures |= evaluation.figures(prefix)
+            except Interrupted:
+                interruptions.leave(log, bar, save(epoch, row), step)
+                return {}
+            row |= figures
+            for prefix, candidate in candidates.items():
+                if figures[f"{prefix}_top1_acc"] > best:
+                    best = figures[f"{prefix}_top1_acc"]
+                    kept = {key: figures[f"{prefix}_{key}"] for key in ("loss", "top1_acc", "top5_acc")}
+                    record = config_record | {"epoch": epoch + 1, "moving_average": prefix != "testing"}
+                    checkpoints.save_weights(candidate, BEST_CHECKPOINT, record | {"testing": kept})
+        log.write(row)
+        if saves:
+            picture = experiment / "predictions" / f"epoch_{epoch + 1}.png"
+            draw_predictions(accelerator, bare_model, eval_data, shown, args, picture)
+            log.picture("predictions", picture, step)
+        request = interruptions.agree()
+        if evaluates or saves or request != GO_ON:
+            saved = save(epoch + 1, {}, epoch_ends=True, for_good=saves)
+        if request == STOP and step < total_steps:
+            interruptions.leave(log, bar, saved, step)
+            return {}
+        clock.restart()
 
     # Finish
     bar.close()
     log.close()
+    interruptions.close()
     if step != total_steps:
         raise RuntimeError(f"{step} optimizer steps were made instead of {total_steps}: a bug, please report it")
+    if not saved:
+        raise OSError("the last checkpoint could not be written; make room for it and go on with the same command")
     if not figures:  # a finished run that was started again
         figures = evaluate(accelerator, bare_model, eval_loader, args).figures()
+    checkpoints.finish(step)
     say(f"checkpoints     {experiment / BEST_CHECKPOINT} (top-1 {best:.2f} %), {experiment / LAST_CHECKPOINT}")
     report(accelerator, figures)
     if not args.demo:
@@ -814,14 +862,13 @@ def draw_predictions(
         probabilities, answers = model(images).float().softmax(dim=1).max(dim=1)
     model.train()
     if accelerator.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
         names = [describe_class(name) for name in data.files.classes]
         title = "validation images, and what they are taken for"
         captions = [
             f"{'right' if answer == sample.label else 'wrong'}: {names[answer]} {probability:.0%}"
             for sample, answer, probability in zip(samples, answers.tolist(), probabilities.tolist(), strict=True)
         ]
-        draw_rows({title: denormalize(images, args.mean, args.std)}, {title: captions}).save(path)
+        save_picture(draw_rows({title: denormalize(images, args.mean, args.std)}, {title: captions}), path)
 
 
 def describe_run(
@@ -833,7 +880,7 @@ def describe_run(
     train_files: FileList,
     val_files: FileList,
     num_workers: int,
-    start: str,
+    origin: str,
 ) -> None:
     """Print what decides the result, before any long work."""
     num_processes, passes = accelerator.num_processes, args.gradient_accumulation_steps
@@ -846,7 +893,7 @@ def describe_run(
     lines = {
         "model": f"{total:,} parameters, {trainable:,} of them trained, {model.global_pool} feature, "
         f"{model.config.image_hw[0]} x {model.config.image_hw[1]} pixels",
-        "start": start,
+        "start": origin,
         "training": train_files.describe(),
         "validation": val_files.describe(),
         "effective batch": f"{sampler.images_per_step} = {num_processes} processes x {passes} forward passes "
@@ -873,7 +920,10 @@ def compare_with_scratch(args: argparse.Namespace) -> None:
     scratch = argparse.Namespace(**vars(args) | DEMO_SCRATCH_RECIPE)
     scratch.path_to_pretrained_mae_weights = None
     scratch.experiment_name = f"{args.experiment_name}_from_scratch"
-    runs = {"from scratch": main(scratch), "from the demo's pretraining": main(args)}
+    runs = {"from scratch": main(scratch)}
+    runs |= {"from the demo's pretraining": main(args)} if runs["from scratch"] else {}
+    if not all(runs.values()) or len(runs) < 2:  # stopped by a signal
+        return
     accelerator = build_accelerator(args.gradient_accumulation_steps)
     accelerator.print(f"\nTop-1 on unseen scenes of ten kinds, after {args.epochs} epochs on the same scenes:")
     for name, figures in runs.items():

@@ -15,7 +15,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ from dataset import (
     IGNORE_INDEX,
     LABEL_COLOURS,
     ADE20KDataset,
+    Batch,
     PairList,
     SampleKey,
     SegmentationTransform,
@@ -65,23 +66,32 @@ from model import (
 from upernet import NORMS, resize, slide_inference
 from utils import (
     BEST_CHECKPOINT,
+    GO_ON,
     LAST_CHECKPOINT,
     SHARDING,
+    STOP,
     BadFiles,
+    Checkpoints,
     ConfusionMatrix,
     HelpFormatter,
+    Interrupted,
+    Interruptions,
+    SkippedSteps,
     StepClock,
     add_run_flags,
     build_accelerator,
     build_bar,
     cap_workers,
     check_run_flags,
+    check_weights,
+    choose_kernels,
     colour_classes,
     compile_in_place,
     describe_processes,
     draw_legend,
     draw_rows,
     find_checkpoints,
+    going_on_without,
     micro_batch_size,
     open_experiment,
     peak_memory_gb,
@@ -89,15 +99,14 @@ from utils import (
     repetition_note,
     report,
     resume,
-    save_checkpoint,
-    save_weights,
+    save_picture,
     set_aside,
     set_learning_rate,
     share_buffers,
     share_of,
+    skip_if_not_finite,
+    spread_not_finite,
     start_records,
-    stop_not_finite,
-    weights_are_finite,
     write_json,
 )
 
@@ -228,7 +237,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**DEMO_RECIPE)
         checkpoints = find_checkpoints(Path(given.working_directory) / "demo")
         if checkpoints:
-            parser.set_defaults(path_to_backbone_checkpoint=str(checkpoints[max(checkpoints)]))
+            parser.set_defaults(path_to_backbone_checkpoint=str(checkpoints[-1]))
         elif not given.path_to_backbone_checkpoint and flags == argv:
             parser.error("--demo starts from the demo pretraining: first run accelerate launch pretrain_mae.py --demo")
         given = parser.parse_known_args(flags)[0]
@@ -441,13 +450,17 @@ def label_pixels(score: Tensor, size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, model: ViTMAEForSegmentation, loader: DataLoader, args: argparse.Namespace
+    accelerator: Accelerator,
+    model: ViTMAEForSegmentation,
+    loader: DataLoader,
+    args: argparse.Namespace,
+    watch: Callable[[DataLoader], Iterable[Batch]] = iter,
 ) -> ConfusionMatrix:
     """Label every validation image once, at its own size, and count the pixels over all processes."""
     was_training = model.training
     model.eval()
     confusion = ConfusionMatrix(args.num_classes, accelerator.device, IGNORE_INDEX)
-    for batch in loader:
+    for batch in watch(loader):
         with accelerator.autocast():
             answers = predict(model, [image.to(accelerator.device) for image in batch.images], args)
         for labels, answer in zip(batch.labels, answers, strict=True):
@@ -467,7 +480,8 @@ def write_table(confusion: ConfusionMatrix, names: list[str], file: Path) -> Non
     for index, name in enumerate(names):
         cells = [f"{values[index].item():.2f}" for values in (shares, *scores.values())]
         lines.append("\t".join([str(index), name, *cells]))
-    file.write_text("\n".join(lines) + "\n")
+    with going_on_without(file):
+        file.write_text("\n".join(lines) + "\n")
 
 
 @torch.no_grad()
@@ -513,8 +527,7 @@ def draw_predictions(
     canvas = Image.new("RGB", (picture.width, picture.height + legend.height), "white")
     canvas.paste(picture, (0, 0))
     canvas.paste(legend, (0, picture.height))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path)
+    save_picture(canvas, path)
 
 
 def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
@@ -597,18 +610,20 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         return run_evaluation(args)
 
     # Run: processes, folder, what to resume
-    accelerator = build_accelerator(args.gradient_accumulation_steps)
+    accelerator = build_accelerator(args.gradient_accumulation_steps, args.timeout_minutes)
     say, device = accelerator.print, accelerator.device
-    experiment, resume_from = open_experiment(args)
+    start = open_experiment(accelerator, args)
+    experiment = start.experiment
     set_seed(args.seed)
+    choose_kernels(args.deterministic)
 
     # Model: the pretrained encoder under a new neck and new heads
     config = build_config(args)
     model = build_model(config, args)
-    start = "from scratch"
+    origin = "from scratch"
     if not args.from_scratch:
         loaded = load_pretrained_encoder(model.backbone, args.path_to_backbone_checkpoint)
-        start = f"{loaded.describe()}, from {args.path_to_backbone_checkpoint}"
+        origin = f"{loaded.describe()}, from {args.path_to_backbone_checkpoint}"
 
     # Data: augmentation, drop path and dropout are functions of (seed, epoch, index)
     train_pairs, val_pairs = (list_checked_pairs(accelerator, args, split) for split in ("training", "validation"))
@@ -637,7 +652,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     )
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=ADAM_BETAS, fused=True)
     describe_run(
-        accelerator, args, model, sampler, total_steps, warmup_steps, train_pairs, val_pairs, num_workers, start
+        accelerator, args, model, sampler, total_steps, warmup_steps, train_pairs, val_pairs, num_workers, origin
     )
     say(f"{'every':<16}{eval_interval} of {num_epochs:,} epochs evaluated, every {save_interval} kept as a checkpoint")
     if args.norm == "batch" and accelerator.num_processes > 1:
@@ -669,30 +684,41 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         "total_steps": total_steps,
         "warmup_steps": warmup_steps,
     }
-    first_epoch, step, best = 0, 0, -1.0
-    if resume_from is not None:
-        state = resume(accelerator, resume_from, config_record, identity)
-        first_epoch, step = state["epoch"], state["step"]
+    first_epoch, step, best, row = 0, 0, -1.0, {}
+    if start.resume_from is not None:
+        state = resume(accelerator, start.resume_from, config_record, identity)
+        first_epoch, step, row = state["epoch"], state["step"], state["row"]
         if (experiment / BEST_CHECKPOINT).exists():  # else the run goes on under another name, without the best so far
             best = state["best"]
 
     # Records: one run at a time in this folder
-    log = start_records(accelerator, experiment, args, resume_from, step)
+    log = start_records(accelerator, start, args, step)
     bad_files = BadFiles(experiment, len(train_data), args.max_bad_fraction)
+    skipped_steps = SkippedSteps(
+        experiment, lambda step: [train_pairs.path(i) for i in sampler.images_of(step)], args.max_nonfinite_steps
+    )
+    checkpoints = Checkpoints(accelerator, experiment, args.keep_checkpoints)
+    interruptions = Interruptions(accelerator, checkpoints, args.save_minutes)
+
+    def save(epoch: int, row: dict, *, epoch_ends: bool = False, for_good: bool = False) -> bool:
+        """Save after `epoch` complete epochs; `row` is one that waits for its evaluation."""
+        state = identity | {"epoch": epoch, "step": step, "best": best, "row": row}
+        return checkpoints.save(model, config_record, state, epoch_ends=epoch_ends, for_good=for_good)
 
     # The loop
     model.train()
     bar = build_bar(accelerator, total_steps, step)
     clock = StepClock()
     sums = torch.zeros(2, device=device)  # of this step: loss of the head, and of the auxiliary head
-    pending = []  # of the steps since the last row, left on the device
+    pending = []  # of each step since the last row, and whether it was left out; on the device
     figures: dict[str, float] = {}
+    saved = True
     for epoch in range(first_epoch, num_epochs):
-        sampler.set_epoch(epoch)
+        sampler.set_epoch(epoch, first_step=step - epoch * sampler.steps_per_epoch)
         last_step = min(total_steps, (epoch + 1) * sampler.steps_per_epoch)
         evaluates = (epoch + 1) % eval_interval == 0 or epoch + 1 == num_epochs
         saves = (epoch + 1) % save_interval == 0 or epoch + 1 == num_epochs
-        for batch in clock.watch(loader):
+        for batch in clock.watch(loader) if step < last_step else ():
             bad_files.note(batch.bad_files)
             images = batch.images.to(device, non_blocking=True)  #    (N, C, H, W), normalised
             labels = batch.labels.to(device, non_blocking=True).long()  # (N, H, W)
@@ -702,9 +728,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             with accelerator.accumulate(model):
                 logits, auxiliary = model(images, noise)
                 losses = torch.stack([compute_loss(logits, labels), compute_loss(auxiliary, labels)])
-                accelerator.backward(losses[0] + args.auxiliary_weight * losses[1])
-                if accelerator.sync_gradients and args.max_grad_norm > 0:
-                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                accelerator.backward(spread_not_finite(losses[0] + args.auxiliary_weight * losses[1]))
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+                    skipped = skip_if_not_finite(optimizer, grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             sums += losses.detach() / args.gradient_accumulation_steps
@@ -713,74 +740,89 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
             # An optimizer step is complete
             step += 1
-            pending.append(sums.clone())
+            pending.append(torch.stack([*sums, skipped]))
             sums.zero_()
             bar.update()
+            request = interruptions.agree()
             epoch_ends = step == last_step
-            if step > 1 and step % args.log_interval and not (epoch_ends and (evaluates or saves)):
-                if epoch_ends:
-                    break
+            if step > 1 and step % args.log_interval and not epoch_ends and request == GO_ON:
                 continue
 
             # Row: figures cross to the host here and nowhere else
-            window = accelerator.reduce(torch.stack(pending), "mean")  # (steps, 2)
+            window = accelerator.reduce(torch.stack(pending), "mean").cpu()  # (steps, 3)
             pending.clear()
-            for index, finite in enumerate(window.isfinite().all(dim=1).tolist()):
-                if not finite:
-                    bad_step = step - len(window) + index + 1
-                    stop_not_finite("loss", bad_step, sampler.steps_per_epoch, learning_rate, experiment)
-            throughput = clock.read(accelerator.num_processes)
+            finite = window[:, 2] == 0
+            training_loss, auxiliary_loss = window[finite, :2].mean(dim=0).tolist()
+            skipped_steps.note(accelerator, (~finite).tolist(), step, bar.write)
             row = {
                 "step": step,
                 "epoch": step / sampler.steps_per_epoch,
-                "training_loss": window[:, 0].mean().item(),
-                "training_auxiliary_loss": window[:, 1].mean().item(),
+                "training_loss": training_loss if finite.any() else None,
+                "training_auxiliary_loss": auxiliary_loss if finite.any() else None,
                 "learning_rate": learning_rate,
-                **throughput,
+                **clock.read(accelerator.num_processes),
                 "memory_gb": peak_memory_gb(device),
                 "bad_files": bad_files.share(accelerator, bar.write),
+                "nonfinite_steps": skipped_steps.count,
             }
-            if epoch_ends and evaluates:
-                if not weights_are_finite(accelerator, model):
-                    stop_not_finite("model", step, sampler.steps_per_epoch, learning_rate, experiment)
-                share_buffers(accelerator, bare_model)
-                confusion = evaluate(accelerator, bare_model, val_loader, args)
-                figures = confusion.figures()
-                row |= figures
-                picture = experiment / "predictions" / f"epoch_{epoch + 1}.png"
-                draw_predictions(accelerator, bare_model, val_data, args, picture)
-                log.picture("predictions", picture, step)
-                if accelerator.is_main_process:
-                    write_table(confusion, args.class_names, picture.with_suffix(".tsv"))
-                if figures["testing_miou"] > best:
-                    best = figures["testing_miou"]
-                    record = config_record | {"epoch": epoch + 1, "testing": figures}
-                    save_weights(accelerator, bare_model, experiment / BEST_CHECKPOINT, record)
-                    if accelerator.is_main_process:
-                        write_table(confusion, args.class_names, experiment / BEST_CHECKPOINT / "per_class.tsv")
             bar.set_postfix_str(
-                f"loss {row['training_loss']:.4f}, lr {learning_rate:.1e}, {row['images_per_second']:.1f} images/s, "
+                f"loss {training_loss:.4f}, lr {learning_rate:.1e}, {row['images_per_second']:.1f} images/s, "
                 f"{row['data_wait_fraction']:.0%} waiting for data"
                 + (f", mIoU {figures['testing_miou']:.2f} %, best {best:.2f} %" if figures else ""),
                 refresh=False,
             )
-            log.write(row)
-            if epoch_ends and (evaluates or saves):
-                state = identity | {"epoch": epoch + 1, "step": step, "best": best}
-                folders = [experiment / LAST_CHECKPOINT] + [experiment / f"checkpoint_{epoch + 1}"] * saves
-                for folder in folders:
-                    save_checkpoint(accelerator, model, folder, config_record, state)
-            clock.restart()
-            if epoch_ends:
+            if epoch_ends:  # its row waits for the evaluation
                 break
+            log.write(row)
+            if request != GO_ON:
+                saved = save(epoch, {})
+                if request == STOP:
+                    interruptions.leave(log, bar, saved, step)
+                    return {}
+                clock.restart()
+
+        # The epoch is complete
+        if evaluates:
+            check_weights(accelerator, model, experiment, step)
+            share_buffers(accelerator, bare_model)
+            try:
+                confusion = evaluate(accelerator, bare_model, val_loader, args, interruptions.watch)
+            except Interrupted:
+                interruptions.leave(log, bar, save(epoch, row), step)
+                return {}
+            figures = confusion.figures()
+            row |= figures
+            picture = experiment / "predictions" / f"epoch_{epoch + 1}.png"
+            draw_predictions(accelerator, bare_model, val_data, args, picture)
+            log.picture("predictions", picture, step)
+            if figures["testing_miou"] > best:
+                best = figures["testing_miou"]
+                record = config_record | {"epoch": epoch + 1, "testing": figures}
+                checkpoints.save_weights(bare_model, BEST_CHECKPOINT, record)
+                if accelerator.is_main_process:
+                    write_table(confusion, args.class_names, experiment / BEST_CHECKPOINT / "per_class.tsv")
+            if accelerator.is_main_process:
+                write_table(confusion, args.class_names, picture.with_suffix(".tsv"))
+        log.write(row)
+        request = interruptions.agree()
+        if evaluates or saves or request != GO_ON:
+            saved = save(epoch + 1, {}, epoch_ends=True, for_good=saves)
+        if request == STOP and step < total_steps:
+            interruptions.leave(log, bar, saved, step)
+            return {}
+        clock.restart()
 
     # Finish
     bar.close()
     log.close()
+    interruptions.close()
     if step != total_steps:
         raise RuntimeError(f"{step} optimizer steps were made instead of {total_steps}: a bug, please report it")
+    if not saved:
+        raise OSError("the last checkpoint could not be written; make room for it and go on with the same command")
     if not figures:  # a finished run that was started again
         figures = evaluate(accelerator, bare_model, val_loader, args).figures()
+    checkpoints.finish(step)
     say(f"checkpoints     {experiment / BEST_CHECKPOINT} (mIoU {best:.2f} %), {experiment / LAST_CHECKPOINT}")
     report(accelerator, figures)
     accelerator.end_training()
@@ -812,7 +854,7 @@ def describe_run(
     train_pairs: PairList,
     val_pairs: PairList,
     num_workers: int,
-    start: str,
+    origin: str,
 ) -> None:
     """Print what decides the result, before any long work."""
 
@@ -829,7 +871,7 @@ def describe_run(
     lines = {
         "parameters": " + ".join(f"{name} {count(part):,}" for name, part in parts.items()) + f" = {count(model):,}",
         "taps": f"outputs of blocks {', '.join(map(str, model.taps))} of {model.backbone.config.encoder_depth}, from 0",
-        "start": start,
+        "start": origin,
         "training": train_pairs.describe(),
         "validation": val_pairs.describe(),
         "labels": f"{args.num_classes} classes, 0 is " + ("ignored" if args.ignore_zero else "the first"),

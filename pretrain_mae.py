@@ -13,7 +13,8 @@ This code at that size: not run yet.
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -45,8 +46,14 @@ from dataset import (
 )
 from model import MODEL_CONFIGS, MAEConfig, ViTMAEForPreTraining, num_kept_patches
 from utils import (
+    GO_ON,
+    STOP,
     BadFiles,
+    Checkpoints,
     HelpFormatter,
+    Interrupted,
+    Interruptions,
+    SkippedSteps,
     StepClock,
     accuracy,
     add_run_flags,
@@ -54,6 +61,8 @@ from utils import (
     build_bar,
     cap_workers,
     check_run_flags,
+    check_weights,
+    choose_kernels,
     collect_features,
     compile_in_place,
     cosine_lr,
@@ -67,13 +76,13 @@ from utils import (
     refuse_inside,
     repetition_note,
     resume,
-    save_checkpoint,
+    save_picture,
     scaled_lr,
     set_learning_rate,
     share_of,
+    skip_if_not_finite,
+    spread_not_finite,
     start_records,
-    stop_not_finite,
-    weights_are_finite,
 )
 
 # The paper's recipe (table 8), in the batches of the project's command.
@@ -206,6 +215,7 @@ def evaluate(
     loader: DataLoader,
     bad_files: BadFiles,
     args: argparse.Namespace,
+    watch: Callable[[DataLoader], Iterable[Batch]] = iter,
 ) -> dict[str, float]:
     """Reconstruct held-out images, each with its own fixed mask, and average over the images of all processes.
 
@@ -214,7 +224,7 @@ def evaluate(
     """
     sums, num_images = {}, 0
     model.eval()
-    for batch in loader:
+    for batch in watch(loader):
         bad_files.note(batch.bad_files)
         images = normalize(batch.images.to(accelerator.device), args.mean, args.std)
         with accelerator.autocast():
@@ -314,18 +324,19 @@ def draw_reconstructions(
     model.train()
     panels = [denormalize(x, args.mean, args.std) for x in (images, *model.reconstruct(images, pred, mask))]
     if accelerator.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
         titles = reconstruction_titles(args.mask_ratio, args.norm_pix_loss)
-        draw_rows(dict(zip(titles, panels, strict=True))).save(path)
+        save_picture(draw_rows(dict(zip(titles, panels, strict=True))), path)
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
     """Run the experiment and give the last held-out figures."""
     # Run: processes, folder, what to resume
-    accelerator = build_accelerator(args.gradient_accumulation_steps)
+    accelerator = build_accelerator(args.gradient_accumulation_steps, args.timeout_minutes)
     say, device = accelerator.print, accelerator.device
-    experiment, resume_from = open_experiment(args)
+    start = open_experiment(accelerator, args)
+    experiment = start.experiment
     set_seed(args.seed)
+    choose_kernels(args.deterministic)
     if args.demo and args.path_to_data is None:
         demo_data = Path(args.working_directory) / "demo_data"
         say(f"demo            scenes are drawn into {demo_data}, unless they are there already")
@@ -386,25 +397,36 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         "data": train_files.fingerprint(),
         "seed": args.seed,
     }
-    first_epoch, step = 0, 0
-    if resume_from is not None:
-        state = resume(accelerator, resume_from, config_record, identity)
-        first_epoch, step = state["epoch"], state["step"]
+    first_epoch, step, row = 0, 0, {}
+    if start.resume_from is not None:
+        state = resume(accelerator, start.resume_from, config_record, identity)
+        first_epoch, step, row = state["epoch"], state["step"], state["row"]
     total_steps = args.epochs * sampler.steps_per_epoch
 
     # Records: one run at a time in this folder
-    log = start_records(accelerator, experiment, args, resume_from, step)
+    log = start_records(accelerator, start, args, step)
     bad_files = BadFiles(experiment, len(train_data), args.max_bad_fraction)
     bad_files.note(shown.bad_files)
+    skipped_steps = SkippedSteps(
+        experiment, lambda step: [train_files.path(i) for i in sampler.images_of(step)], args.max_nonfinite_steps
+    )
+    checkpoints = Checkpoints(accelerator, experiment, args.keep_checkpoints)
+    interruptions = Interruptions(accelerator, checkpoints, args.save_minutes)
+
+    def save(epoch: int, row: dict, *, epoch_ends: bool = False, for_good: bool = False) -> bool:
+        """Save after `epoch` complete epochs; `row` is one that waits for its evaluation."""
+        state = identity | {"epoch": epoch, "step": step, "row": row}
+        return checkpoints.save(model, config_record, state, epoch_ends=epoch_ends, for_good=for_good)
 
     # Loop
     bar = build_bar(accelerator, total_steps, step)
     clock = StepClock()
     step_loss = torch.zeros((), device=device)
-    pending_losses = []  # of the steps since the last row, left on the device
+    pending = []  # loss of each step since the last row, and whether it was left out; on the device
     figures: dict[str, float] = {}
+    saved = True
     for epoch in range(first_epoch, args.epochs):
-        sampler.set_epoch(epoch)
+        sampler.set_epoch(epoch, first_step=step - epoch * sampler.steps_per_epoch)
         saves = (epoch + 1) % args.save_checkpoint_interval == 0 or epoch + 1 == args.epochs
         probes = args.probe_every > 0 and (epoch + 1) % args.probe_every == 0
         for batch in clock.watch(loader):
@@ -421,9 +443,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             set_learning_rate(optimizer, learning_rate)
             with accelerator.accumulate(model):
                 loss = model(images, args.mask_ratio, noise).loss
-                accelerator.backward(loss)
-                if accelerator.sync_gradients and args.max_grad_norm > 0:
-                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                accelerator.backward(spread_not_finite(loss))
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+                    skipped = skip_if_not_finite(optimizer, grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             step_loss += loss.detach() / args.gradient_accumulation_steps
@@ -432,60 +455,81 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
             # An optimizer step is complete
             step += 1
-            pending_losses.append(step_loss.clone())
+            pending.append(torch.stack([step_loss, skipped]))
             step_loss.zero_()
             bar.update()
+            request = interruptions.agree()
             epoch_ends = step == (epoch + 1) * sampler.steps_per_epoch
-            if step > 1 and step % args.log_interval and not (epoch_ends and (saves or probes)):
+            if step > 1 and step % args.log_interval and not epoch_ends and request == GO_ON:
                 continue
 
             # Row: the losses cross to the host here and nowhere else
-            window = accelerator.reduce(torch.stack(pending_losses), "mean")
-            pending_losses.clear()
-            for index, finite in enumerate(window.isfinite().tolist()):
-                if not finite:
-                    bad_step = step - len(window) + index + 1
-                    stop_not_finite("loss", bad_step, sampler.steps_per_epoch, learning_rate, experiment)
-            throughput = clock.read(accelerator.num_processes)
-            if epoch_ends and saves:
-                if not weights_are_finite(accelerator, model):
-                    stop_not_finite("model", step, sampler.steps_per_epoch, learning_rate, experiment)
-                if eval_loader:
-                    figures = evaluate(accelerator, bare_model, eval_loader, bad_files, args)
+            window = accelerator.reduce(torch.stack(pending), "mean").cpu()  # (steps, 2)
+            pending.clear()
+            finite = window[:, 1] == 0
+            training_loss = window[finite, 0].mean().item()
+            skipped_steps.note(accelerator, (~finite).tolist(), step, bar.write)
             row = {
                 "step": step,
                 "epoch": step / sampler.steps_per_epoch,
-                "training_loss": window.mean().item(),
+                "training_loss": training_loss if finite.any() else None,
                 "learning_rate": learning_rate,
-                **throughput,
+                **clock.read(accelerator.num_processes),
                 "memory_gb": peak_memory_gb(device),
                 "bad_files": bad_files.share(accelerator, bar.write),
-                **(figures if epoch_ends and saves else {}),
-                **(probe(accelerator, bare_model, probe_loaders, args) if epoch_ends and probes else {}),
+                "nonfinite_steps": skipped_steps.count,
             }
             bar.set_postfix_str(
-                f"loss {row['training_loss']:.4f}, lr {learning_rate:.1e}, {row['images_per_second']:.0f} images/s, "
+                f"loss {training_loss:.4f}, lr {learning_rate:.1e}, {row['images_per_second']:.0f} images/s, "
                 f"{row['data_wait_fraction']:.0%} waiting for data",
                 refresh=False,
             )
+            if epoch_ends:  # its row waits for the evaluation
+                break
             log.write(row)
-            if epoch_ends and saves:
-                picture = experiment / "reconstructions" / f"epoch_{epoch + 1}.png"
-                draw_reconstructions(accelerator, bare_model, shown, args, picture)
-                log.picture("reconstructions", picture, step)
-                folder = experiment / f"checkpoint_{epoch + 1}"
-                save_checkpoint(
-                    accelerator, model, folder, config_record, identity | {"epoch": epoch + 1, "step": step}
-                )
-            clock.restart()
+            if request != GO_ON:
+                saved = save(epoch, {})
+                if request == STOP:
+                    interruptions.leave(log, bar, saved, step)
+                    return {}
+                clock.restart()
+
+        # The epoch is complete
+        if saves or probes:
+            check_weights(accelerator, model, experiment, step)
+        if saves and eval_loader:
+            try:
+                figures = evaluate(accelerator, bare_model, eval_loader, bad_files, args, interruptions.watch)
+            except Interrupted:
+                interruptions.leave(log, bar, save(epoch, row), step)
+                return {}
+            row |= figures
+        if probes:
+            row |= probe(accelerator, bare_model, probe_loaders, args)
+        log.write(row)
+        if saves:
+            picture = experiment / "reconstructions" / f"epoch_{epoch + 1}.png"
+            draw_reconstructions(accelerator, bare_model, shown, args, picture)
+            log.picture("reconstructions", picture, step)
+        request = interruptions.agree()
+        if saves or request != GO_ON:
+            saved = save(epoch + 1, {}, epoch_ends=True, for_good=saves)
+        if request == STOP and step < total_steps:
+            interruptions.leave(log, bar, saved, step)
+            return {}
+        clock.restart()
 
     # Finish
     bar.close()
     log.close()
+    interruptions.close()
     if step != total_steps:
         raise RuntimeError(f"{step} optimizer steps were made instead of {total_steps}: a bug, please report it")
+    if not saved:
+        raise OSError("the last checkpoint could not be written; make room for it and go on with the same command")
     if not figures and eval_loader:  # a finished run that was started again
         figures = evaluate(accelerator, bare_model, eval_loader, bad_files, args)
+    checkpoints.finish(step)
     folder = experiment / f"checkpoint_{args.epochs}"
     say(f"checkpoint      {folder}")
     say(f"picture         {experiment / 'reconstructions' / f'epoch_{args.epochs}.png'}")

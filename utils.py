@@ -6,6 +6,8 @@ loops are not here: each script shows its own.
 
 import argparse
 import contextlib
+import ctypes
+import datetime
 import fcntl
 import functools
 import importlib
@@ -17,20 +19,24 @@ import os
 import re
 import resource
 import shutil
+import signal
 import sys
 import time
 import urllib.parse
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import timm
 import torch
+import torch.distributed
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, DynamoBackend, broadcast, gather_object
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, DynamoBackend, broadcast, broadcast_object_list, gather_object
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
@@ -56,13 +62,41 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--resume_from_checkpoint",
         metavar="CHECKPOINT",
-        help="a checkpoint folder, the name of one inside the experiment, or 'latest'",
+        help="a checkpoint folder, the name of one inside the experiment, or 'latest': the newest one that is whole, "
+        "or a fresh start where there is none",
     )
     run.add_argument(
         "--save_checkpoint_interval",
         type=int,
         default=10,
-        help="epochs between checkpoints; the last epoch is always saved",
+        help="epochs between checkpoints that are kept for good; the last epoch is always saved",
+    )
+    run.add_argument(
+        "--save_minutes",
+        type=float,
+        default=30,
+        help="minutes after which the state is saved also within an epoch; 0 never",
+    )
+    run.add_argument(
+        "--keep_checkpoints", type=int, default=2, help="newest checkpoints that are never removed, at least 2"
+    )
+    run.add_argument(
+        "--max_nonfinite_steps",
+        type=int,
+        default=10,
+        help="stop after so many optimizer steps in a row whose loss or gradient was not finite; each is left out",
+    )
+    run.add_argument(
+        "--deterministic",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="only kernels that give the same bits every time; slower on a GPU, and needed there for an exact resume",
+    )
+    run.add_argument(
+        "--timeout_minutes",
+        type=float,
+        default=30,
+        help="how long a process waits for the others before the job is given up",
     )
     run.add_argument("--log_interval", type=int, default=20, help="optimizer steps between log rows")
     run.add_argument(
@@ -142,13 +176,20 @@ def check_run_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         "gradient_accumulation_steps",
         "save_checkpoint_interval",
         "log_interval",
+        "max_nonfinite_steps",
     )
     for name in positive:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for name in ("warmup_epochs", "num_workers", "weight_decay", "max_grad_norm"):
+    for name in ("warmup_epochs", "num_workers", "weight_decay", "max_grad_norm", "save_minutes"):
         if getattr(args, name) is not None and getattr(args, name) < 0:
             parser.error(f"--{name} cannot be negative, and is {getattr(args, name)}")
+    if args.keep_checkpoints < 2:
+        parser.error(
+            f"--keep_checkpoints {args.keep_checkpoints}: at least 2, so that one is left when the newest is damaged"
+        )
+    if args.timeout_minutes <= 0:
+        parser.error(f"--timeout_minutes must be above 0, and is {args.timeout_minutes:g}")
     if args.epochs is not None and args.warmup_epochs is not None and args.warmup_epochs >= args.epochs:
         parser.error(
             f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}; give both, the paper's "
@@ -187,12 +228,22 @@ def check_run_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 # ------------------------------------------------------------------------------------------------ run set-up
 
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
-def build_accelerator(gradient_accumulation_steps: int) -> Accelerator:
-    """Join the processes that the launcher started; RuntimeError when each of them would train alone."""
+
+def build_accelerator(gradient_accumulation_steps: int, timeout_minutes: float = 30) -> Accelerator:
+    """Join the processes that the launcher started; RuntimeError when each of them would train alone.
+
+    A process that waits for another longer than the timeout gives up, and with it the launcher and the job.
+    """
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate launch started this process
+        die_with_parent(signal.SIGTERM)
     accelerator = Accelerator(
         gradient_accumulation_steps=gradient_accumulation_steps,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=timeout_minutes)),
+        ],
     )
     if accelerator.gradient_accumulation_steps != gradient_accumulation_steps:
         raise RuntimeError(
@@ -206,6 +257,22 @@ def build_accelerator(gradient_accumulation_steps: int) -> Accelerator:
             "train alone in one folder. Without a GPU, set ACCELERATE_USE_CPU=true; with one, check its driver"
         )
     return accelerator
+
+
+def die_with_parent(number: signal.Signals) -> None:
+    """Ask Linux to send this process a signal when its parent ends, however that ends.
+
+    A launcher that is killed, and one that starts a single process and is only asked to end, leave it running alone.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
+
+
+def choose_kernels(deterministic: bool) -> None:
+    """With `deterministic`, allow only operations that give the same bits every time; torch raises for the others."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
 
 
 def describe_processes(accelerator: Accelerator, num_workers: int, asked_workers: int) -> str:
@@ -284,11 +351,40 @@ def cap_workers(num_workers: int) -> int:
     return min(num_workers, max(1, cores // local_processes))
 
 
-def open_experiment(args: argparse.Namespace) -> tuple[Path, Path | None]:
-    """Give the experiment's folder and the checkpoint to resume from, if any; 'latest' of none is a fresh start.
+class Start(NamedTuple):
+    """Where a run keeps its files, the checkpoint it goes on from, if any, and the newer ones that are damaged."""
 
-    Checkpoints are never trained over: FileExistsError names the ways out.
+    experiment: Path
+    resume_from: Path | None
+    damaged: list[Path]
+
+
+def open_experiment(accelerator: Accelerator, args: argparse.Namespace) -> Start:
+    """Choose what to go on from; every process calls this, the main one reads the disk for all.
+
+    Without --resume_from_checkpoint, checkpoints that are there are never trained over: FileExistsError. 'latest' is
+    a fresh start where there is none, and else the newest whose files are as its manifest says; ValueError where all
+    are damaged, or the one that was asked for is. Raises alike on every process.
     """
+    found: list = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [choose_start(args)]
+        except (ValueError, OSError) as error:
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    start: Start = found[0]
+    if start.resume_from is not None and not start.resume_from.is_dir():
+        raise FileNotFoundError(
+            f"process {accelerator.process_index} cannot see {start.resume_from}, which the first process chose: "
+            "--working_directory has to be on a disk that all machines share"
+        )
+    return start
+
+
+def choose_start(args: argparse.Namespace) -> Start:
     experiment = Path(args.working_directory) / args.experiment_name
     existing = find_checkpoints(experiment)
     if args.resume_from_checkpoint is None and existing:
@@ -297,17 +393,24 @@ def open_experiment(args: argparse.Namespace) -> tuple[Path, Path | None]:
             "with that run, or choose another --experiment_name to start a new one"
         )
     if args.resume_from_checkpoint is None or (args.resume_from_checkpoint == "latest" and not existing):
-        return experiment, None
-    folder = find_checkpoint(experiment, args.resume_from_checkpoint)
-    epoch = json.loads((folder / STATE_FILE).read_text())["epoch"]
-    if existing and max(existing) > epoch:
-        raise FileExistsError(
-            f"going on from {folder} would train over {existing[max(existing)]}. Resume from 'latest', or give "
-            f"--resume_from_checkpoint {folder} with another --experiment_name"
-        )
+        return Start(experiment, None, [])
+    if args.resume_from_checkpoint == "latest":
+        folder, damaged = newest_whole_checkpoint(existing)
+    else:
+        folder, damaged = find_checkpoint(experiment, args.resume_from_checkpoint), []
+        damage = find_damage(folder)
+        if damage:
+            raise ValueError(f"--resume_from_checkpoint {folder} is damaged: {damage}. 'latest' takes a whole one")
+        newer = [other for other in existing if checkpoint_order(other) > checkpoint_order(folder)]
+        if newer:
+            raise FileExistsError(
+                f"going on from {folder} would train over {newer[-1]}. Resume from 'latest', or give "
+                f"--resume_from_checkpoint {folder} with another --experiment_name"
+            )
+    epoch = read_state(folder)["epoch"]
     if args.epochs is not None and epoch > args.epochs:
         raise ValueError(f"{folder} has {epoch} epochs behind it, more than --epochs {args.epochs}")
-    return experiment, folder
+    return Start(experiment, folder, damaged)
 
 
 def lock_experiment(experiment: Path) -> TextIO:
@@ -325,11 +428,16 @@ def lock_experiment(experiment: Path) -> TextIO:
     return lock
 
 
+def unused_name(path: Path, suffix: str) -> Path:
+    """Give the first of path_1, path_2, ... with a suffix that does not exist."""
+    numbered = (path.with_name(f"{path.name}_{number}{suffix}") for number in itertools.count(1))
+    return next(name for name in numbered if not name.exists())
+
+
 def set_aside(file: Path) -> None:
     """Rename what an earlier run without a checkpoint left under this name, so that nothing is overwritten."""
     if file.exists():
-        numbered = (file.with_name(f"{file.stem}_{number}{file.suffix}") for number in itertools.count(1))
-        file.rename(next(name for name in numbered if not name.exists()))
+        file.rename(unused_name(file.with_suffix(""), file.suffix))
 
 
 def write_args(experiment: Path, args: argparse.Namespace, resumed_from: Path | None) -> list[str]:
@@ -341,8 +449,7 @@ def write_args(experiment: Path, args: argparse.Namespace, resumed_from: Path | 
     if resumed_from is None:
         set_aside(first)
     elif first.exists():
-        epoch = json.loads((resumed_from / STATE_FILE).read_text())["epoch"]
-        file = experiment / f"args_from_checkpoint_{epoch}.json"
+        file = experiment / f"args_from_{resumed_from.name}.json"
         set_aside(file)
     file.write_text(json.dumps(flags, indent=2) + "\n")
     return [
@@ -390,102 +497,296 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
-CHECKPOINT_NAME = re.compile(r"checkpoint_(\d+)")
-LAST_CHECKPOINT, BEST_CHECKPOINT = "last_checkpoint", "best_checkpoint"
-STATE_FILE = "state.json"
+CHECKPOINT_NAME = re.compile(r"checkpoint_(\d+)(?:_step_(\d+))?")  # epochs behind it, and the step within the next
+LAST_CHECKPOINT, BEST_CHECKPOINT = "last_checkpoint", "best_checkpoint"  # a link to the newest, and weights alone
+STATE_FILE, MANIFEST_FILE, DONE_FILE = "state.json", "manifest.json", "DONE"
+CHUNK_BYTES = 1 << 24
+MAX_FAILED_SAVES = 3  # in a row, then the run stops
+SPACE_FACTOR = 1.2  # free space that a save wants, in sizes of the one before
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+# What a full or broken disk raises: torch reports it as a RuntimeError, safetensors with an error of its own.
+SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
-def find_checkpoints(experiment: Path) -> dict[int, Path]:
-    """Give the whole checkpoints of an experiment by epoch; a numbered one comes before `last_checkpoint`."""
-    found = {}
-    for name in (f"{LAST_CHECKPOINT}.old", LAST_CHECKPOINT):  # the first is there if a crash came between two renames
-        state = experiment / name / STATE_FILE
-        if state.is_file():
-            found[json.loads(state.read_text())["epoch"]] = state.parent
-    matches = ((CHECKPOINT_NAME.fullmatch(entry.name), entry) for entry in experiment.glob("checkpoint_*"))
-    return found | {int(match[1]): entry for match, entry in matches if match and (entry / STATE_FILE).is_file()}
+def checkpoint_order(folder: Path) -> tuple[int, int]:
+    """Sort checkpoints by how far they are, from their names alone; those named otherwise come first."""
+    match = CHECKPOINT_NAME.fullmatch(folder.resolve().name)
+    return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
+
+
+def find_checkpoints(experiment: Path) -> list[Path]:
+    """Give the checkpoints of an experiment, whole or damaged, oldest first.
+
+    A last_checkpoint that is a folder, because the experiment was copied without links, comes first.
+    """
+    folders = [entry for entry in experiment.glob("checkpoint_*") if CHECKPOINT_NAME.fullmatch(entry.name)]
+    if not (last := experiment / LAST_CHECKPOINT).is_symlink():
+        folders.append(last)
+    return sorted((folder for folder in folders if folder.is_dir()), key=checkpoint_order)
 
 
 def find_checkpoint(experiment: Path, name: str) -> Path:
-    """Find a checkpoint: 'latest', the name of one inside the experiment, or a folder. FileNotFoundError lists them."""
-    inside = find_checkpoints(experiment)
-    if name == "latest" and inside:
-        return inside[max(inside)]
+    """Find a checkpoint by its name inside the experiment, or by its folder. FileNotFoundError lists what is there."""
     for folder in (experiment / name, Path(name)):
         if (folder / STATE_FILE).is_file():
-            return folder
-    there = ", ".join(inside[epoch].name for epoch in sorted(inside)) or "none"
+            return folder.resolve()  # of last_checkpoint, which moves on, the one it is now
+    there = ", ".join(folder.name for folder in find_checkpoints(experiment)) or "none"
     raise FileNotFoundError(
         f"--resume_from_checkpoint {name}: no checkpoint with a {STATE_FILE} there. In {experiment}: {there}"
     )
 
 
-def weights_are_finite(accelerator: Accelerator, model: nn.Module) -> bool:
-    """Tell whether every weight of every process is a number; every process calls this."""
-    shards = [getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in model.parameters()]
-    finite = torch.stack([shard.isfinite().all() for shard in shards]).all()
-    return accelerator.reduce(finite.int(), "sum").item() == accelerator.num_processes
+def newest_whole_checkpoint(checkpoints: list[Path]) -> tuple[Path, list[Path]]:
+    """Give the newest checkpoint whose files are as its manifest says, and the newer ones that are damaged."""
+    damaged, reasons = [], []
+    for folder in reversed(checkpoints):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder, damaged
+        damaged.append(folder)
+        reasons.append(f"  {folder.name}: {damage}")
+    raise ValueError(
+        f"every checkpoint in {checkpoints[0].parent} is damaged, and starting again without being asked would lose "
+        "the run:\n" + "\n".join(reasons) + "\nPut a whole copy back, or choose another --experiment_name"
+    )
 
 
-@contextlib.contextmanager
-def replaced_folder(accelerator: Accelerator, folder: Path) -> Iterator[Path]:
-    """Give a temporary folder that is renamed to `folder` when all is written, in the place of an older one.
+def find_damage(folder: Path) -> str | None:
+    """Compare a checkpoint's files with its manifest; None when all are there, whole, and readable."""
+    if not (folder / MANIFEST_FILE).is_file():
+        return f"{MANIFEST_FILE} is missing, which is written last"
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
+        for name, expected in manifest["files"].items():
+            if Path(name).name != name:
+                return f"{MANIFEST_FILE} names {name!r}, which is not inside the folder"
+            size, checksum = (folder / name).stat().st_size, expected["crc32"]
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes instead of {expected['bytes']}"
+            if checksum_of(folder / name) != checksum:
+                return f"{name} has another content than when it was written"
+        missing = [name for name in ("config.json", STATE_FILE) if name not in manifest["files"]]
+        return f"{MANIFEST_FILE} does not name {', '.join(missing)}" if missing else None
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{MANIFEST_FILE} cannot be read ({type(error).__name__}: {error})"
 
-    So a folder is whole or not there at all. Every process enters; the disk has to be one that all of them see.
-    """
-    temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    yield temporary
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+
+def checksum_of(file: Path) -> str:
+    """Give the CRC-32 of a file's content. It is there to find damage, not forgery, and reads 1 to 2 GB a second."""
+    checksum = 0
+    with file.open("rb") as content:
+        while chunk := content.read(CHUNK_BYTES):
+            checksum = zlib.crc32(chunk, checksum)
+    return f"{checksum:08x}"
+
+
+def read_state(folder: Path) -> dict:
+    """Read how far a checkpoint is; ValueError names the file when it is no such record."""
+    try:
+        state = json.loads((folder / STATE_FILE).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{folder / STATE_FILE} is no JSON: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), int) for name in ("epoch", "step")):
+        raise ValueError(f"{folder / STATE_FILE} does not hold an epoch and a step")
+    return state
+
+
+def check_weights(accelerator: Accelerator, model: nn.Module, experiment: Path, step: int) -> None:
+    """Raise FloatingPointError if a weight or a running statistic of any process is not finite; every process calls."""
+    tensors = [getattr(tensor, "to_local", lambda t=tensor: t)() for tensor in (*model.parameters(), *model.buffers())]
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+    if accelerator.reduce(finite.int(), "sum").item() < accelerator.num_processes:
+        raise FloatingPointError(f"the weights are not finite at step {step}, and not saved. {way_out(experiment)}")
+
+
+def way_out(experiment: Path) -> str:
+    """Say what to do with a run that left the finite numbers."""
+    checkpoints = find_checkpoints(experiment)
+    last = f"Go on from {checkpoints[-1]}" if checkpoints else "There is no checkpoint: start again"
+    return f"{last} with a lower learning rate, --max_grad_norm 1, or bf16 instead of fp16"
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Give a folder that was written under another name its own, when all of it is on the disk."""
+    for file in temporary.iterdir():
+        sync_to_disk(file)
+    sync_to_disk(temporary)
+    os.rename(temporary, folder)
+    sync_to_disk(folder.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that a kill in between leaves no half of it under its name."""
+    leaving = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(leaving, ignore_errors=True)
+    os.rename(folder, leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def tidy(experiment: Path) -> None:
+    """Undo what a kill in the middle of a save left: half folders go, and a best checkpoint set aside comes back."""
+    for old in experiment.glob("*_checkpoint.old"):
+        folder = old.with_suffix("")
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
-            os.rename(folder, old)
-        os.rename(temporary, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
+        else:
+            os.rename(old, folder)
+    for pattern in ("checkpoint_*.tmp", "*_checkpoint.tmp"):
+        for half in experiment.glob(pattern):
+            half.unlink() if half.is_symlink() else shutil.rmtree(half, ignore_errors=True)
 
 
-def save_checkpoint(
-    accelerator: Accelerator,
-    model: nn.Module,
-    folder: Path,
-    config: Mapping,
-    state: Mapping,
-    average: nn.Module | None = None,
-) -> None:
-    """Write weights with their sizes (model.safetensors, config.json) and all that an exact resume needs.
+def all_succeed(accelerator: Accelerator, act: Callable[[], None]) -> str | None:
+    """Do something on every process and tell all of them what failed on any; None when nothing did."""
+    try:
+        act()
+        failure = None
+    except SAVE_ERRORS as error:
+        failure = f"{type(error).__name__}: {error}"
+    return next((failure for failure in gather_object([failure]) if failure is not None), None)
 
-    `average`, a moving average of the weights, goes into ema.safetensors. Weights that are not finite raise
-    FloatingPointError and are not written. Every process calls this.
+
+class Checkpoints:
+    """Write the states of a run: whole or not at all, each with a manifest, the newest and those kept for good.
+
+    Not a cure for a broken disk: a save that fails costs a message and the run goes on, until MAX_FAILED_SAVES of them
+    fail in a row. Every process calls the methods; the disk has to be one that all of them see.
     """
-    if not weights_are_finite(accelerator, model):
-        raise FloatingPointError(f"the weights are no longer finite, so {folder} is not written")
-    with replaced_folder(accelerator, folder) as temporary:
-        accelerator.save_state(temporary)
-        if accelerator.distributed_type in SHARDING:  # these save in pieces; weights are handed on whole
+
+    def __init__(self, accelerator: Accelerator, experiment: Path, keep: int):
+        self.accelerator, self.experiment, self.keep = accelerator, experiment, keep
+        self.failures, self.size, self.saved_at = 0, 0, time.monotonic()
+
+    def save(
+        self,
+        model: nn.Module,
+        config: Mapping,
+        state: Mapping,
+        *,
+        epoch_ends: bool,
+        for_good: bool = False,
+        average: nn.Module | None = None,
+    ) -> bool:
+        """Write weights with their sizes (model.safetensors, config.json) and all that an exact resume needs.
+
+        The name is checkpoint_<epoch> when the epoch is complete, evaluation included, else checkpoint_<epoch>_step_
+        <step>, epoch being the number of complete ones. `average`, a moving average of the weights, goes into
+        ema.safetensors. Gives whether it was written; FloatingPointError for weights that are not finite, OSError
+        when saving has failed too often.
+        """
+        accelerator = self.accelerator
+        name = f"checkpoint_{state['epoch']}" + ("" if epoch_ends else f"_step_{state['step']}")
+        folder, temporary = self.experiment / name, self.experiment / f"{name}.tmp"
+        check_weights(accelerator, model, self.experiment, state["step"])
+
+        def prepare() -> None:
+            if accelerator.is_main_process:
+                tidy(self.experiment)
+                temporary.mkdir()
+                free = shutil.disk_usage(self.experiment).free
+                if free < SPACE_FACTOR * self.size:
+                    raise OSError(f"{free / 1e9:.2f} GB are free, the last checkpoint has {self.size / 1e9:.2f} GB")
+
+        def write() -> None:
+            accelerator.save_state(temporary)
+            if accelerator.is_main_process:
+                if average is not None:
+                    save_file(average.state_dict(), temporary / "ema.safetensors")
+                write_json(temporary / "config.json", config)
+                write_json(temporary / STATE_FILE, {**state, "for_good": for_good})
+
+        def seal() -> None:
+            if not accelerator.is_main_process:
+                return
+            record = {
+                file.name: {"bytes": file.stat().st_size, "crc32": checksum_of(file)}
+                for file in sorted(temporary.iterdir())
+            }
+            write_json(temporary / MANIFEST_FILE, {"files": record})
+            self.size = sum(entry["bytes"] for entry in record.values())
+            if folder.exists() and find_damage(folder) is None:  # of this very step, and so the same
+                remove_folder(temporary)
+                return
+            if folder.exists():
+                os.rename(folder, unused_name(folder, ".damaged"))
+            publish(temporary, folder)
+
+        def make_way() -> None:
+            if accelerator.is_main_process:
+                last, link = (self.experiment / f"{LAST_CHECKPOINT}{end}" for end in ("", ".tmp"))
+                link.symlink_to(folder.name)
+                if last.is_dir() and not last.is_symlink():
+                    os.rename(last, unused_name(last, ""))
+                os.replace(link, last)
+                self.prune()
+
+        failure = all_succeed(accelerator, prepare) or all_succeed(accelerator, write)
+        if failure is None and accelerator.distributed_type in SHARDING:  # these save in pieces; weights go on whole
             state_dict = accelerator.get_state_dict(model)
             if accelerator.is_main_process:
                 save_file(state_dict, temporary / "model.safetensors")
-        accelerator.wait_for_everyone()
+        failure = failure or all_succeed(accelerator, seal)
+        self.saved_at = time.monotonic()
+        if failure is None:
+            self.failures = 0
+            failure = all_succeed(accelerator, make_way)
+            if failure is not None:
+                accelerator.print(f"{name} is written, but older ones could not be removed ({failure})")
+            return True
+        self.failures += 1
         if accelerator.is_main_process:
-            if average is not None:
-                save_file(average.state_dict(), temporary / "ema.safetensors")
-            write_json(temporary / "config.json", config)
-            write_json(temporary / STATE_FILE, state)
+            tidy(self.experiment)
+        if self.failures == MAX_FAILED_SAVES:
+            raise OSError(f"{self.failures} saves in a row failed, the last one with {failure}; earlier ones are kept")
+        accelerator.print(f"{name} could not be written ({failure}); earlier ones are kept, and the run goes on")
+        return False
 
+    def prune(self) -> None:
+        """Remove checkpoints that are neither among the newest nor kept for good; what cannot be read is left alone."""
+        for folder in find_checkpoints(self.experiment)[: -self.keep]:
+            try:
+                kept = read_state(folder).get("for_good", True)
+            except (OSError, ValueError):
+                continue
+            if not kept and CHECKPOINT_NAME.fullmatch(folder.name):
+                remove_folder(folder)
 
-def save_weights(accelerator: Accelerator, model: nn.Module, folder: Path, config: Mapping) -> None:
-    """Write weights to hand on, model.safetensors and config.json, in the place of older ones; every process calls."""
-    with replaced_folder(accelerator, folder) as temporary:
-        state_dict = accelerator.get_state_dict(model)
-        if accelerator.is_main_process:
+    def save_weights(self, model: nn.Module, name: str, config: Mapping) -> None:
+        """Write weights to hand on, model.safetensors and config.json, in the place of older ones."""
+        folder, temporary, old = (self.experiment / f"{name}{end}" for end in ("", ".tmp", ".old"))
+        state_dict = self.accelerator.get_state_dict(model)
+
+        def write() -> None:
+            if not self.accelerator.is_main_process:
+                return
+            tidy(self.experiment)
+            temporary.mkdir()
             save_file({name: value.contiguous() for name, value in state_dict.items()}, temporary / "model.safetensors")
             write_json(temporary / "config.json", config)
+            if folder.exists():
+                os.rename(folder, old)
+            publish(temporary, folder)
+            shutil.rmtree(old, ignore_errors=True)
+
+        failure = all_succeed(self.accelerator, write)
+        if failure is not None:
+            self.accelerator.print(f"{folder} could not be written ({failure}); the run goes on")
+
+    def finish(self, step: int) -> None:
+        """Leave the file that tells a scheduler that nothing is left to do."""
+        if self.accelerator.is_main_process:
+            write_json(self.experiment / DONE_FILE, {"step": step})
 
 
 def write_json(file: Path, content: Mapping) -> None:
@@ -497,7 +798,7 @@ def resume(accelerator: Accelerator, folder: Path, config: Mapping, identity: Ma
 
     ValueError names every difference in the sizes or in `identity` that would make the run go on as another one.
     """
-    state = json.loads((folder / STATE_FILE).read_text())
+    state = read_state(folder)
     saved = json.loads((folder / "config.json").read_text()) | {key: state.get(key) for key in identity}
     current = json.loads(json.dumps({**config, **identity}))
     differences = sorted(flat_differences(saved, current))
@@ -509,18 +810,6 @@ def resume(accelerator: Accelerator, folder: Path, config: Mapping, identity: Ma
     return state
 
 
-def stop_not_finite(what: str, step: int, steps_per_epoch: int, learning_rate: float, experiment: Path) -> NoReturn:
-    """Raise FloatingPointError that says where a run left the finite numbers, and where to go on."""
-    checkpoints = find_checkpoints(experiment)
-    last = checkpoints[max(checkpoints)] if checkpoints else None
-    way_out = "Go on from there with --resume_from_checkpoint latest" if last else "Start again"
-    raise FloatingPointError(
-        f"the {what} is not finite at step {step} (epoch {step / steps_per_epoch:.2f}, learning rate near "
-        f"{learning_rate:.2e}). Nothing was saved since the last good checkpoint: {last or 'none'}. {way_out}, with a "
-        "lower learning rate, --max_grad_norm 1, or bf16 instead of fp16"
-    )
-
-
 def flat_differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[tuple]:
     for key in old.keys() | new.keys():
         a, b = old.get(key), new.get(key)
@@ -528,6 +817,142 @@ def flat_differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[t
             yield from flat_differences(a, b, f"{prefix}{key}.")
         elif a != b:
             yield f"{prefix}{key}", a, b
+
+
+# ------------------------------------------------------------------------------------------------ interruptions
+
+GO_ON, SAVE, STOP = 0, 1, 2
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ONE_REQUEST_S = 3  # signals this close together are one request: a scheduler and a launcher both pass it on
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """Leaves an evaluation because the run is asked to stop."""
+
+
+class Interruptions:
+    """Turn signals and the clock into one answer for all processes: go on, save, or save and stop.
+
+    SIGTERM, SIGINT or SIGUSR1 at any one process stops all of them at the same optimizer step. A further signal,
+    seconds later, ends its process at once.
+    """
+
+    def __init__(self, accelerator: Accelerator, checkpoints: Checkpoints, save_minutes: float):
+        self.accelerator, self.checkpoints, self.save_minutes = accelerator, checkpoints, save_minutes
+        self.name, self.asked_at, self.launcher = None, 0.0, os.getppid()
+        self.answer: tuple[Tensor, torch.distributed.Work] | None = None  # of the question before, on its way
+        # The processes ask each other over a group of their own on the CPU, so that no step waits for a GPU.
+        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.handlers = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
+
+    def handle(self, number: int, frame) -> None:
+        if self.name is None:
+            self.name, self.asked_at = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self.asked_at > ONE_REQUEST_S and os.getppid() == self.launcher:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def agree(self) -> int:
+        """Give GO_ON, SAVE or STOP, the same on every process; each calls this after every optimizer step.
+
+        With several processes the answer is to the question of the call before: nobody waits for it.
+        """
+        waited_s = time.monotonic() - self.checkpoints.saved_at
+        due = self.accelerator.is_main_process and 0 < 60 * self.save_minutes <= waited_s
+        wanted = STOP if self.name else SAVE if due else GO_ON
+        if self.group is None:
+            return wanted
+        flag = torch.tensor([wanted])
+        work = torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, self.group, async_op=True)
+        before, self.answer = self.answer, (flag, work)
+        if before is None:
+            return GO_ON
+        before[1].wait()
+        return int(before[0])
+
+    def watch(self, loader: DataLoader) -> Iterator:
+        """Iterate over an evaluation's loader; raises Interrupted on every process when the run is to stop."""
+        share = len(loader.dataset) // share_of(self.accelerator)[1]
+        asked = math.ceil(share / loader.batch_size)  # batches that every process has
+        for index, batch in enumerate(loader):
+            if index < asked and self.agree() == STOP:
+                raise Interrupted
+            yield batch
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def leave(self, log: "RunLog", bar: tqdm, saved: bool, step: int) -> None:
+        """Say how to go on, and close what is open; OSError when the state could not be saved."""
+        bar.close()
+        log.close()
+        self.close()
+        reason = self.name or "a signal at another process"
+        if not saved:
+            raise OSError(f"stopped by {reason} at step {step}, but the state could not be saved")
+        self.accelerator.print(
+            f"{'stopped':<16}by {reason} at step {step}; the same command, with "
+            "--resume_from_checkpoint latest, goes on from there"
+        )
+        self.accelerator.end_training()
+
+
+# ------------------------------------------------------------------------------------------------ numbers that are none
+
+
+def spread_not_finite(loss: Tensor) -> Tensor:
+    """Give a loss that is not finite a gradient that is NaN everywhere, so that every process meets it in the norm."""
+    return loss * (1 + 0 * loss.detach())
+
+
+def skip_if_not_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tensor:
+    """Make the coming `optimizer.step()` leave weights and state alone if the gradient norm is not finite.
+
+    Gives 1.0 where it will and 0.0 where not, on the device. The norm is of the gradients after their reduction over
+    the processes, and so all decide alike. A fused optimizer decides on the device, as it does for torch's GradScaler;
+    for others the norm crosses to the host.
+    """
+    skipped = (~grad_norm.isfinite()).float()
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if inner.defaults.get("fused"):
+        inner.found_inf = skipped
+    elif skipped:
+        optimizer.zero_grad(set_to_none=True)  # a parameter without a gradient is passed over
+    return skipped
+
+
+class SkippedSteps:
+    """Count the optimizer steps whose loss or gradient was not finite, and name their images in nonfinite_steps.jsonl.
+
+    `images_of` gives the files of an optimizer step.
+    """
+
+    def __init__(self, experiment: Path, images_of: Callable[[int], list[str]], max_in_a_row: int):
+        self.experiment, self.images_of, self.max_in_a_row = experiment, images_of, max_in_a_row
+        self.count, self.in_a_row = 0, 0
+
+    def note(self, accelerator: Accelerator, skipped: list[bool], last_step: int, say: Callable[[str], None]) -> None:
+        """Take in whether each of the steps up to `last_step` was left out, in their order.
+
+        FloatingPointError after `max_in_a_row` of them.
+        """
+        for step, was_skipped in enumerate(skipped, start=last_step - len(skipped) + 1):
+            self.in_a_row = self.in_a_row + 1 if was_skipped else 0
+            if not was_skipped:
+                continue
+            self.count += 1
+            file = self.experiment / "nonfinite_steps.jsonl"
+            if accelerator.is_main_process:
+                with going_on_without(file), file.open("a", errors="surrogateescape") as rows:
+                    rows.write(json.dumps({"step": step, "images": self.images_of(step)}) + "\n")
+                say(f"step {step}: loss or gradient not finite, left out; its images are named in {file}")
+            if self.in_a_row == self.max_in_a_row:
+                raise FloatingPointError(
+                    f"loss or gradient was not finite in {self.in_a_row} optimizer steps in a row, up to step {step} "
+                    f"(--max_nonfinite_steps). {way_out(self.experiment)}"
+                )
 
 
 # ------------------------------------------------------------------------------------------------ logging
@@ -600,6 +1025,7 @@ class RunLog:
 
     def __init__(self, experiment: Path, *, enabled: bool, resumed_step: int | None = None, lock: TextIO | None = None):
         self.file, self.enabled, self.wandb_run, self.lock = experiment / "log.jsonl", enabled, None, lock
+        self.unwritten = ""
         if enabled and resumed_step is None:
             set_aside(self.file)
         elif enabled and self.file.exists():
@@ -650,18 +1076,26 @@ class RunLog:
             self.wandb_run = None
             return None
 
-    def write(self, row: Mapping[str, float]) -> None:
-        """Append a row; it carries "step"."""
+    def write(self, row: Mapping[str, float | None]) -> None:
+        """Append a row; it carries "step". Rows that a full disk refuses are written with a later one."""
         if not self.enabled:
             return
-        with self.file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self.unwritten += json.dumps(row) + "\n"
+        whole = self.file.stat().st_size if self.file.exists() else 0
+        try:
+            with self.file.open("a") as file:
+                file.write(self.unwritten)
+            self.unwritten = ""
+        except OSError as error:
+            print(f"{self.file} could not be written ({error}); its rows wait for the next one", flush=True)
+            if self.file.exists():
+                os.truncate(self.file, whole)
         if self.wandb_run is not None:
             self.with_wandb(lambda: self.wandb_run.log(dict(row)))
 
     def picture(self, key: str, path: Path, step: int) -> None:
         """Send a picture file to W&B."""
-        if self.wandb_run is not None:
+        if self.wandb_run is not None and path.exists():
             self.with_wandb(lambda: self.wandb_run.log({key: self.wandb.Image(str(path)), "step": step}))
 
     def close(self) -> None:
@@ -671,19 +1105,31 @@ class RunLog:
             self.lock.close()
 
 
-def start_records(
-    accelerator: Accelerator, experiment: Path, args: argparse.Namespace, resume_from: Path | None, step: int
-) -> RunLog:
+def start_records(accelerator: Accelerator, start: Start, args: argparse.Namespace, step: int) -> RunLog:
     """Hold the experiment's folder for this run, write its arguments, and open its log; every process calls this.
 
-    BlockingIOError when another run holds the folder, until its log is closed.
+    What a killed save left is cleared away, and damaged checkpoints that were passed over are renamed. BlockingIOError
+    when another run holds the folder, until its log is closed, or has written to it since this one looked.
     """
+    experiment, resume_from, damaged = start
     lock = None
     if accelerator.is_main_process:
         lock = lock_experiment(experiment)
+        tidy(experiment)
+        (experiment / DONE_FILE).unlink(missing_ok=True)
+        for folder in damaged:
+            if folder.exists():
+                renamed = unused_name(folder, ".damaged")
+                os.rename(folder, renamed)
+                print(
+                    f"{'passed over':<16}{folder.name}, which is damaged ({find_damage(renamed)}): now {renamed.name}"
+                )
+        newest = find_checkpoints(experiment)[-1:]
+        if newest and (resume_from is None or checkpoint_order(newest[0]) > checkpoint_order(resume_from)):
+            raise BlockingIOError(f"another run has just written {newest[0]}; start this one again")
         changes = write_args(experiment, args, resume_from)
-        start = f"from {resume_from.name} on" if resume_from else "from the start"
-        print(f"{'experiment':<16}{experiment}, {start}", flush=True)
+        origin = f"from {resume_from.name} on" if resume_from else "from the start"
+        print(f"{'experiment':<16}{experiment}, {origin}", flush=True)
         if changes:
             print(f"{'changed':<16}since the first start: {', '.join(changes)}", flush=True)
     accelerator.wait_for_everyone()
@@ -692,6 +1138,21 @@ def start_records(
     if args.log_wandb:
         log.start_wandb(args)
     return log
+
+
+@contextlib.contextmanager
+def going_on_without(file: Path) -> Iterator[None]:
+    """Write a file that a run can do without: a disk that is full costs the file and a message."""
+    try:
+        yield
+    except OSError as error:
+        print(f"{file} could not be written ({error}); the run goes on", flush=True)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    with going_on_without(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
 
 
 def parse_row(line: str) -> dict | None:
@@ -742,7 +1203,7 @@ class BadFiles:
         self.named |= found.keys()
         if unnamed and accelerator.is_main_process:
             # File names are bytes; those that are no UTF-8 are written back as they are, and shown with a mark.
-            with self.file.open("a", errors="surrogateescape") as file:
+            with going_on_without(self.file), self.file.open("a", errors="surrogateescape") as file:
                 for path in unnamed:
                     line = f"{path}\t{' '.join(found[path].split())}"
                     file.write(line + "\n")

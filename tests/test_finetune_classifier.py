@@ -80,8 +80,8 @@ def finished(drawn_images, pretrained, tmp_path_factory) -> Path:
 
 def test_run_leaves_checkpoints_log_and_pictures(finished):
     assert {entry.name for entry in finished.iterdir()} == {
-        ".lock", "args.json", "best_checkpoint", "checkpoint_2", "checkpoint_4", "last_checkpoint", "log.jsonl",
-        "predictions",
+        ".lock", "DONE", "args.json", "best_checkpoint", "checkpoint_2", "checkpoint_3", "checkpoint_4",
+        "last_checkpoint", "log.jsonl", "predictions",
     }  # fmt: skip
     log = rows(finished)
     assert [row["step"] for row in log] == [1, 2, 3, 4, 6, 8, 9, 10, 12]

@@ -36,7 +36,7 @@ from model import (
     resample_pos_embed,
     resample_relative_positions,
 )
-from utils import save_checkpoint
+from utils import Checkpoints
 
 TINY_PIXELS = dataclasses.replace(TINY, norm_pix_loss=False)
 
@@ -220,7 +220,7 @@ def test_encoder_without_masking_equals_the_whole_image_encoder():
 def test_checkpoint_of_ours_gives_the_same_features_in_timm(tmp_path):
     accelerator = Accelerator(cpu=True)
     ours = accelerator.prepare(random_model(MAEConfig()))
-    save_checkpoint(accelerator, ours, tmp_path / "checkpoint_1", {}, {})
+    Checkpoints(accelerator, tmp_path, 2).save(ours, {}, {"epoch": 1, "step": 1}, epoch_ends=True)
     weights = load_file(tmp_path / "checkpoint_1" / "model.safetensors")
     theirs = timm.create_model("vit_base_patch16_224", num_classes=0).eval()
     theirs.load_state_dict({k: v for k, v in weights.items() if not k.startswith(("decoder", "mask_token"))})

@@ -1,6 +1,7 @@
 """The pretraining run: resumed, accumulated and spread runs against the plain one, refusals, and what it leaves."""
 
 import functools
+import itertools
 import json
 import math
 import shlex
@@ -65,17 +66,19 @@ def finished(drawn_images, tmp_path_factory) -> Path:
 def test_run_leaves_checkpoints_arguments_log_and_pictures(finished):
     assert sorted(entry.name for entry in finished.iterdir()) == [
         ".lock",
+        "DONE",
         "args.json",
         "checkpoint_2",
         "checkpoint_4",
+        "last_checkpoint",
         "log.jsonl",
         "reconstructions",
     ]
     assert json.loads((finished / "args.json").read_text())["base_learning_rate"] == 0.01
     log = rows(finished)
-    assert [row["step"] for row in log] == [1, 2, 4, 6, 8, 10, 12]
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 6, 8, 9, 10, 12]  # 3 steps an epoch
     assert all(math.isfinite(row["training_loss"]) for row in log)
-    assert log[0]["learning_rate"] == 0.0 and 0 < log[-1]["learning_rate"] < log[3]["learning_rate"]
+    assert log[0]["learning_rate"] == 0.0 and 0 < log[-1]["learning_rate"] < log[4]["learning_rate"]
     assert [("testing_loss" in row) for row in log] == [row["step"] in (6, 12) for row in log]
     figures = {"images_per_second", "data_wait_fraction", "memory_gb", "bad_files", "epoch"}
     assert all(figures <= row.keys() for row in log)
@@ -85,7 +88,7 @@ def test_run_leaves_checkpoints_arguments_log_and_pictures(finished):
 
 def test_run_learns(finished):
     log = rows(finished)
-    assert log[-1]["testing_loss"] < log[3]["testing_loss"] < log[0]["training_loss"]
+    assert log[-1]["testing_loss"] < log[4]["testing_loss"] < log[0]["training_loss"]
 
 
 def test_checkpoint_loads_into_the_model_its_config_names(finished):
@@ -329,16 +332,45 @@ def test_working_directory_inside_the_training_images_is_refused(image_folder):
         train(image_folder / "train", image_folder / "train" / "work")
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(finished, interrupted, drawn_images, monkeypatch):
-    calls = []
+@pytest.fixture
+def poison(monkeypatch):
+    """Give a function that makes the images of the n-th forward passes from then on not finite."""
 
-    def poisoned(images, mean, std):
-        calls.append(1)
-        return images.float() * (math.nan if len(calls) == 2 else 1.0)
+    def poison(passes):
+        calls = itertools.count(1)
 
-    monkeypatch.setattr(pretrain_mae, "normalize", poisoned)
-    with pytest.raises(FloatingPointError, match=r"the loss is not finite at step 8 \(epoch 2\.67, .*checkpoint_2"):
-        train(drawn_images, interrupted.parent, "--resume_from_checkpoint", "latest")
+        def poisoned(images, mean, std):
+            return images.float() * (math.nan if next(calls) in passes else 1.0)
+
+        monkeypatch.setattr(pretrain_mae, "normalize", poisoned)
+
+    return poison
+
+
+def test_step_that_is_not_finite_is_left_out_counted_and_named(interrupted, drawn_images, poison):
+    before = weights(interrupted / "checkpoint_2")
+    poison([2])  # step 8
+    more = ("--epochs", "3", "--warmup_epochs", "0", "--log_interval", "1", "--resume_from_checkpoint", "latest")
+    train(drawn_images, interrupted.parent, *more)
+    log = {row["step"]: row for row in rows(interrupted)}
+    assert log[8]["training_loss"] is None and math.isfinite(log[9]["training_loss"])
+    assert [log[step]["nonfinite_steps"] for step in (7, 8, 9)] == [0, 1, 1]
+    (noted,) = [json.loads(line) for line in (interrupted / "nonfinite_steps.jsonl").read_text().splitlines()]
+    sampler = StepSampler(24, 8)
+    sampler.set_epoch(2)
+    files = list_images(drawn_images / "train")
+    step_8 = [files.path(key.index) for key in list(sampler)[1]]
+    assert noted == {"step": 8, "images": step_8}
+    after = weights(interrupted / "checkpoint_3")
+    assert all(value.isfinite().all() for value in after.values())
+    assert not torch.equal(after["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"])
+
+
+def test_run_without_finite_steps_stops_and_overwrites_nothing(finished, interrupted, drawn_images, poison):
+    poison(range(2, 100))
+    more = ("--max_nonfinite_steps", "3", "--resume_from_checkpoint", "latest")
+    with pytest.raises(FloatingPointError, match=r"3 optimizer steps in a row, up to step 10 .*checkpoint_2 with"):
+        train(drawn_images, interrupted.parent, *more)
     assert [entry.name for entry in interrupted.glob("checkpoint_*")] == ["checkpoint_2"]
     assert_close(weights(interrupted / "checkpoint_2"), weights(finished / "checkpoint_2"), atol=0)
 
@@ -356,7 +388,7 @@ def test_weights_that_are_not_finite_are_not_saved(interrupted, drawn_images, mo
             return result
 
     monkeypatch.setattr(torch.optim, "AdamW", Diverging)
-    with pytest.raises(FloatingPointError, match=r"the model is not finite at step 12 .*checkpoint_2"):
+    with pytest.raises(FloatingPointError, match=r"the weights are not finite at step 12, .*checkpoint_2"):
         train(drawn_images, interrupted.parent, "--resume_from_checkpoint", "latest")
     assert [entry.name for entry in interrupted.glob("checkpoint_*")] == ["checkpoint_2"]
 
@@ -433,7 +465,7 @@ def test_wandb_offline_run_is_written_and_resumed_under_the_same_id(drawn_images
 def test_wandb_that_refuses_its_settings_does_not_stop_the_run(drawn_images, tmp_path):
     arguments = flags(drawn_images, tmp_path, "--epochs", "2", "--log_wandb")
     printed = launch("pretrain_mae.py", arguments, WANDB_MODE="no such mode")
-    assert "--log_wandb: W&B failed" in printed and len(rows(tmp_path / "run")) == 4
+    assert "--log_wandb: W&B failed" in printed and len(rows(tmp_path / "run")) == 5
 
 
 # -------------------------------------------------------------------------------- the demo

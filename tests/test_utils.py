@@ -1,43 +1,59 @@
 """The shared verbs: golden values, oracles, hand-made folders, and the texts of errors."""
 
 import argparse
+import copy
 import functools
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torchmetrics
 from accelerate import Accelerator
-from conftest import TINY
+from conftest import ROOT, TINY
+from safetensors.torch import load_file
 from timm.scheduler import CosineLRScheduler
 
 import utils
 from model import ViTMAEForPreTraining
 from utils import (
+    GO_ON,
+    SAVE,
+    STOP,
     BadFiles,
+    Checkpoints,
     ConfusionMatrix,
+    Interruptions,
     RunLog,
+    SkippedSteps,
     StepClock,
     accuracy,
     build_bar,
     cap_workers,
+    check_weights,
+    checksum_of,
     cosine_lr,
     describe_class,
     draw_rows,
     find_checkpoint,
     find_checkpoints,
+    find_damage,
     knn_classify,
     lock_experiment,
     open_experiment,
     poly_lr,
     reconstruction_titles,
-    replaced_folder,
     resume,
-    save_checkpoint,
     scaled_lr,
     set_learning_rate,
+    skip_if_not_finite,
+    spread_not_finite,
+    tidy,
     write_args,
 )
 
@@ -98,39 +114,87 @@ def run_flags(folder, **changes):
     return argparse.Namespace(**{**flags, **changes})
 
 
-def add_checkpoint(folder, epoch):
-    checkpoint = folder / "run" / f"checkpoint_{epoch}"
+def add_checkpoint(folder, epoch, step=None, **state):
+    """Write a checkpoint of nothing but its records, whole."""
+    checkpoint = folder / "run" / (f"checkpoint_{epoch}" + (f"_step_{step}" if step else ""))
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text(json.dumps({"epoch": epoch}))
+    (checkpoint / "config.json").write_text("{}")
+    (checkpoint / "state.json").write_text(json.dumps({"epoch": epoch, "step": step or 10 * epoch, **state}))
+    files = {f.name: {"bytes": f.stat().st_size, "crc32": checksum_of(f)} for f in checkpoint.iterdir()}
+    (checkpoint / "manifest.json").write_text(json.dumps({"files": files}))
     return checkpoint
 
 
 def test_open_experiment_refuses_to_train_over_checkpoints(tmp_path):
-    latest = run_flags(tmp_path, resume_from_checkpoint="latest")
-    assert open_experiment(run_flags(tmp_path)) == open_experiment(latest) == (tmp_path / "run", None)
+    accelerator, latest = Accelerator(cpu=True), run_flags(tmp_path, resume_from_checkpoint="latest")
+    fresh = (tmp_path / "run", None, [])
+    assert open_experiment(accelerator, run_flags(tmp_path)) == open_experiment(accelerator, latest) == fresh
     third = add_checkpoint(tmp_path, 3)
     with pytest.raises(FileExistsError, match=r"--resume_from_checkpoint latest.*another --experiment_name"):
-        open_experiment(run_flags(tmp_path))
-    assert open_experiment(latest) == (tmp_path / "run", third)
-    add_checkpoint(tmp_path, 4)
-    with pytest.raises(FileExistsError, match=r"would train over .*checkpoint_4.*another --experiment_name"):
-        open_experiment(run_flags(tmp_path, resume_from_checkpoint="checkpoint_3"))
+        open_experiment(accelerator, run_flags(tmp_path))
+    assert open_experiment(accelerator, latest) == (tmp_path / "run", third, [])
+    within = add_checkpoint(tmp_path, 3, step=35)
+    with pytest.raises(FileExistsError, match=r"would train over .*checkpoint_3_step_35.*another --experiment_name"):
+        open_experiment(accelerator, run_flags(tmp_path, resume_from_checkpoint="checkpoint_3"))
+    assert open_experiment(accelerator, latest).resume_from == within
     elsewhere = run_flags(tmp_path, resume_from_checkpoint=str(third), experiment_name="branch")
-    assert open_experiment(elsewhere) == (tmp_path / "branch", third)
+    assert open_experiment(accelerator, elsewhere) == (tmp_path / "branch", third, [])
 
 
 def test_open_experiment_refuses_a_checkpoint_beyond_the_last_epoch(tmp_path):
     add_checkpoint(tmp_path, 12)
     with pytest.raises(ValueError, match="has 12 epochs behind it, more than --epochs 10"):
-        open_experiment(run_flags(tmp_path, resume_from_checkpoint="latest"))
+        open_experiment(Accelerator(cpu=True), run_flags(tmp_path, resume_from_checkpoint="latest"))
 
 
-def test_find_checkpoint_takes_latest_a_name_and_a_folder(tmp_path):
-    third, twelfth = add_checkpoint(tmp_path, 3), add_checkpoint(tmp_path, 12)
-    for name in ("checkpoint_99.tmp", "checkpoint_99"):  # neither is whole
+def test_damaged_checkpoints_are_passed_over_and_never_all_of_them(tmp_path):
+    accelerator, latest = Accelerator(cpu=True), run_flags(tmp_path, resume_from_checkpoint="latest")
+    third, within, fourth = add_checkpoint(tmp_path, 3), add_checkpoint(tmp_path, 3, 35), add_checkpoint(tmp_path, 4)
+    (fourth / "config.json").write_text("[]")  # as long as before
+    (within / "state.json").unlink()
+    assert open_experiment(accelerator, latest) == (tmp_path / "run", third, [fourth, within])
+    with pytest.raises(ValueError, match=r"checkpoint_4 is damaged: config.json has another content.*'latest'"):
+        open_experiment(accelerator, run_flags(tmp_path, resume_from_checkpoint="checkpoint_4"))
+    (third / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"(?s)every checkpoint in .* is damaged.*checkpoint_3: manifest.json cannot"):
+        open_experiment(accelerator, latest)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        ({"files": {"../outside": {"bytes": 2, "crc32": "00000000"}}}, "names '../outside', which is not inside"),
+        ({"files": {"/etc/passwd": {"bytes": 2, "crc32": "00000000"}}}, "names '/etc/passwd', which is not inside"),
+        ({"files": {}}, "does not name config.json, state.json"),
+        ({"files": {"config.json": 3}}, "cannot be read"),
+        ({"files": ["config.json"]}, "cannot be read"),
+        ([], "cannot be read"),
+    ],
+)
+def test_manifest_that_is_wrong_is_damage(tmp_path, manifest, message):
+    checkpoint = add_checkpoint(tmp_path, 3)
+    assert find_damage(checkpoint) is None
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    assert message in find_damage(checkpoint)
+
+
+def test_checkpoints_are_ordered_by_epoch_and_step(tmp_path):
+    steps = [(12, None), (3, None), (3, 35), (2, 29), (0, 4)]
+    for epoch, step in steps:
+        add_checkpoint(tmp_path, epoch, step)
+    for name in ("checkpoint_99.tmp", "checkpoint_99_1.damaged", "best_checkpoint"):  # none of them
         (tmp_path / "run" / name).mkdir()
-    assert find_checkpoint(tmp_path / "run", "latest") == twelfth
+    (tmp_path / "run" / "last_checkpoint").symlink_to("checkpoint_12")
+    assert [folder.name for folder in find_checkpoints(tmp_path / "run")] == [
+        "checkpoint_0_step_4", "checkpoint_2_step_29", "checkpoint_3", "checkpoint_3_step_35", "checkpoint_12",
+    ]  # fmt: skip
+
+
+def test_find_checkpoint_takes_a_name_a_folder_and_the_link(tmp_path):
+    third, twelfth = add_checkpoint(tmp_path, 3), add_checkpoint(tmp_path, 12)
+    (tmp_path / "run" / "last_checkpoint").symlink_to("checkpoint_12")
     assert find_checkpoint(tmp_path / "run", "checkpoint_3") == third
+    assert find_checkpoint(tmp_path / "run", "last_checkpoint") == twelfth
     assert find_checkpoint(tmp_path / "elsewhere", str(third)) == third
     with pytest.raises(FileNotFoundError, match=r"checkpoint_4: no checkpoint.*checkpoint_3, checkpoint_12"):
         find_checkpoint(tmp_path / "run", "checkpoint_4")
@@ -145,9 +209,7 @@ def test_lock_lets_one_run_into_an_experiment(tmp_path):
 
 
 def test_write_args_keeps_the_first_file_and_names_what_changed(tmp_path):
-    checkpoint = tmp_path / "last_checkpoint"
-    checkpoint.mkdir()
-    (checkpoint / "state.json").write_text('{"epoch": 3}')
+    checkpoint = tmp_path / "checkpoint_3"
     assert write_args(tmp_path, run_flags(tmp_path, seed=1), None) == []
     assert write_args(tmp_path, run_flags(tmp_path, seed=2), checkpoint) == ["--seed 2 (was 1)"]
     assert json.loads((tmp_path / "args.json").read_text())["seed"] == 1
@@ -178,20 +240,108 @@ def test_world_of_separate_processes_is_refused(monkeypatch):
 def test_checkpoint_with_weights_that_are_not_finite_is_not_written(tmp_path):
     accelerator = Accelerator(cpu=True)
     model = accelerator.prepare(ViTMAEForPreTraining(TINY))
-    save_checkpoint(accelerator, model, tmp_path / "checkpoint_1", {"a": 1}, {"epoch": 1})
+    checkpoints = Checkpoints(accelerator, tmp_path, 2)
+    assert checkpoints.save(model, {"a": 1}, {"epoch": 1, "step": 5}, epoch_ends=True)
     assert json.loads((tmp_path / "checkpoint_1" / "config.json").read_text()) == {"a": 1}
+    assert find_damage(tmp_path / "checkpoint_1") is None
     with torch.no_grad():
         model.decoder_pred.bias[0] = math.nan
-    with pytest.raises(FloatingPointError, match="no longer finite"):
-        save_checkpoint(accelerator, model, tmp_path / "checkpoint_2", {"a": 1}, {"epoch": 2})
-    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint_1"]
+    with pytest.raises(FloatingPointError, match=r"not finite at step 9, and not saved\. Go on from .*checkpoint_1"):
+        checkpoints.save(model, {"a": 1}, {"epoch": 2, "step": 9}, epoch_ends=True)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint_1", "last_checkpoint"]
+
+
+def test_running_statistics_that_are_not_finite_are_not_saved(tmp_path):
+    accelerator, model = Accelerator(cpu=True), torch.nn.BatchNorm1d(2)
+    check_weights(accelerator, model, tmp_path, 1)
+    model.running_var[1] = math.inf
+    with pytest.raises(FloatingPointError, match="no checkpoint: start again"):
+        check_weights(accelerator, model, tmp_path, 1)
+
+
+def test_newest_checkpoints_and_those_for_good_are_kept(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(torch.nn.Linear(2, 2))
+    checkpoints = Checkpoints(accelerator, tmp_path, 2)
+    for epoch in range(1, 7):
+        state = {"epoch": epoch, "step": 10 * epoch}
+        checkpoints.save(model, {}, state, epoch_ends=epoch != 5, for_good=epoch == 2)
+        assert (tmp_path / "last_checkpoint").resolve() == find_checkpoints(tmp_path)[-1]
+    names = [folder.name for folder in find_checkpoints(tmp_path)]
+    assert names == ["checkpoint_2", "checkpoint_5_step_50", "checkpoint_6"]
+    assert len(list(tmp_path.iterdir())) == 4  # and the link, no litter
+
+
+def test_save_that_fails_costs_nothing_but_itself_until_three_did(tmp_path, monkeypatch, capsys):
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(torch.nn.Linear(2, 2))
+    checkpoints = Checkpoints(accelerator, tmp_path, 2)
+    assert checkpoints.save(model, {}, {"epoch": 1, "step": 1}, epoch_ends=True)
+
+    def full(*_):
+        raise RuntimeError("unexpected pos 64 vs 0")  # torch's words for a full disk
+
+    with monkeypatch.context() as patched:
+        patched.setattr(accelerator, "save_state", full)
+        for epoch in (2, 3):
+            assert not checkpoints.save(model, {}, {"epoch": epoch, "step": epoch}, epoch_ends=True)
+    assert "checkpoint_3 could not be written (RuntimeError: unexpected pos" in capsys.readouterr().out
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint_1", "last_checkpoint"]
+    assert checkpoints.save(model, {}, {"epoch": 4, "step": 4}, epoch_ends=True)  # the space is back
+    monkeypatch.setattr(accelerator, "save_state", full)
+    for epoch in (5, 6):
+        assert not checkpoints.save(model, {}, {"epoch": epoch, "step": epoch}, epoch_ends=True)
+    with pytest.raises(OSError, match="3 saves in a row failed"):
+        checkpoints.save(model, {}, {"epoch": 7, "step": 7}, epoch_ends=True)
+    assert [folder.name for folder in find_checkpoints(tmp_path)] == ["checkpoint_1", "checkpoint_4"]
+
+
+def test_save_wants_more_free_space_than_the_one_before_took(tmp_path, monkeypatch, capsys):
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(torch.nn.Linear(2, 2))
+    checkpoints = Checkpoints(accelerator, tmp_path, 2)
+    assert checkpoints.save(model, {}, {"epoch": 1, "step": 1}, epoch_ends=True)
+    usage = argparse.Namespace(free=checkpoints.size)
+    monkeypatch.setattr(utils.shutil, "disk_usage", lambda _: usage)
+    assert not checkpoints.save(model, {}, {"epoch": 2, "step": 2}, epoch_ends=True)
+    assert "GB are free" in capsys.readouterr().out
+
+
+def test_state_of_the_same_step_is_not_written_twice(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(torch.nn.Linear(2, 2))
+    checkpoints = Checkpoints(accelerator, tmp_path, 2)
+    state = {"epoch": 1, "step": 1}
+    checkpoints.save(model, {}, state, epoch_ends=True)
+    inode = (tmp_path / "checkpoint_1").stat().st_ino
+    checkpoints.save(model, {}, state, epoch_ends=True)
+    assert (tmp_path / "checkpoint_1").stat().st_ino == inode
+    (tmp_path / "checkpoint_1" / "state.json").write_text("{}")
+    checkpoints.save(model, {}, state, epoch_ends=True)
+    assert find_damage(tmp_path / "checkpoint_1") is None
+    assert (tmp_path / "checkpoint_1_1.damaged" / "state.json").read_text() == "{}"  # nothing is lost
+
+
+def test_best_weights_take_the_place_of_older_ones_whenever_the_run_dies(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    checkpoints, model = Checkpoints(accelerator, tmp_path, 2), torch.nn.Linear(2, 2)
+    for value in (1.0, 2.0):
+        torch.nn.init.constant_(model.weight, value)
+        checkpoints.save_weights(model, "best_checkpoint", {})
+        assert [entry.name for entry in tmp_path.iterdir()] == ["best_checkpoint"]
+        assert load_file(tmp_path / "best_checkpoint" / "model.safetensors")["weight"].unique().item() == value
+    (tmp_path / "best_checkpoint").rename(tmp_path / "best_checkpoint.old")  # as a kill between two renames leaves it
+    (tmp_path / "best_checkpoint.tmp").mkdir()
+    tidy(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["best_checkpoint"]
 
 
 def test_resume_restores_what_was_saved_and_names_every_difference(tmp_path):
     accelerator = Accelerator(cpu=True)
     model = accelerator.prepare(ViTMAEForPreTraining(TINY))
     config, identity = {"config": {"depth": 3, "width": 8}, "image_mean": (0.5,)}, {"seed": 0}
-    save_checkpoint(accelerator, model, tmp_path / "checkpoint_2", config, {**identity, "epoch": 2})
+    state = {**identity, "epoch": 2, "step": 7}
+    Checkpoints(accelerator, tmp_path, 2).save(model, config, state, epoch_ends=True)
     saved = model.decoder_pred.bias.detach().clone()
     with torch.no_grad():
         model.decoder_pred.bias += 1
@@ -201,6 +351,84 @@ def test_resume_restores_what_was_saved_and_names_every_difference(tmp_path):
     message = r"(?s)config\.depth: 3 in the checkpoint, 4 now.*seed: 0 in the checkpoint, 1 now"
     with pytest.raises(ValueError, match=message):
         resume(accelerator, tmp_path / "checkpoint_2", config, {"seed": 1})
+
+
+# -------------------------------------------------------------------------------- interruptions
+
+
+def test_signals_and_the_clock_ask_to_stop_and_to_save(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    checkpoints = Checkpoints(accelerator, tmp_path, 2)
+    handlers = [signal.getsignal(number) for number in utils.STOP_SIGNALS]
+    interruptions = Interruptions(accelerator, checkpoints, save_minutes=1)
+    assert interruptions.agree() == GO_ON
+    checkpoints.saved_at -= 61
+    assert interruptions.agree() == SAVE
+    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGTERM)  # passed on a second time: still one request
+    assert interruptions.agree() == STOP and interruptions.name == "SIGUSR1"
+    interruptions.close()
+    assert [signal.getsignal(number) for number in utils.STOP_SIGNALS] == handlers
+
+
+def test_second_signal_ends_the_process_at_once(tmp_path):
+    code = f"""
+import os, signal, time
+from pathlib import Path
+from accelerate import Accelerator
+import utils
+accelerator = Accelerator(cpu=True)
+interruptions = utils.Interruptions(accelerator, utils.Checkpoints(accelerator, Path({str(tmp_path)!r}), 2), 0)
+os.kill(os.getpid(), signal.SIGTERM)
+interruptions.asked_at -= 2 * utils.ONE_REQUEST_S
+print("asked", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(10)
+print("still here")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.returncode) == ("asked\n", -signal.SIGTERM)
+
+
+# -------------------------------------------------------------------------------- numbers that are none
+
+
+@pytest.mark.parametrize("build", [functools.partial(torch.optim.AdamW, fused=True), torch.optim.SGD])
+def test_step_with_a_gradient_that_is_not_finite_changes_nothing(build):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    optimizer = build(model.parameters(), lr=0.1, weight_decay=0.1)
+    twin = copy.deepcopy(model)
+    twin_optimizer = build(twin.parameters(), lr=0.1, weight_decay=0.1)
+    for step, poison in enumerate((1.0, math.nan, math.inf, 1.0)):
+        inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+        loss = model(inputs).square().mean() + (poison - 1)  # a constant, so that the gradient itself stays finite
+        spread_not_finite(loss).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+        assert skip_if_not_finite(optimizer, norm).item() == (not math.isfinite(poison))
+        optimizer.step()
+        optimizer.zero_grad()
+        if math.isfinite(poison):
+            twin(inputs).square().mean().backward()
+            twin_optimizer.step()
+            twin_optimizer.zero_grad()
+    for ours, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_skipped_steps_are_counted_named_and_limited(tmp_path):
+    said = []
+    steps = SkippedSteps(tmp_path, lambda step: [f"{step}.jpg"], max_in_a_row=3)
+    accelerator = Accelerator(cpu=True)
+    steps.note(accelerator, [False, True, True], 3, said.append)
+    steps.note(accelerator, [False, True, True], 6, said.append)
+    assert steps.count == 4 and len(said) == 4
+    noted = [json.loads(line) for line in (tmp_path / "nonfinite_steps.jsonl").read_text().splitlines()]
+    assert noted[-1] == {"step": 6, "images": ["6.jpg"]}
+    with pytest.raises(FloatingPointError, match=r"3 optimizer steps in a row, up to step 7 .*lower learning rate"):
+        steps.note(accelerator, [True], 7, said.append)
 
 
 # -------------------------------------------------------------------------------- logging
@@ -410,37 +638,7 @@ def test_class_names_are_put_into_words_where_imagenet_has_them():
     assert describe_class("cats") == "cats" and describe_class("n99999999") == "n99999999"
 
 
-# -------------------------------------------------------------------------------- folders that are replaced
-
-
-def test_replaced_folder_takes_the_place_of_an_older_one_when_it_is_whole(tmp_path):
-    accelerator, folder = Accelerator(cpu=True), tmp_path / "best_checkpoint"
-    for text in ("first", "second"):
-        with replaced_folder(accelerator, folder) as temporary:
-            (temporary / "file").write_text(text)
-        assert [entry.name for entry in tmp_path.iterdir()] == ["best_checkpoint"]
-        assert (folder / "file").read_text() == text
-    with pytest.raises(OSError, match="disk full"), replaced_folder(accelerator, folder):
-        raise OSError("disk full")
-    assert (folder / "file").read_text() == "second"
-
-
-def test_latest_checkpoint_may_be_the_last_one_or_its_predecessor(tmp_path):
-    for name, epoch in (
-        ("checkpoint_2", 2),
-        ("last_checkpoint", 3),
-        ("last_checkpoint.old", 1),
-        ("best_checkpoint", 9),
-    ):
-        (tmp_path / name).mkdir()
-        if name != "best_checkpoint":
-            (tmp_path / name / "state.json").write_text(json.dumps({"epoch": epoch}))
-    assert {epoch: folder.name for epoch, folder in find_checkpoints(tmp_path).items()} == {
-        1: "last_checkpoint.old",
-        2: "checkpoint_2",
-        3: "last_checkpoint",
-    }
-    assert find_checkpoint(tmp_path, "latest").name == "last_checkpoint"
+# -------------------------------------------------------------------------------- pictures
 
 
 def test_captions_are_drawn_below_their_images_and_cut_to_their_width():
