@@ -914,7 +914,7 @@ def skip_if_not_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> T
     the processes, and so all decide alike. A fused optimizer decides on the device, as it does for torch's GradScaler;
     for others the norm crosses to the host.
     """
-    skipped = (~grad_norm.isfinite()).float()
+    skipped = (~grad_norm.isfinite()).to(torch.float32)  # what the fused kernels take, whatever the weights are
     inner = getattr(optimizer, "optimizer", optimizer)
     if inner.defaults.get("fused"):
         inner.found_inf = skipped

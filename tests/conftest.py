@@ -32,6 +32,12 @@ TINY = MAEConfig(
     decoder_num_heads=2,
 )
 
+COLOURS = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200], [200, 200, 60]], dtype=np.uint8)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also the long forms of tests: hours instead of minutes")
+
 
 @pytest.fixture
 def photographs() -> Path:
@@ -71,6 +77,23 @@ def drawn_images(tmp_path_factory) -> Path:
 def image_folder(drawn_images, tmp_path) -> Path:
     """An ImageNet-style folder of 24 training and 8 validation images, free to be changed by the test."""
     return shutil.copytree(drawn_images, tmp_path / "images")
+
+
+@pytest.fixture(scope="session")
+def drawn_pairs(tmp_path_factory) -> Path:
+    """Scenes of coloured blocks, whose colour is their class; every fifth row of pixels is not labelled."""
+    root, generator = tmp_path_factory.mktemp("pairs"), np.random.default_rng(0)
+    for split, count in (("training", 10), ("validation", 5)):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        for index in range(count):
+            height, width = generator.integers(3, 7, 2)
+            classes = generator.integers(0, 4, (height, width)).repeat(9, axis=0).repeat(9, axis=1)
+            Image.fromarray(COLOURS[classes]).save(root / "images" / split / f"{index}.jpg", quality=95)
+            labels = (classes + 1).astype(np.uint8)
+            labels[::5] = 0
+            Image.fromarray(labels).save(root / "annotations" / split / f"{index}.png")
+    return root
 
 
 def load_tool(name: str) -> ModuleType:

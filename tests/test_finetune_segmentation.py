@@ -44,7 +44,6 @@ ENCODER = dataclasses.replace(TINY, encoder_embed_dim=64, encoder_depth=4, encod
 RUN_FLAGS = """--experiment_name run --img_size 32 --num_classes 4 --channels 128 --norm group --epochs 4
  --warmup_iterations 2 --per_gpu_batch_size 4 --learning_rate 1e-4 --eval_interval 2 --save_checkpoint_interval 2
  --num_workers 0 --log_interval 2 --drop_path 0.3"""
-COLOURS = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200], [200, 200, 60]], dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -56,23 +55,6 @@ def pretrained(tmp_path_factory) -> Path:
     record = {"config": dataclasses.asdict(ENCODER), "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
     (folder / "config.json").write_text(json.dumps(record))
     return folder
-
-
-@pytest.fixture(scope="module")
-def drawn_pairs(tmp_path_factory) -> Path:
-    """Scenes of coloured blocks, whose colour is their class; every fifth row of pixels is not labelled."""
-    root, generator = tmp_path_factory.mktemp("pairs"), np.random.default_rng(0)
-    for split, count in (("training", 10), ("validation", 5)):
-        for kind in ("images", "annotations"):
-            (root / kind / split).mkdir(parents=True)
-        for index in range(count):
-            height, width = generator.integers(3, 7, 2)
-            classes = generator.integers(0, 4, (height, width)).repeat(9, axis=0).repeat(9, axis=1)
-            Image.fromarray(COLOURS[classes]).save(root / "images" / split / f"{index}.jpg", quality=95)
-            labels = (classes + 1).astype(np.uint8)
-            labels[::5] = 0
-            Image.fromarray(labels).save(root / "annotations" / split / f"{index}.png")
-    return root
 
 
 def flags(data: Path, work: Path, start: Path | None, more: str = "") -> list[str]:
