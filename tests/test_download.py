@@ -1,21 +1,27 @@
 """Downloads from a server in this process: whole, cut, resumed, wrong, hostile, and laid out as the scripts read."""
 
+import fcntl
 import hashlib
 import http.server
 import io
 import json
+import os
 import re
+import resource
+import runpy
 import shutil
+import subprocess
+import sys
 import tarfile
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_tool
+from conftest import ROOT, load_tool
 from PIL import Image
 from torchvision.datasets import Imagenette, OxfordIIITPet
 
@@ -25,14 +31,21 @@ CONTENT = np.random.default_rng(0).bytes(300_000)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serve `server.files`, with ranges unless `ignores_ranges`; the first `cuts` answers break off half-way."""
+    """Serve `server.files`, with ranges unless `ignores_ranges`; the first `cuts` answers break off half-way.
+
+    What is in `server.lies`, by method and path, answers instead.
+    """
 
     def do_HEAD(self):
-        self.answer(http.HTTPStatus.OK, len(self.server.files[self.path]))
+        if lie := self.server.lies.get(("HEAD", self.path)):
+            return lie(self)
+        return self.answer(http.HTTPStatus.OK, len(self.server.files[self.path]))
 
     def do_GET(self):
         asked = self.headers["Range"]
         self.server.ranges.append(asked)
+        if lie := self.server.lies.get(("GET", self.path)):
+            return lie(self)
         content = self.server.files[self.path]
         if asked and not self.server.ignores_ranges:
             start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
@@ -44,7 +57,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.cuts -= 1
             content = content[: len(content) // 2]
             self.close_connection = True
-        self.wfile.write(content)
+        return self.wfile.write(content)
 
     def answer(self, status: int, length: int, span: tuple[int, int] | None = None) -> None:
         self.send_response(status)
@@ -53,6 +66,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {span[0]}-{span[1] - 1}/{span[1]}")
         self.end_headers()
 
+    def reply(self, status: int, content: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
     def log_message(self, *_):
         """Keep the test's output clean."""
 
@@ -60,7 +81,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[http.server.ThreadingHTTPServer]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, server.ranges, server.cuts, server.ignores_ranges = {}, [], 0, False
+    server.files, server.lies, server.ranges, server.cuts, server.ignores_ranges = {}, {}, [], 0, False
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
@@ -94,6 +115,10 @@ def run(tool, name: str, output: Path, *more: str) -> None:
 
 def names_in(folder: Path) -> set[str]:
     return {entry.name for entry in folder.iterdir()}
+
+
+def lie(status: int, content: bytes = b"", **headers: str) -> Callable[[Handler], None]:
+    return lambda handler: handler.reply(status, content, **headers)
 
 
 WEIGHTS = "mae_pretrain_vit_base.pth"
@@ -160,6 +185,192 @@ def test_server_that_cannot_be_reached_is_named(server, tool, tmp_path):
     assert names_in(tmp_path) == set()
 
 
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+@pytest.mark.parametrize("status", [403, 404, 410, 416])
+def test_no_of_the_server_is_final(method, status, server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    server.lies[method, f"/{WEIGHTS}"] = lie(status, b"<html>no</html>")
+    with pytest.raises(
+        FileNotFoundError, match=rf"{WEIGHTS} is not given: the server answers {status} .*as .*/{WEIGHTS} and run"
+    ):
+        run(tool, "mae_base", tmp_path)
+    assert len(server.ranges) == (method == "GET") and names_in(tmp_path) == set()
+    serve(server, tool, "pets", pets_archives())
+    server.lies[method, "/annotations.tar.gz"] = lie(status)
+    with pytest.raises(
+        FileNotFoundError, match=r"annotations\.tar\.gz is not given.*pets\.download/annotations\.tar\.gz and run"
+    ):
+        run(tool, "pets", tmp_path)
+    assert [names_in(folder) for folder in tmp_path.iterdir()] == ([{"images.tar.gz"}] if method == "GET" else [])
+
+
+def test_failure_of_the_server_is_tried_again(server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    busy = [503, 500, 502, 504]
+
+    def answer(handler: Handler) -> None:
+        status = busy.pop()
+        if not busy:
+            del server.lies["GET", f"/{WEIGHTS}"]
+        handler.reply(status)
+
+    server.lies["GET", f"/{WEIGHTS}"] = answer
+    run(tool, "mae_base", tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == CONTENT and len(server.ranges) == 5
+    server.lies["GET", f"/{WEIGHTS}"] = lie(503)
+    with pytest.raises(ConnectionError, match=r"no more than 0 of 300,000 bytes \(503 Service Unavailable\)"):
+        run(tool, "mae_base", tmp_path / "other")
+    assert len(server.ranges) == 5 + tool.MAX_IDLE_TRIES and names_in(tmp_path / "other") == set()
+
+
+@pytest.mark.parametrize(
+    ("spans", "reason"),
+    [
+        ("bytes 99999-299999/300000", "gave bytes 99999-299999/300000"),
+        ("bytes 1000000-2000000/300000", "gave bytes 1000000-"),
+        ("bytes 100000-299999/300001", "it gave bytes 100000-299999/300001"),
+        ("bytes 100000", "it gave bytes 100000"),
+        ("", "it gave no range"),
+    ],
+)
+def test_other_part_than_asked_for_is_not_taken(spans, reason, server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT}, {WEIGHTS: None})  # nothing else would notice
+    part = tmp_path / f"{WEIGHTS}.part"
+    part.write_bytes(CONTENT[:100_000])
+    headers = {"Content_Length": "200000"} | ({"Content_Range": spans} if spans else {})
+    server.lies["GET", f"/{WEIGHTS}"] = lie(206, CONTENT[99_999:299_999], **headers)
+    with pytest.raises(ConnectionError, match=reason):
+        run(tool, "mae_base", tmp_path)
+    assert part.read_bytes() == CONTENT[:100_000] and names_in(tmp_path) == {part.name}
+
+
+@pytest.mark.parametrize("length", ["299999", "300001", None])
+def test_no_more_than_the_announced_length_is_written(length, server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    headers = {"Content_Length": length} if length else {}
+    server.lies["GET", f"/{WEIGHTS}"] = lie(200, CONTENT + b"and so on" * 100_000, **headers)
+    if length:
+        with pytest.raises(ConnectionError, match=f"it gives {length} bytes now where 300000 are awaited"):
+            run(tool, "mae_base", tmp_path)
+        assert names_in(tmp_path) == set()
+    else:
+        run(tool, "mae_base", tmp_path)
+        assert (tmp_path / WEIGHTS).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("length", [None, "-5", "many", "0"])
+def test_unknown_length_is_refused(length, server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    server.lies["HEAD", f"/{WEIGHTS}"] = lie(200, **({"Content_Length": length} if length else {}))
+    with pytest.raises(ConnectionError, match="does not say how long it is"):
+        run(tool, "mae_base", tmp_path)
+    assert server.ranges == [] and names_in(tmp_path) == set()
+
+
+PAGE = b"<!DOCTYPE html><title>Please log in</title>"
+
+
+@pytest.mark.parametrize(
+    ("checksums", "content", "reason"),
+    [
+        ("md5:8cad7c", PAGE, "has the md5"),
+        (None, PAGE, r"is no file of weights: it begins with b'<!'"),
+        (None, b"PK\x03\x04 and no end", r"is no file of weights: it begins with b'PK'"),
+    ],
+)
+def test_page_in_the_place_of_weights_is_refused(checksums, content, reason, server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: content}, {WEIGHTS: checksums})
+    with pytest.raises(ValueError, match=rf"{reason}.*was removed"):
+        run(tool, "mae_base", tmp_path)
+    assert names_in(tmp_path) == set()
+
+
+def test_weights_of_an_old_torch_are_taken_by_their_length(server, tool, tmp_path, capsys):
+    file = tmp_path / "source.pth"
+    torch.save({"model": {"cls_token": torch.rand(1000)}}, file, _use_new_zipfile_serialization=False)
+    serve(server, tool, "mae_base", {WEIGHTS: file.read_bytes()}, {WEIGHTS: None})
+    run(tool, "mae_base", tmp_path / "output")
+    assert "only its length was checked" in capsys.readouterr().out
+
+
+def test_weights_that_grow_when_unpacked_are_refused(server, tool, tmp_path):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(10_000_000))
+    serve(server, tool, "mae_base", {WEIGHTS: packed.getvalue()}, {WEIGHTS: None})
+    with pytest.raises(ValueError, match="is damaged: it would grow"):
+        run(tool, "mae_base", tmp_path)
+    assert names_in(tmp_path) == set()
+
+
+def test_redirect_to_another_address_is_followed(server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    server.files["/moved"] = CONTENT
+    for method in ("HEAD", "GET"):
+        server.lies[method, f"/{WEIGHTS}"] = lie(301, Location=f"http://localhost:{server.server_port}/moved")
+    (tmp_path / f"{WEIGHTS}.part").write_bytes(CONTENT[:1000])
+    run(tool, "mae_base", tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == CONTENT and server.ranges[-1] == "bytes=1000-"
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+@pytest.mark.parametrize("location", ["file:///etc/hostname", "ftp://127.0.0.1/x", "data:,x", f"/{WEIGHTS}"])
+def test_redirect_to_anything_but_a_server_is_refused(location, method, server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    server.lies[method, f"/{WEIGHTS}"] = lie(302, Location=location)
+    with pytest.raises((FileNotFoundError, ValueError), match=r"302|is not followed"):
+        run(tool, "mae_base", tmp_path)
+    assert names_in(tmp_path) == set()
+    assert len(server.ranges) <= 11  # a loop ends, and is not begun again
+
+
+def test_redirect_never_leaves_encryption(tool):
+    def follow(start: str, end: str) -> str:
+        request = tool.urllib.request.Request(start)
+        return tool.Redirects().redirect_request(request, None, 301, "Moved", {}, end).full_url
+
+    assert follow("https://a.org/x", "https://b.org/x") == "https://b.org/x"
+    assert follow("http://a.org/x", "http://b.org/x") == "http://b.org/x"
+    assert follow("http://a.org/x", "https://b.org/x") == "https://b.org/x"
+    for end in ("http://a.org/x", "ftp://a.org/x"):
+        with pytest.raises(ValueError, match=f"leads to {end}, which is not followed"):
+            follow("https://a.org/x", end)
+
+
+def test_connection_that_fails_in_mid_answer_is_taken_up(server, tool, tmp_path, monkeypatch):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    monkeypatch.setattr(tool, "CHUNK_BYTES", 100_000)
+    read, calls = http.client.HTTPResponse.read, []
+    failures = {2: OSError("bad record"), 4: http.client.IncompleteRead(b"")}
+
+    def read_or_fail(response, amount):
+        calls.append(amount)
+        if len(calls) in failures:
+            raise failures[len(calls)]
+        return read(response, amount)
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read", read_or_fail)
+    run(tool, "mae_base", tmp_path)
+    assert server.ranges == [None, "bytes=100000-", "bytes=200000-"]
+    assert (tmp_path / WEIGHTS).read_bytes() == CONTENT
+
+
+def test_full_disk_in_mid_download_is_final_and_keeps_what_came(server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))  # as a full disk, for files of this process
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            run(tool, "mae_base", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(server.ranges) == 1 and names_in(tmp_path) == {f"{WEIGHTS}.part"}
+    come = (tmp_path / f"{WEIGHTS}.part").read_bytes()
+    assert len(come) == 200_000 and CONTENT.startswith(come)
+    run(tool, "mae_base", tmp_path)
+    assert server.ranges[1:] == ["bytes=200000-"] and (tmp_path / WEIGHTS).read_bytes() == CONTENT
+
+
 def test_wrong_checksum_leaves_nothing(server, tool, tmp_path):
     serve(server, tool, "mae_base", {WEIGHTS: CONTENT}, {WEIGHTS: checksum(b"other", 6)})
     right, wrong = checksum(CONTENT).split(":")[1], checksum(b"other", 6).split(":")[1]
@@ -216,6 +427,40 @@ def test_second_run_at_once_is_refused(server, tool, tmp_path):
     assert server.ranges == []
 
 
+@pytest.mark.parametrize("change", ["rename", "unlink", "replace"])
+def test_lock_on_a_file_that_is_gone_is_none(change, tool, tmp_path, monkeypatch):
+    file = tmp_path / "file.part"
+    flock = tool.fcntl.flock
+
+    def flock_late(lock, operation):
+        """Get the lock when the run that had it has just finished."""
+        if change == "rename":
+            file.rename(tmp_path / "file")
+        else:
+            file.unlink()
+        if change == "replace":
+            file.write_text("a third run's")
+        flock(lock, operation)
+
+    monkeypatch.setattr(tool.fcntl, "flock", flock_late)
+    with pytest.raises(BlockingIOError, match="another run is downloading"), tool.held(file):
+        pass
+    assert names_in(tmp_path) == {"rename": {"file"}, "unlink": set(), "replace": {"file.part"}}[change]
+
+
+def test_second_run_at_once_of_a_data_set_is_refused(server, tool, tmp_path):
+    serve(server, tool, "pets", pets_archives())
+    (tmp_path / "pets.download").mkdir()
+    with (
+        tool.held(tmp_path / "pets.download" / ".lock"),
+        pytest.raises(BlockingIOError, match="another run is downloading"),
+    ):
+        run(tool, "pets", tmp_path)
+    assert server.ranges == []
+    run(tool, "pets", tmp_path)
+    assert names_in(tmp_path) == {"pets"}
+
+
 # -------------------------------------------------------------------------------- data sets
 
 
@@ -231,16 +476,17 @@ def label_map(values: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def pack_tar(files: dict[str, bytes], links: dict[str, str] | None = None) -> bytes:
+def pack_tar(files: dict[str, bytes], mode: int = 0o644, **special: tuple[bytes, str]) -> bytes:
+    """Pack files, and behind them what is no file: type and what it links to by name."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         for name, content in files.items():
             entry = tarfile.TarInfo(name)
-            entry.size = len(content)
+            entry.size, entry.mode = len(content), mode
             archive.addfile(entry, io.BytesIO(content))
-        for name, target in (links or {}).items():
+        for name, (kind, target) in special.items():
             entry = tarfile.TarInfo(name)
-            entry.type, entry.linkname = tarfile.SYMTYPE, target
+            entry.type, entry.linkname = kind, target
             archive.addfile(entry)
     return packed.getvalue()
 
@@ -282,12 +528,12 @@ PETS = {
 }
 
 
-def pets_archives() -> dict[str, bytes]:
-    stems = [stem for part in PETS.values() for stem in part]
+def pets_archives(parts: dict[str, tuple[str, ...]] = PETS) -> dict[str, bytes]:
+    stems = [stem for part in parts.values() for stem in part]
     images = {f"images/{stem}.jpg": picture((4, 3)) for stem in stems} | {"images/Abyssinian_1.mat": b"no image"}
     annotations = {f"./annotations/trimaps/{stem}.png": label_map(TRIMAP) for stem in stems}
     annotations["./annotations/trimaps/._Abyssinian_1.png"] = b"a file manager's"
-    for part, members in PETS.items():
+    for part, members in parts.items():
         annotations[f"./annotations/{part}.txt"] = "".join(f"{stem} 1 1 1\n" for stem in members).encode()
     return {"images.tar.gz": pack_tar(images), "annotations.tar.gz": pack_tar(annotations)}
 
@@ -358,9 +604,14 @@ HOSTILE = {
     "imagenette": {
         "above": pack_tar({**imagenette_files(), "imagenette2-160/../../evil": b"x"}),
         "absolute": pack_tar({**imagenette_files(), "/evil": b"x"}),
-        "link": pack_tar(imagenette_files(), {"imagenette2-160/train/link": "/etc"}),
+        "link": pack_tar(imagenette_files(), link=(tarfile.SYMTYPE, "/etc")),
+        "hard link": pack_tar(imagenette_files(), link=(tarfile.LNKTYPE, "/etc/hostname")),
+        "pipe": pack_tar(imagenette_files(), device=(tarfile.FIFOTYPE, "")),
+        "device": pack_tar(imagenette_files(), device=(tarfile.CHRTYPE, "")),
+        "windows": pack_tar({**imagenette_files(), "imagenette2-160\\..\\..\\evil": b"x"}),
     },
     "ade20k": {
+        "windows": pack_zip({**ade20k_files(), "..\\evil": b"x"}),
         "above": pack_zip({**ade20k_files(), "../evil": b"x"}),
         "absolute": pack_zip({**ade20k_files(), "/evil": b"x"}),
         "link": pack_zip(ade20k_files(), "ADEChallengeData2016/link"),
@@ -373,11 +624,113 @@ def test_hostile_archive_is_not_unpacked(name, how, server, tool, tmp_path):
     output = tmp_path / "a" / "b"
     key, file = {"imagenette": ("160", "imagenette2-160.tgz"), "ade20k": (None, "ADEChallengeData2016.zip")}[name]
     serve(server, tool, name, {file: HOSTILE[name][how]})
-    with pytest.raises(ValueError, match=r"(evil|link)', which is a link, a device or outside its folder"):
+    with pytest.raises(ValueError, match=r"(evil|link|device)', which is a link, a device or outside its folder"):
         run(tool, name, output, *(["--size", key] if key else []))
     (work,) = output.iterdir()
-    assert names_in(work) == {".lock", file}
+    assert names_in(work) == {file}
     assert not list(tmp_path.rglob("*evil")) and not Path("/evil").exists()
+
+
+def test_archive_that_fills_the_disk_is_not_unpacked(server, tool, tmp_path, monkeypatch):
+    archive = tmp_path / "imagenette2-160.tgz"
+    archive.write_bytes(pack_tar({"large": bytes(500_000), "other": CONTENT, "empty": b""}))
+    usage = shutil.disk_usage(tmp_path)
+    needed = 800_000 + 3 * tool.BLOCK_BYTES
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=needed - 1))
+    (tmp_path / "unpacked").mkdir()
+    with pytest.raises(OSError, match=r"unpacking imagenette2-160\.tgz needs 0\.00 GB"):
+        tool.unpack(archive, tmp_path / "unpacked")
+    assert names_in(tmp_path / "unpacked") == set()
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=needed))
+    tool.unpack(archive, tmp_path / "unpacked")
+    assert names_in(tmp_path / "unpacked") == {"large", "other", "empty"}
+
+
+@pytest.mark.parametrize("name", ["bomb.tgz", "bomb.zip"])
+def test_archive_that_grows_beyond_measure_is_not_unpacked(name, tool, tmp_path):
+    archive, folder = tmp_path / name, tmp_path / "unpacked"
+    folder.mkdir()
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+            packed.writestr("zeros", bytes(10_000_000))
+    else:
+        archive.write_bytes(pack_tar({"zeros": bytes(10_000_000)}))
+    with pytest.raises(ValueError, match=r"would grow from [\d,]+ to 10,000,000 bytes; nothing was unpacked"):
+        tool.unpack(archive, folder)
+    assert names_in(folder) == set()
+
+
+def test_unpacked_files_are_the_users_and_have_plain_rights(tool, tmp_path):
+    archive = tmp_path / "files.tgz"
+    archive.write_bytes(pack_tar({"strange": b"x", "other": b"y"}, mode=0o6077))
+    (tmp_path / "unpacked").mkdir()
+    tool.unpack(archive, tmp_path / "unpacked")
+    for name in ("strange", "other"):
+        status = (tmp_path / "unpacked" / name).stat()
+        # Neither another user's rights, nor closed to others' reading, nor open to their writing.
+        assert status.st_mode & 0o6000 == 0 and status.st_mode & 0o600 == 0o600 and status.st_mode & 0o022 == 0
+        assert status.st_uid == os.getuid()
+
+
+def broken_zip(how: str) -> bytes:
+    content = bytearray(pack_zip({"file": b"content"}))
+    start = content.index(b"content")
+    if how == "content":
+        content[start] ^= 1
+    if how == "password":
+        content[6] |= 1  # the flag in the file's own header, and in the list at the end
+        content[content.index(b"PK\x01\x02") + 8] |= 1
+    return bytes(content[:-10] if how == "end" else content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.zip", broken_zip("content")),
+        ("a.zip", broken_zip("password")),
+        ("a.zip", broken_zip("end")),
+        ("a.tgz", b"<html>no archive</html>"),
+        ("a.tgz", pack_tar({"file": CONTENT})[:-1000]),
+        ("a.tgz", b""),
+    ],
+)
+def test_archive_that_cannot_be_read_is_named(name, content, tool, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "unpacked").mkdir()
+    with pytest.raises(ValueError, match=rf"{name} cannot be unpacked: .*; remove it and run the command again"):
+        tool.unpack(tmp_path / name, tmp_path / "unpacked")
+
+
+def test_archive_that_is_there_is_verified_before_it_is_unpacked(server, tool, tmp_path):
+    serve(server, tool, "pets", pets_archives())
+    work = tmp_path / "pets.download"
+    work.mkdir()
+    (work / "images.tar.gz").write_bytes(pack_tar({"images/other.jpg": b"x"}))
+    with pytest.raises(ValueError, match=r"images\.tar\.gz has the md5 .*; remove it and run the command again"):
+        run(tool, "pets", tmp_path)
+    assert names_in(work) == {"images.tar.gz"} and server.ranges == []
+    (work / "images.tar.gz").write_bytes(server.files["/images.tar.gz"])  # as one got elsewhere
+    run(tool, "pets", tmp_path)
+    assert len(server.ranges) == 1 and names_in(tmp_path) == {"pets"}
+
+
+@pytest.mark.parametrize("stem", ["../../../mine", "/etc/mine", "..", "", "images/Abyssinian_1"])
+def test_list_that_names_other_files_is_refused(stem, server, tool, tmp_path):
+    archives = pets_archives()
+    archives["annotations.tar.gz"] = pack_tar({"annotations/trainval.txt": f"{stem} 1 1 1\n".encode()})
+    serve(server, tool, "pets", archives)
+    (tmp_path / "mine.jpg").write_text("mine")
+    with pytest.raises(ValueError, match=rf"trainval\.txt lists {stem!r}, which is no name of an image"):
+        run(tool, "pets", tmp_path)
+    assert names_in(tmp_path) == {"mine.jpg", "pets.download"}
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", label_map(TRIMAP)[:-30]])
+def test_trimap_that_cannot_be_decoded_is_named(content, tool, tmp_path):
+    (tmp_path / "trimap.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"trimap\.png cannot be decoded: "):
+        tool.convert_trimap(tmp_path / "trimap.png", tmp_path / "labels.png")
+    assert names_in(tmp_path) == {"trimap.png"}
 
 
 def test_interrupted_unpacking_leaves_no_half_data_set(server, tool, tmp_path, monkeypatch):
@@ -394,7 +747,7 @@ def test_interrupted_unpacking_leaves_no_half_data_set(server, tool, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         run(tool, "pets", tmp_path)
     assert names_in(tmp_path) == {"pets.download"}
-    assert names_in(tmp_path / "pets.download") == {".lock", "images.tar.gz", "annotations.tar.gz"}
+    assert names_in(tmp_path / "pets.download") == {"images.tar.gz", "annotations.tar.gz"}
     num_requests = len(server.ranges)
     run(tool, "pets", tmp_path)
     assert len(list_images(tmp_path / "pets" / "train")) == 3
@@ -418,6 +771,115 @@ def test_archive_of_another_layout_is_named(server, tool, tmp_path):
     assert names_in(tmp_path) == {"ADEChallengeData2016.download"}
 
 
+def test_output_that_is_no_folder_is_refused_at_once(server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    serve(server, tool, "pets", pets_archives())
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_text("mine")
+    link.symlink_to(tmp_path / "nothing")
+    for name in ("mae_base", "pets"):
+        for output in (file, file / "below", link):
+            with pytest.raises(NotADirectoryError, match=rf"{output.relative_to(tmp_path).parts[0]} is no folder"):
+                run(tool, name, output)
+    assert server.ranges == [] and file.read_text() == "mine" and link.is_symlink()
+
+
+def test_target_that_is_a_link_to_nothing_is_left_alone(server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    serve(server, tool, "pets", pets_archives())
+    for name in (WEIGHTS, "pets"):
+        (tmp_path / name).symlink_to(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError):
+        run(tool, "mae_base", tmp_path)
+    with pytest.raises(FileExistsError, match="not from this tool"):
+        run(tool, "pets", tmp_path)
+    assert server.ranges == [] and names_in(tmp_path) == {WEIGHTS, "pets"}
+
+
+# Die before the n-th change of the disk or connection, for every n there is; then run the same command once more.
+DYING = """
+import os, shutil, sys
+from pathlib import Path
+from tqdm import tqdm
+
+tqdm.monitor_interval = 0  # no thread, so that a fork is safe
+sys.path.insert(0, {tests!r})
+import test_download as tests
+from conftest import load_tool
+
+CHANGES = {{"os.rename", "os.mkdir", "os.link", "os.remove", "os.rmdir", "shutil.rmtree", "socket.connect"}}
+tool = load_tool("download")
+for name, source in {addresses!r}.items():
+    key = next(key for key in tool.DOWNLOADS if key[0] == name)
+    tool.DOWNLOADS[key] = tool.DOWNLOADS[key]._replace(sources=tuple(tool.Source(*pair) for pair in source))
+
+def listing(root):
+    return {{str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}}
+
+def die_before(last):
+    count = 0
+    def hook(event, arguments):
+        nonlocal count
+        if event in CHANGES or (event == "open" and arguments[1] and not arguments[1].startswith("r")):
+            count += 1
+            if count == last:
+                os._exit(9)
+    sys.addaudithook(hook)
+
+for name in {addresses!r}:
+    command = lambda output: tool.main(tool.parse_args([name, "--output", str(output)]))
+    command(Path("whole"))
+    status, step = 9, 0
+    while status == 9:
+        step, output = step + 1, Path(f"{{name}}_{{step}}")
+        pid = os.fork()
+        if pid == 0:
+            die_before(step)
+            command(output)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        command(output)
+        assert listing(output) == listing(Path("whole")), (name, step, sorted(listing(output)))
+        shutil.rmtree(output)
+    assert status == 0, status
+    print(name, step - 1, "deaths")
+    shutil.rmtree("whole")
+"""
+
+
+def test_same_command_after_a_death_at_any_step_makes_it_whole(server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    serve(server, tool, "pets", pets_archives({"trainval": ("Abyssinian_1",), "test": ("Abyssinian_3",)}))
+    sources = {"mae_base": ("mae_base", "pretrain"), "pets": ("pets", None)}
+    addresses = {name: [tuple(source) for source in tool.DOWNLOADS[key].sources] for name, key in sources.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", DYING.format(tests=str(ROOT / "tests"), addresses=addresses)],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "no_proxy": "*"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    deaths = {name: int(count) for name, count in re.findall(r"(\w+) (\d+) deaths", done.stdout)}
+    assert deaths["mae_base"] >= 4 and deaths["pets"] >= 30  # that the steps were counted at all
+    assert names_in(tmp_path) == set()
+
+
+def test_errors_and_interruptions_of_the_command_are_a_sentence(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def message(output: Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["download.py", "pets", "--output", str(output)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "tools" / "download.py"), run_name="__main__")
+        return stop.value.code
+
+    (tmp_path / "file").write_text("mine")
+    assert re.fullmatch(r"error: \S+/file is no folder; --output takes .*", message(tmp_path / "file"))
+    # The address is the publisher's, so the interruption has to come before anything is asked for: at the lock.
+    monkeypatch.setattr(fcntl, "flock", interrupt)
+    assert message(tmp_path / "folder") == "interrupted; run the command again to go on"
+
+
 # -------------------------------------------------------------------------------- the addresses
 
 
@@ -436,5 +898,10 @@ def test_every_name_and_variant_can_be_asked_for(tool):
         for flag in ("--size" if name == "imagenette" else "--kind",)
         for args in [tool.parse_args([name, "--output", "x", *([flag, variant] if variant else [])])]
     }
-    assert asked == set(tool.DOWNLOADS) and len(asked) == 3 + 2 + 9
-    assert tool.DOWNLOADS["mae_huge", "finetuned"].sources[0].url.endswith("/mae/finetune/mae_finetuned_vit_huge.pth")
+    assert asked == set(tool.DOWNLOADS) and len(asked) == 3 + 2 + 4 + 5 + 4
+    urls = {key: download.sources[0].url for key, download in tool.DOWNLOADS.items()}
+    assert urls["mae_huge", "finetuned"].endswith("/mae/finetune/mae_finetuned_vit_huge.pth")
+    assert urls["mae_base", "full"].endswith("/mae/pretrain/mae_pretrain_vit_base_full.pth")
+    assert urls["mae_large", "ganloss"].endswith("/mae/visualize/mae_visualize_vit_large_ganloss.pth")
+    with pytest.raises(SystemExit):
+        tool.parse_args(["mae_base", "--kind", "ganloss", "--output", "x"])
