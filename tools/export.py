@@ -12,8 +12,8 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -72,9 +72,16 @@ def open_model(checkpoint: str) -> tuple[nn.Module, dict]:
         "task": task,
         "input_channels": config.input_channels,
         "image_hw": list(config.image_hw),
-        "image_mean": list(record.get("image_mean", IMAGENET_MEAN)),
-        "image_std": list(record.get("image_std", IMAGENET_STD)),
     }
+    for name, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
+        # Without a record, what the scripts would take: ImageNet's for three channels, else 0.5 each.
+        default = default if config.input_channels == len(default) else [0.5] * config.input_channels
+        metadata[name] = list(record.get(name, default))
+        if len(metadata[name]) != config.input_channels:
+            raise ValueError(
+                f"config.json of {checkpoint} gives {name} {metadata[name]} for {config.input_channels} channels; it "
+                "takes one number for each"
+            )
     metadata |= {name: record[name] for name in ("class_names", "ignore_zero") if name in record}
     return model.eval(), metadata
 
@@ -130,23 +137,46 @@ RUNNERS = {"onnx": run_onnx, "torch_export": run_torch_export}
 
 
 def check_request(args: argparse.Namespace) -> None:
-    """Refuse, before anything is loaded, a wrong suffix, files that exist, and packages that do not."""
+    """Refuse, before anything is loaded, a wrong suffix, what cannot be written over, and packages not there."""
     if args.output.suffix != SUFFIXES[args.to]:
         raise ValueError(f"--to {args.to} writes a {SUFFIXES[args.to]} file, not {args.output.name}")
-    for file in (args.output, args.output.with_name(f"{args.output.name}.data")):
-        if file.exists() and not args.overwrite:
+    for file in (args.output, data_of(args.output)):
+        if file.is_dir():
+            raise IsADirectoryError(f"{file} is a folder; --output takes the name of a file")
+        if os.path.lexists(file) and not args.overwrite:
             raise FileExistsError(f"{file} exists; choose another --output or add --overwrite")
+    above = next(folder for folder in args.output.parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise NotADirectoryError(f"{above} is no folder, so {args.output} cannot be written")
     missing = [name for name in ONNX_PACKAGES if args.to == "onnx" and importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
+def data_of(file: Path) -> Path:
+    """Where the weights of an ONNX file are that are too large for it."""
+    return file.with_name(f"{file.name}.data")
+
+
 def check_program(output: Tensor, expected: Tensor) -> float:
-    """Give the largest difference between two outputs; RuntimeError where it is more than rounding."""
+    """Give the largest difference between two outputs; ValueError where it is more than rounding."""
     difference = (output - expected).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):  # false for NaN as well
-        raise RuntimeError(f"the exported program differs from the model by up to {difference:.1e}; nothing is written")
+        raise ValueError(f"the exported program differs from the model by up to {difference:.1e}; nothing is written")
     return difference
+
+
+def put_in_place(written: Path, output: Path) -> None:
+    """Move a file, and the weights beside it if there are, to where it is wanted, in the place of older ones.
+
+    A program never stands beside the weights of another one: where there are such, the old one goes first.
+    """
+    if data_of(written).exists() or data_of(output).exists():
+        output.unlink(missing_ok=True)
+        data_of(output).unlink(missing_ok=True)
+    if data_of(written).exists():
+        os.replace(data_of(written), data_of(output))
+    os.replace(written, output)
 
 
 @torch.no_grad()
@@ -155,18 +185,28 @@ def main(args: argparse.Namespace) -> None:
     model, metadata = open_model(args.checkpoint)
     images = draw_images(CHECKED_IMAGES, metadata)
     expected = model(images)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    if not expected.isfinite().all():
+        raise ValueError(f"the scores of {args.checkpoint} are not finite numbers, so there is nothing to export")
     # Written and checked in a folder beside its place, so that what bears the final name is whole and right.
-    with tempfile.TemporaryDirectory(prefix=f"{args.output.name}.", dir=args.output.parent) as folder:
-        file = Path(folder) / args.output.name
-        WRITERS[args.to](model, metadata, file)
-        difference = check_program(RUNNERS[args.to](file, images), expected)
-        for written in sorted(Path(folder).iterdir(), reverse=True):  # FILE.data first, then the FILE that needs it
-            os.replace(written, args.output.parent / written.name)
+    folder = args.output.with_name(f"{args.output.name}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir(parents=True)
+    try:
+        written = folder / args.output.name
+        WRITERS[args.to](model, metadata, written)
+        difference = check_program(RUNNERS[args.to](written, images), expected)
+        put_in_place(written, args.output)
+    finally:
+        shutil.rmtree(folder)
     shape, largest = ", ".join(map(str, images.shape[1:])), expected.abs().max().item()
     print(f"{args.output}: {metadata['task']} of images (N, {shape})")
     print(f"  on {CHECKED_IMAGES} random images it differs from the model by up to {difference:.1e} of {largest:.1e}")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; nothing is written")
