@@ -5,7 +5,10 @@ import functools
 import json
 import math
 import os
+import re
 import runpy
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -278,6 +281,51 @@ def test_scores_that_are_no_numbers_are_not_exported(tmp_path):
     folder = write_checkpoint(tmp_path / "best_checkpoint", model)
     with pytest.raises(ValueError, match="best_checkpoint are not finite numbers"):
         export(folder, "torch_export", tmp_path / "model.pt2")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["best_checkpoint"]
+
+
+def test_disk_that_is_too_small_is_refused_before_the_work(tmp_path, monkeypatch):
+    tool = load_tool("export")
+    folder, output = write_checkpoint(tmp_path / "best_checkpoint", MODELS["avg"]()), tmp_path / "model.pt2"
+    model, _ = tool.open_model(str(folder))
+    monkeypatch.setitem(tool.WRITERS, "torch_export", lambda model, metadata, file: file.write_text("whole"))
+    monkeypatch.setitem(tool.RUNNERS, "torch_export", lambda file, images: model(images))
+    arguments = tool.parse_args(["--checkpoint", str(folder), "--to", "torch_export", "--output", str(output)])
+    needed = 4 * sum(value.numel() for value in model.state_dict().values())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=needed - 1))
+    with pytest.raises(OSError, match=r"the weights take 0\.00 GB in .*, where 0\.00 GB are free"):
+        tool.main(arguments)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["best_checkpoint"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=needed))
+    tool.main(arguments)
+    assert output.read_text() == "whole"
+
+
+FULL = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+from conftest import load_tool
+tool = load_tool("export")
+before = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # as a full disk, for files of this process
+try:
+    tool.main(tool.parse_args({arguments!r}))
+except OSError as error:
+    print("refused:", error)
+"""
+
+
+def test_full_disk_is_an_error_that_leaves_nothing(tmp_path):
+    folder = write_checkpoint(tmp_path / "best_checkpoint", MODELS["cls_of_one_row_and_four_channels"]())
+    arguments = ["--checkpoint", str(folder), "--to", "torch_export", "--output", str(tmp_path / "model.pt2")]
+    code = FULL.format(tests=str(ROOT / "tests"), arguments=arguments)
+    # In a process of its own, because torch's own writer ends it there.
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and re.search(r"^refused: .*File too large", done.stdout, re.MULTILINE), done.stderr
     assert [entry.name for entry in tmp_path.iterdir()] == ["best_checkpoint"]
 
 

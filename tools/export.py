@@ -10,6 +10,7 @@ ONNX file, together as metadata.json among the extra files of torch.export.
 
 import argparse
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -100,7 +101,9 @@ def trace(model: nn.Module, metadata: dict) -> torch.export.ExportedProgram:
 
 
 def write_torch_export(model: nn.Module, metadata: dict, file: Path) -> None:
-    torch.export.save(trace(model, metadata), file, extra_files={METADATA_FILE: json.dumps(metadata)})
+    packed = io.BytesIO()  # not the file itself: on a full disk torch's writer ends the whole process
+    torch.export.save(trace(model, metadata), packed, extra_files={METADATA_FILE: json.dumps(metadata)})
+    file.write_bytes(packed.getbuffer())
 
 
 def write_onnx(model: nn.Module, metadata: dict, file: Path) -> None:
@@ -158,6 +161,14 @@ def data_of(file: Path) -> Path:
     return file.with_name(f"{file.name}.data")
 
 
+def check_disk(model: nn.Module, folder: Path) -> None:
+    """Refuse a disk that has no room for a model's weights; OSError names both sizes."""
+    needed = sum(tensor.nbytes for tensor in model.state_dict().values())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"the weights take {needed / 1e9:.2f} GB in {folder.parent}, where {free / 1e9:.2f} GB are free")
+
+
 def check_program(output: Tensor, expected: Tensor) -> float:
     """Give the largest difference between two outputs; ValueError where it is more than rounding."""
     difference = (output - expected).abs().max().item()
@@ -192,6 +203,7 @@ def main(args: argparse.Namespace) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     folder.mkdir(parents=True)
     try:
+        check_disk(model, folder)
         written = folder / args.output.name
         WRITERS[args.to](model, metadata, written)
         difference = check_program(RUNNERS[args.to](written, images), expected)
