@@ -355,6 +355,25 @@ def test_connection_that_fails_in_mid_answer_is_taken_up(server, tool, tmp_path,
     assert (tmp_path / WEIGHTS).read_bytes() == CONTENT
 
 
+def test_interrupted_download_keeps_what_came(server, tool, tmp_path, monkeypatch):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    read_chunk, calls = tool.read_chunk, []
+
+    def read_or_interrupt(response, awaited):
+        calls.append(awaited)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return read_chunk(response, awaited)
+
+    monkeypatch.setattr(tool, "CHUNK_BYTES", 100_000)
+    monkeypatch.setattr(tool, "read_chunk", read_or_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tool, "mae_base", tmp_path)
+    assert (tmp_path / f"{WEIGHTS}.part").read_bytes() == CONTENT[:200_000]
+    run(tool, "mae_base", tmp_path)
+    assert server.ranges == [None, "bytes=200000-"] and (tmp_path / WEIGHTS).read_bytes() == CONTENT
+
+
 def test_full_disk_in_mid_download_is_final_and_keeps_what_came(server, tool, tmp_path):
     serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

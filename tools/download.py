@@ -468,12 +468,12 @@ def get_data(download: Download, target: Path) -> None:
     All is made in a folder beside it, which is removed at the end: the final name means a whole data set.
     """
     work = target.with_name(f"{target.name}.download")
-    if not is_complete(target, download) or work.exists():  # both: stopped between the last two steps
+    if not is_complete(target, download) or work.exists():  # complete and beside it work: killed in between
         work.mkdir(parents=True, exist_ok=True)
         try:
             with held(work / LOCK):
                 if not is_complete(target, download):
-                    make(download, target, work)
+                    make_data(download, target, work)
                 shutil.rmtree(work)
         finally:
             if work.exists() and not any(work.iterdir()):
@@ -494,7 +494,7 @@ def is_complete(target: Path, download: Download) -> bool:
     return True
 
 
-def make(download: Download, target: Path, work: Path) -> None:
+def make_data(download: Download, target: Path, work: Path) -> None:
     """Bring about a data set in `work`, from the archives that are there and those that are not."""
     shutil.rmtree(work / UNPACKING, ignore_errors=True)  # of a run that was killed
     archives = {work / source.name: source for source in download.sources}
