@@ -107,6 +107,14 @@ def assert_same_scores(run, checkpoint: Path, atol: float) -> None:
         torch.testing.assert_close(run(images), expected, rtol=0, atol=atol)
 
 
+def assert_no_paths(output: Path) -> None:
+    """Nothing of the machine it was exported on is in a file."""
+    content = output.read_bytes()
+    assert b"aten" in content  # neither compressed nor empty
+    for path in (ROOT, Path(torch.__file__).parent):
+        assert str(path).encode() not in content
+
+
 def check_metadata(metadata: dict, checkpoint: Path) -> None:
     record = json.loads((checkpoint / "config.json").read_text())
     channels, config = metadata["input_channels"], MAEConfig(**record["config"])
@@ -120,6 +128,7 @@ def test_torch_export_scores_any_number_of_images_as_the_model(checkpoint, tmp_p
     export(checkpoint, "torch_export", output)
     assert "on 3 random images it differs from the model by up to " in capsys.readouterr().out
     assert list(output.parent.iterdir()) == [output]
+    assert_no_paths(output)
     extra = {"metadata.json": ""}
     program = torch.export.load(output, extra_files=extra)
     check_metadata(json.loads(extra["metadata.json"]), checkpoint)
@@ -134,6 +143,7 @@ def test_onnx_scores_any_number_of_images_as_the_model(checkpoint, tmp_path):
     output = tmp_path / "out" / "model.onnx"
     export(checkpoint, "onnx", output)
     assert list(output.parent.iterdir()) == [output]
+    assert_no_paths(output)
     session = onnxruntime.InferenceSession(output)
     metadata = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
     shape = ["batch", metadata["input_channels"], *metadata["image_hw"]]

@@ -97,7 +97,10 @@ def trace(model: nn.Module, metadata: dict) -> torch.export.ExportedProgram:
     shapes = {"images": {0: torch.export.Dim("batch")}}
     images = draw_images(TRACED_IMAGES, metadata)
     # Strict, because the other tracer takes len(tensor) for a constant, and the batch size with it.
-    return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=True)
+    program = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=True)
+    for node in program.graph.nodes:  # lines of code with the paths of this machine, which would go into the file
+        node.meta.pop("stack_trace", None)
+    return program
 
 
 def write_torch_export(model: nn.Module, metadata: dict, file: Path) -> None:
