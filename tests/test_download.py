@@ -874,7 +874,7 @@ def test_same_command_after_a_death_at_any_step_makes_it_whole(server, tool, tmp
     done = subprocess.run(
         [sys.executable, "-c", DYING.format(tests=str(ROOT / "tests"), addresses=addresses)],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "no_proxy": "*"},
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     deaths = {name: int(count) for name, count in re.findall(r"(\w+) (\d+) deaths", done.stdout)}

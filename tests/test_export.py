@@ -333,7 +333,7 @@ def test_full_disk_is_an_error_that_leaves_nothing(tmp_path):
     # In a process of its own, because torch's own writer ends it there.
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and re.search(r"^refused: .*File too large", done.stdout, re.MULTILINE), done.stderr
     assert [entry.name for entry in tmp_path.iterdir()] == ["best_checkpoint"]
