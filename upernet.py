@@ -62,6 +62,52 @@ class ConvModule(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
+def shifted_resize_matrix(size: int, target: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Give what three taps see along one side of a resized map, (target, 3 * size), one block for each tap.
+
+    Row y of the blocks reads the resized map at y - 1, y and y + 1, and zero outside it, as a convolution pads.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    centres = (torch.arange(target, device=device, dtype=wide) + 0.5) * (size / target) - 0.5
+    cells = torch.arange(size, device=device, dtype=wide)
+    bilinear = (1 - (centres.clamp(0, size - 1)[:, None] - cells).abs()).clamp(min=0)  # (target, size)
+    padded = F.pad(bilinear, (0, 0, 1, 1))
+    return torch.cat([padded[tap : tap + target] for tap in range(3)], dim=1).to(dtype)
+
+
+def conv3x3_over_resized(weight: Tensor, maps: Sequence[Tensor]) -> Tensor:
+    """Convolve maps of several sizes as if resized to the first one's and concatenated, without doing so.
+
+    `weight` (D', sum of the maps' channels, 3, 3), maps (N, D, h, w) each -> (N, D', H, W), with a padding of one.
+
+    A 3x3 convolution is a sum of nine shifted mixes of channels, and mixing channels commutes with resizing. So each
+    coarse map is mixed at its own size, nine ways, and each side is resized and shifted by one small matrix. The
+    result is the same up to rounding, gradients too, for less than half of the arithmetic at UperNet's four sizes.
+    """
+    height, width = maps[0].shape[-2:]
+    own, *others = weight.split([x.shape[1] for x in maps], dim=1)
+    out = F.conv2d(maps[0], own, padding=1)  #                             (N, D', H, W)
+    for taps, x in zip(others, maps[1:], strict=True):
+        h, w = x.shape[-2:]
+        mix = taps.permute(0, 2, 3, 1).flatten(0, 2)[:, :, None, None]  #   (D' * 3 * 3, D, 1, 1)
+        mixed = F.conv2d(x, mix).unflatten(1, (-1, 3, 3))  #               (N, D', 3, 3, h, w)
+        mixed = mixed.transpose(3, 4).flatten(4, 5).flatten(2, 3)  #       (N, D', 3h, 3w)
+        rows = shifted_resize_matrix(h, height, device=x.device, dtype=mixed.dtype)
+        columns = shifted_resize_matrix(w, width, device=x.device, dtype=mixed.dtype)
+        out = out + rows @ (mixed @ columns.T)  #                          (N, D', H, W)
+    return out
+
+
+class FusionConvModule(ConvModule):
+    """The same over several maps, as if resized to the first one's size and concatenated; a kernel of three."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm: str = "batch"):
+        super().__init__(in_channels, out_channels, 3, norm)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        return F.relu(self.bn(conv3x3_over_resized(self.conv.weight, maps)))
+
+
 class Feature2Pyramid(nn.Module):
     """Turn four maps of one size, each (N, D, h, w), into a pyramid of 4h, 2h, h and h/2."""
 
@@ -106,7 +152,7 @@ class UperNetHead(nn.Module):
         self.bottleneck = ConvModule(coarse_channels + len(POOL_SCALES) * channels, channels, 3, norm)
         self.lateral_convs = nn.ModuleList(ConvModule(fine, channels, 1, norm) for fine in fine_channels)
         self.fpn_convs = nn.ModuleList(ConvModule(channels, channels, 3, norm) for _ in fine_channels)
-        self.fpn_bottleneck = ConvModule(len(in_channels) * channels, channels, 3, norm)
+        self.fpn_bottleneck = FusionConvModule(len(in_channels) * channels, channels, norm)
         self.dropout = SampleDropout2d(DROPOUT_RATIO)
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
         nn.init.normal_(self.conv_seg.weight, std=CLASSIFIER_INIT_STD)
@@ -120,9 +166,7 @@ class UperNetHead(nn.Module):
         for index in reversed(range(len(fine))):  # cumulative: each level has all coarser ones in it
             levels[index] = levels[index] + resize(levels[index + 1], size=levels[index].shape[-2:])
         smooth = [conv(level) for conv, level in zip(self.fpn_convs, levels, strict=False)] + levels[-1:]
-        size = smooth[0].shape[-2:]
-        x = torch.cat([resize(level, size=size) for level in smooth], dim=1)  # (N, 4 D', h, w)
-        return self.conv_seg(self.dropout(self.fpn_bottleneck(x)))  #        (N, K, h, w)
+        return self.conv_seg(self.dropout(self.fpn_bottleneck(smooth)))  #   (N, K, h, w)
 
 
 class FCNHead(nn.Module):

@@ -1,13 +1,28 @@
 """The heads against transformers' own and hand-made cases; windows by counting and by constants."""
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead as TheirFCNHead
 from transformers.models.upernet.modeling_upernet import UperNetHead as TheirHead
 
-from upernet import FCNHead, Feature2Pyramid, PyramidPooling, UperNetHead, build_norm, slide_inference, window_starts
+import upernet
+from upernet import (
+    FCNHead,
+    Feature2Pyramid,
+    PyramidPooling,
+    UperNetHead,
+    build_norm,
+    conv3x3_over_resized,
+    resize,
+    slide_inference,
+    window_starts,
+)
 
 
 def randomise(module: nn.Module) -> nn.Module:
@@ -121,6 +136,80 @@ def test_group_norm_needs_no_batch_and_says_what_it_needs():
             build_norm(channels, "group")
     with pytest.raises(ValueError, match="norm must be one of batch, group, not 'layer'"):
         build_norm(32, "layer")
+
+
+# -------------------------------------------------------------------------------- fusion at the maps' own sizes
+
+FUSED_SIZES = [
+    ((16, 24), (8, 12), (4, 6), (2, 3)),
+    ((13, 9), (7, 5), (3, 4), (1, 1)),  # no whole ratios, and a map of one cell
+    ((1, 1), (1, 1)),
+    ((5, 6), (8, 6), (9, 20)),  # larger than the first one
+]
+
+
+def plain_fusion(weight: Tensor, maps: list[Tensor]) -> Tensor:
+    return F.conv2d(torch.cat([resize(x, size=maps[0].shape[-2:]) for x in maps], dim=1), weight, padding=1)
+
+
+def draw_fusion(sizes: tuple, dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Tensor]]:
+    """Draw maps of 2, 3, 4, ... channels, and a kernel of five outputs over them, all asking for gradients."""
+    generator = torch.Generator().manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator, dtype=dtype, requires_grad=True)
+    maps = [draw(2, 2 + index, *size) for index, size in enumerate(sizes)]
+    return draw(5, sum(x.shape[1] for x in maps), 3, 3), maps
+
+
+def run_fusion(fusion: Callable, weight: Tensor, maps: list[Tensor]) -> list[Tensor]:
+    """Give what a fusion says and all its gradients, those of a loss that weighs every output differently."""
+    out = fusion(weight, maps)
+    loss = (out.double() * torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)).sum()
+    return [out.detach(), *torch.autograd.grad(loss, [weight, *maps])]
+
+
+@pytest.mark.parametrize("sizes", FUSED_SIZES)
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-10), (torch.float32, 1e-3)])
+def test_fusion_equals_resizing_first(sizes, dtype, atol):
+    """Outputs and gradients, sums of up to a thousand terms of size one; at the borders too, where the padding is."""
+    weight, maps = draw_fusion(sizes, dtype)
+    found, expected = (run_fusion(fusion, weight, maps) for fusion in (conv3x3_over_resized, plain_fusion))
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("sizes", FUSED_SIZES)
+def test_fusion_in_bfloat16_is_as_exact_as_resizing_first(sizes):
+    """Under autocast each rounds at other places; neither may stray from the exact result much more than the other."""
+    weight, maps = draw_fusion(sizes, torch.float32)
+    exact = run_fusion(plain_fusion, weight.double(), [x.double() for x in maps])
+    with torch.autocast("cpu", torch.bfloat16):
+        found, plain = (run_fusion(fusion, weight, maps) for fusion in (conv3x3_over_resized, plain_fusion))
+    assert found[0].dtype == torch.bfloat16
+    for ours, other, true in zip(found, plain, exact, strict=True):
+        ours, other = ((x.double() - true).norm() / true.norm() for x in (ours, other))
+        assert 0 < ours < 3 * other
+
+
+def test_fusion_compiles_as_one_graph():
+    weight, maps = draw_fusion(FUSED_SIZES[1])
+    compiled = torch.compile(conv3x3_over_resized, fullgraph=True, backend="aot_eager")
+    found, expected = (run_fusion(fusion, weight, maps) for fusion in (compiled, plain_fusion))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_head_trains_as_one_that_resizes_first(norm, monkeypatch):
+    """Through norm and ReLU, in training: scores, all gradients, and the running statistics."""
+    pyramid = [torch.randn(2, 8, *size, dtype=torch.float64) for size in FUSED_SIZES[0]]
+    noise, results = torch.rand(2, 64), []
+    for fusion in (conv3x3_over_resized, plain_fusion):
+        monkeypatch.setattr(upernet, "conv3x3_over_resized", fusion)
+        head = randomise(UperNetHead([8] * 4, 64, 3, norm)).double().train()
+        head.dropout.noise = noise
+        scores = head(pyramid)
+        scores.square().sum().backward()
+        gradients = {name: parameter.grad for name, parameter in head.named_parameters()}
+        results.append(dict(head.named_buffers()) | gradients | {"scores": scores.detach()})
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
 
 
 # -------------------------------------------------------------------------------- sliding windows
