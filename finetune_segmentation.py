@@ -63,7 +63,7 @@ from model import (
     load_segmenter,
     read_sizes,
 )
-from upernet import NORMS, resize, slide_inference
+from upernet import NORMS, resize, resized_cross_entropy, slide_inference
 from utils import (
     BEST_CHECKPOINT,
     GO_ON,
@@ -595,8 +595,7 @@ def compute_loss(scores: Tensor, labels: Tensor) -> Tensor:
     As in MMSegmentation, whose mean is over all pixels. So a crop without a label is 0 and not 0/0, and accumulated
     passes add up to the loss of the whole batch.
     """
-    scores = resize(scores.float(), size=labels.shape[-2:])
-    return F.cross_entropy(scores, labels, ignore_index=IGNORE_INDEX, reduction="sum") / labels.numel()
+    return resized_cross_entropy(scores, labels, IGNORE_INDEX) / labels.numel()
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:

@@ -62,16 +62,20 @@ class ConvModule(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
+def resize_matrix(size: int, target: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Give the matrix (target, size) that resizes one side of a map as `resize` does, float32 or float64."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    centres = (torch.arange(target, device=device, dtype=dtype) + 0.5) * (size / target) - 0.5
+    cells = torch.arange(size, device=device, dtype=dtype)
+    return (1 - (centres.clamp(0, size - 1)[:, None] - cells).abs()).clamp(min=0)
+
+
 def shifted_resize_matrix(size: int, target: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Give what three taps see along one side of a resized map, (target, 3 * size), one block for each tap.
 
     Row y of the blocks reads the resized map at y - 1, y and y + 1, and zero outside it, as a convolution pads.
     """
-    wide = torch.promote_types(dtype, torch.float32)
-    centres = (torch.arange(target, device=device, dtype=wide) + 0.5) * (size / target) - 0.5
-    cells = torch.arange(size, device=device, dtype=wide)
-    bilinear = (1 - (centres.clamp(0, size - 1)[:, None] - cells).abs()).clamp(min=0)  # (target, size)
-    padded = F.pad(bilinear, (0, 0, 1, 1))
+    padded = F.pad(resize_matrix(size, target, device=device, dtype=dtype), (0, 0, 1, 1))
     return torch.cat([padded[tap : tap + target] for tap in range(3)], dim=1).to(dtype)
 
 
@@ -183,6 +187,61 @@ class FCNHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, D, h, w) -> (N, K, h, w)."""
         return self.conv_seg(self.dropout(self.convs(x)))
+
+
+# ------------------------------------------------------------------------------------------------ loss
+
+BAND_SCORES = {"cpu": 2**20, "cuda": 2**26}  # scores in memory at a time: near the caches, or enough to fill a GPU
+
+
+class ResizedCrossEntropy(torch.autograd.Function):
+    """Cross entropy of upsampled scores, with its gradient found on the way, so that no upsampled map is kept."""
+
+    @staticmethod
+    def forward(ctx, scores: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        (num_images, num_classes, h, w), (height, width) = scores.shape, labels.shape[-2:]
+        options = dict(device=scores.device, dtype=scores.dtype)
+        rows, columns = resize_matrix(h, height, **options), resize_matrix(w, width, **options)
+        band = max(1, BAND_SCORES.get(scores.device.type, BAND_SCORES["cuda"]) // (num_classes * width))
+        loss, gradient = scores.new_zeros(()), torch.zeros_like(scores)
+        with torch.autocast(scores.device.type, enabled=False):
+            for image in range(num_images):
+                wide = scores[image] @ columns.T  #                           (K, h, W)
+                wide_gradient = torch.zeros_like(wide)
+                for top in range(0, height, band):
+                    bottom = min(top + band, height)
+                    # The cells that these rows are made of, and one more at either end, where a product may round.
+                    near = slice(max(0, top * h // height - 2), min(h, -(-bottom * h // height) + 2))
+                    mix, label = rows[top:bottom, near], labels[image, top:bottom]
+                    counted = label != ignore_index
+                    place = label.where(counted, 0)[None]  #                  (1, band, W)
+                    score = mix @ wide[:, near]  #                            (K, band, W)
+                    score -= score.amax(dim=0)
+                    own = score.gather(0, place)[0]
+                    shares = score.exp_()
+                    total = shares.sum(dim=0)
+                    loss += ((total.log() - own) * counted).sum()
+                    shares *= counted / total  #                              softmax, zero where ignored
+                    shares.scatter_add_(0, place, -counted[None].to(shares.dtype))
+                    wide_gradient[:, near] += mix.T @ shares
+                gradient[image] = wide_gradient @ columns  #                  (K, h, w)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_output, None, None
+
+
+def resized_cross_entropy(scores: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """Sum the cross entropy of scores (N, K, h, w), resized to the labels (N, H, W), over all that are not ignored.
+
+    `F.cross_entropy(resize(scores), labels, reduction="sum")` up to rounding, gradient too, in bands of rows: the
+    scores at the labels' size, which are 150 numbers a pixel in ADE20K, never are in memory at once.
+    """
+    return ResizedCrossEntropy.apply(scores.float() if scores.dtype != torch.float64 else scores, labels, ignore_index)
 
 
 # ------------------------------------------------------------------------------------------------ sliding windows

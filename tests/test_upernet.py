@@ -20,6 +20,7 @@ from upernet import (
     build_norm,
     conv3x3_over_resized,
     resize,
+    resized_cross_entropy,
     slide_inference,
     window_starts,
 )
@@ -210,6 +211,57 @@ def test_head_trains_as_one_that_resizes_first(norm, monkeypatch):
         gradients = {name: parameter.grad for name, parameter in head.named_parameters()}
         results.append(dict(head.named_buffers()) | gradients | {"scores": scores.detach()})
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+
+
+# -------------------------------------------------------------------------------- loss
+
+LOSS_SIZES = [((8, 6), (32, 24)), ((5, 7), (13, 9)), ((9, 9), (4, 6)), ((1, 1), (3, 5)), ((4, 4), (4, 4))]
+
+
+def plain_loss(scores: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    resized = resize(scores, size=labels.shape[-2:])
+    return F.cross_entropy(resized, labels, ignore_index=ignore_index, reduction="sum")
+
+
+@pytest.mark.parametrize(("cells", "pixels"), LOSS_SIZES)
+@pytest.mark.parametrize("band_scores", [1, 7 * 30, 2**20])
+def test_resized_cross_entropy_equals_torchs(cells, pixels, band_scores, monkeypatch):
+    """Loss and gradient, in one band or in many, each pixel of another weight in what follows the loss."""
+    monkeypatch.setitem(upernet.BAND_SCORES, "cpu", band_scores)
+    torch.manual_seed(0)
+    scores = 5 * torch.randn(3, 7, *cells, dtype=torch.float64)
+    labels = torch.randint(0, 7, (3, *pixels))
+    labels[torch.rand(labels.shape) < 0.3] = 255
+    found = []
+    for loss in (resized_cross_entropy, plain_loss):
+        leaf = scores.clone().requires_grad_()
+        value = loss(leaf, labels, 255)
+        found.append([value.detach(), *torch.autograd.grad(value.square(), leaf)])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+def test_resized_cross_entropy_is_float32_under_autocast():
+    torch.manual_seed(0)
+    scores, labels = torch.randn(1, 7, 4, 4, requires_grad=True), torch.randint(0, 7, (1, 16, 16))
+    expected = plain_loss(scores.double(), labels, 255).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = resized_cross_entropy(scores, labels, 255)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert resized_cross_entropy(scores.bfloat16(), labels, 255).dtype == torch.float32
+
+
+def test_resized_cross_entropy_of_ignored_labels_is_zero():
+    scores = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = resized_cross_entropy(scores, torch.full((2, 8, 8), 255), 255)
+    loss.backward()
+    assert loss.item() == 0 and scores.grad.abs().max() == 0
+
+
+def test_resized_cross_entropy_reports_what_is_not_finite():
+    scores = torch.randn(1, 3, 4, 4)
+    scores[0, 1, 2, 3] = torch.nan
+    assert resized_cross_entropy(scores, torch.zeros(1, 8, 8, dtype=torch.long), 255).isnan()
 
 
 # -------------------------------------------------------------------------------- sliding windows
