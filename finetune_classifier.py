@@ -652,6 +652,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     describe_run(accelerator, args, model, sampler, peak_learning_rate, train_files, val_files, num_workers, origin)
     optimizer = build_optimizer(model, peak_learning_rate, args)
     average = ModelEmaV3(model.to(device), decay=args.ema_decay) if args.ema_decay else None
+    model.activation_checkpointing = args.activation_checkpointing
     compile_in_place(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
     bare_model = accelerator.unwrap_model(model)

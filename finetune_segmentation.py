@@ -659,6 +659,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         else:
             say("batch norm      not synchronised: torch has no such layer for the CPU; each process has its own")
+    model.backbone.activation_checkpointing = args.activation_checkpointing
     compile_in_place(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
     bare_model = accelerator.unwrap_model(model)

@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from timm.layers import DropPath, PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from upernet import FCNHead, Feature2Pyramid, UperNetHead
 
@@ -210,6 +211,7 @@ class VisionTransformer(nn.Module):
     """
 
     rel_pos_bias = False
+    activation_checkpointing = False  # in training, compute blocks again in the backward pass instead of keeping all
     global_pool = "avg"  # what stands for an image: the mean of the patch tokens ("avg") or the cls token ("cls")
 
     def __init__(self, config: MAEConfig, *, drop_path_rate: float = 0.0, custom_weight_init: bool = True):
@@ -328,10 +330,16 @@ class VisionTransformer(nn.Module):
             if self.rel_pos_bias:
                 table = block.attn.relative_position_bias_table
                 table = resample_relative_positions(table, self.config.grid_size, grid)
-                x = block(x, attn_mask=table[index].permute(2, 0, 1)[None])  # bias (1, heads, 1 + L, 1 + L)
+                x = self.run_block(block, x, attn_mask=table[index].permute(2, 0, 1)[None])  # (1, heads, 1 + L, 1 + L)
             else:
-                x = block(x)
+                x = self.run_block(block, x)
             yield x
+
+    def run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Run one block, (N, l, D) -> (N, l, D); with `activation_checkpointing` only its input is kept."""
+        if self.activation_checkpointing and self.training:
+            return checkpoint(block, x, attn_mask=attn_mask, use_reentrant=False)
+        return block(x, attn_mask=attn_mask)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Encode whole images: (N, C, H, W) -> (N, 1 + L, D), cls token first, after the final norm."""
@@ -454,7 +462,7 @@ class ViTMAEForPreTraining(VisionTransformer):
         x = self.embed_patches(visible) + pos_embed[0, 1:][ids_keep]  #    (N, kept, D)
         x = self.prepend_cls(x, pos_embed)  #                              (N, 1 + kept, D)
         for block in self.blocks:
-            x = block(x)
+            x = self.run_block(block, x)
         return self.norm(x), mask, ids_restore
 
     def forward_decoder(self, latent: Tensor, ids_restore: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
@@ -470,7 +478,7 @@ class ViTMAEForPreTraining(VisionTransformer):
         x = torch.gather(x, 1, ids_restore[:, :, None].expand_as(x))  #    (N, L, D'), in grid order
         x = torch.cat([cls_token, x], dim=1) + pos_embed  #                (N, 1 + L, D')
         for block in self.decoder_blocks:
-            x = block(x)
+            x = self.run_block(block, x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]  #           (N, L, P*P*C)
 
     def forward_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:

@@ -380,6 +380,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     describe_run(accelerator, args, model, sampler, peak_learning_rate, train_files, val_files, num_workers)
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=peak_learning_rate, betas=ADAM_BETAS, fused=True)
+    model.activation_checkpointing = args.activation_checkpointing
     compile_in_place(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
     bare_model = accelerator.unwrap_model(model)

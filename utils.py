@@ -98,6 +98,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         default=30,
         help="how long a process waits for the others before the job is given up",
     )
+    run.add_argument(
+        "--activation_checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compute the blocks again in the backward pass: less memory, a third more work, the same gradients",
+    )
     run.add_argument("--log_interval", type=int, default=20, help="optimizer steps between log rows")
     run.add_argument(
         "--log_wandb",

@@ -14,6 +14,7 @@ from conftest import assert_close, launch, rows, weights
 from PIL import Image
 
 import finetune_classifier
+import model as model_module
 import pretrain_mae
 from dataset import (
     EVAL_EPOCH,
@@ -181,6 +182,15 @@ def test_two_processes_equal_one_and_resume_on_one(finished, drawn_images, tmp_p
     (experiment / "checkpoint_4").rmdir()
     train(drawn_images, tmp_path, "--resume_from_checkpoint", "latest")
     assert_close(weights(experiment / "checkpoint_4"), weights(finished / "checkpoint_4"), atol=1e-6)
+
+
+def test_activation_checkpointing_does_not_change_the_run(finished, drawn_images, tmp_path, monkeypatch):
+    calls = []
+    checkpoint = model_module.checkpoint
+    monkeypatch.setattr(model_module, "checkpoint", lambda *a, **k: calls.append(a) or checkpoint(*a, **k))
+    experiment = train(drawn_images, tmp_path, "--activation_checkpointing")
+    assert_close(weights(experiment / "checkpoint_4"), weights(finished / "checkpoint_4"), atol=0)
+    assert len(calls) == 12 * (2 + 1)  # once a step and block, never at evaluation
 
 
 def test_workers_do_not_change_the_run(finished, drawn_images, tmp_path):
