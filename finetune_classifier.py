@@ -604,7 +604,11 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         return run_knn(args)
 
     # Run: processes, folder, what to resume
-    accelerator = build_accelerator(args.gradient_accumulation_steps, args.timeout_minutes)
+    accelerator = build_accelerator(
+        args.gradient_accumulation_steps,
+        timeout_minutes=args.timeout_minutes,
+        bf16_gradient_sync=args.bf16_gradient_sync,
+    )
     say, device = accelerator.print, accelerator.device
     if args.ema_decay and accelerator.distributed_type in SHARDING:
         raise ValueError("--ema_decay cannot average weights that are sharded; leave it out or use plain DDP")

@@ -609,7 +609,11 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         return run_evaluation(args)
 
     # Run: processes, folder, what to resume
-    accelerator = build_accelerator(args.gradient_accumulation_steps, args.timeout_minutes)
+    accelerator = build_accelerator(
+        args.gradient_accumulation_steps,
+        timeout_minutes=args.timeout_minutes,
+        bf16_gradient_sync=args.bf16_gradient_sync,
+    )
     say, device = accelerator.print, accelerator.device
     start = open_experiment(accelerator, args)
     experiment = start.experiment

@@ -331,7 +331,11 @@ def draw_reconstructions(
 def main(args: argparse.Namespace) -> dict[str, float]:
     """Run the experiment and give the last held-out figures."""
     # Run: processes, folder, what to resume
-    accelerator = build_accelerator(args.gradient_accumulation_steps, args.timeout_minutes)
+    accelerator = build_accelerator(
+        args.gradient_accumulation_steps,
+        timeout_minutes=args.timeout_minutes,
+        bf16_gradient_sync=args.bf16_gradient_sync,
+    )
     say, device = accelerator.print, accelerator.device
     start = open_experiment(accelerator, args)
     experiment = start.experiment

@@ -34,7 +34,14 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, DynamoBackend, broadcast, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedType,
+    DynamoBackend,
+    broadcast,
+    broadcast_object_list,
+    gather_object,
+)
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -103,6 +110,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=False,
         help="compute the blocks again in the backward pass: less memory, a third more work, the same gradients",
+    )
+    run.add_argument(
+        "--bf16_gradient_sync",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="average gradients over processes in bfloat16: half the traffic, coarser rounding",
     )
     run.add_argument("--log_interval", type=int, default=20, help="optimizer steps between log rows")
     run.add_argument(
@@ -237,17 +250,20 @@ def check_run_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
-def build_accelerator(gradient_accumulation_steps: int, timeout_minutes: float = 30) -> Accelerator:
+def build_accelerator(
+    gradient_accumulation_steps: int, *, timeout_minutes: float = 30, bf16_gradient_sync: bool = False
+) -> Accelerator:
     """Join the processes that the launcher started; RuntimeError when each of them would train alone.
 
     A process that waits for another longer than the timeout gives up, and with it the launcher and the job.
     """
     if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate launch started this process
         die_with_parent(signal.SIGTERM)
+    hook = DDPCommunicationHookType.BF16 if bf16_gradient_sync else DDPCommunicationHookType.NO
     accelerator = Accelerator(
         gradient_accumulation_steps=gradient_accumulation_steps,
         kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook),
             InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=timeout_minutes)),
         ],
     )

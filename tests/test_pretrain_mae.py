@@ -193,6 +193,19 @@ def test_activation_checkpointing_does_not_change_the_run(finished, drawn_images
     assert len(calls) == 12 * (2 + 1)  # once a step and block, never at evaluation
 
 
+def test_gradients_averaged_in_bfloat16_are_near_the_exact_ones(drawn_images, tmp_path):
+    """The first loss is the same, what three steps lead to differs, by the rounding of eight bits."""
+    more = ("--per_gpu_batch_size", "4", "--epochs", "1", "--warmup_epochs", "0")
+    found = {}
+    for name, flag in (("exact", "--no-bf16_gradient_sync"), ("rounded", "--bf16_gradient_sync")):
+        launch("pretrain_mae.py", flags(drawn_images, tmp_path / name, *more, flag), num_processes=2)
+        found[name] = [row["training_loss"] for row in rows(tmp_path / name / "run")]
+        found[name] += [weights(tmp_path / name / "run" / "checkpoint_1")["decoder_pred.weight"]]
+    assert found["exact"][0] == found["rounded"][0]
+    difference = (found["exact"][-1] - found["rounded"][-1]).norm() / found["exact"][-1].norm()
+    assert 0 < difference < 1e-2
+
+
 def test_workers_do_not_change_the_run(finished, drawn_images, tmp_path):
     experiment = train(drawn_images, tmp_path, "--num_workers", "2")
     assert_close(weights(experiment / "checkpoint_4"), weights(finished / "checkpoint_4"), atol=0)
