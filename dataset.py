@@ -1,4 +1,4 @@
-"""Images and labels from disk: decoding, file lists, transforms, random numbers, samplers, loaders, demo data.
+"""Images and labels from disk: decoding, file lists, packs, transforms, random numbers, samplers, loaders, demo data.
 
 What a training sample looks like is a function of (seed, epoch, index) and of nothing else: the sampler hands the
 workers (epoch, index), and the dataset seeds every generator from them. Nothing here knows a network.
@@ -11,10 +11,14 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib
+import importlib.util
+import io
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -29,6 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageDraw, ImageOps
 from timm.data import Mixup, auto_augment, create_transform
 from timm.data.auto_augment import RandAugment
@@ -36,6 +41,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvf
+
+try:
+    from torchcodec.decoders import decode_jpeg
+except (ImportError, OSError, RuntimeError):  # not installed, or built for another torch: Pillow decodes
+    decode_jpeg = None
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -64,7 +74,7 @@ DECODE_ERRORS = (
 CHANNEL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-def read_image(path: str | Path, channels: int = 3, *, rotate: bool = True) -> Image.Image:
+def read_image(source: str | Path | io.BytesIO, channels: int = 3, *, rotate: bool = True) -> Image.Image:
     """Decode a file into the 8-bit picture a person sees, with 1 (grey), 3 (RGB) or 4 (RGBA) channels.
 
     Rotation flags are applied (`rotate`), 16-bit values scaled, transparent pixels laid on white. Raises one of
@@ -73,9 +83,8 @@ def read_image(path: str | Path, channels: int = 3, *, rotate: bool = True) -> I
     Deviation: the original release ignores EXIF rotation and shows what lies under transparent pixels. Reason: both
     train on pictures nobody sees. Effect: not measured.
     """
-    with Image.open(path, formats=IMAGE_FORMATS) as image:
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow alone warns up to twice that
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+    with Image.open(source, formats=IMAGE_FORMATS) as image:
+        refuse_bomb(image)
         image.load()
     image = scale_to_8_bit(upright(image) if rotate else image)
     mode = CHANNEL_MODES[channels]
@@ -83,6 +92,12 @@ def read_image(path: str | Path, channels: int = 3, *, rotate: bool = True) -> I
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)
+
+
+def refuse_bomb(image: Image.Image) -> None:
+    """Refuse more pixels than Pillow's limit, before they are decoded; Pillow alone only warns up to twice that."""
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -107,6 +122,183 @@ def scale_to_8_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray((values * 255).round().astype(np.uint8))
 
 
+# Three decoders, one result. Training crops come from torchcodec, or from nvimgcodec, which decodes no more than the
+# crop; Pillow decodes what they refuse or might see differently, and everything where neither is installed. All three
+# stand on libjpeg-turbo and give the same pixels bit for bit, so a run does not hang on what is installed. Evaluation
+# and label maps are always Pillow's.
+
+
+class Area(NamedTuple):
+    """A part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class Picture:
+    """An image in memory of which areas can be had, uint8 (C, h, w); the rows of its pixels lie interleaved."""
+
+    def __init__(self, pixels: Tensor):
+        self.pixels, (self.height, self.width) = pixels, pixels.shape[1:]
+
+    def cut(self, area: Area) -> Tensor:
+        """Give the pixels of an area. Raises one of DECODE_ERRORS."""
+        return self.pixels[:, area.top : area.top + area.height, area.left : area.left + area.width]
+
+    def decoded(self) -> "Picture":
+        """Give the whole picture decoded, for when several areas of it are wanted. Raises one of DECODE_ERRORS."""
+        return self
+
+
+class JPEGPicture(Picture):
+    """A JPEG file that every decoder sees alike, decoded when it is cut, and where possible no further than the cut."""
+
+    def __init__(self, data: bytes, height: int, width: int, channels: int, scan_start: int | None):
+        self.data, self.height, self.width, self.channels = data, height, width, channels
+        self.scan_start = scan_start  # where the compressed pixels begin, if they do so only once
+
+    def cut(self, area: Area) -> Tensor:
+        part = area != (0, 0, self.height, self.width)
+        if part and self.channels == 3 and load_nvimgcodec() is not None and self.ends_at_its_end():
+            pixels = decode_area(self.data, area)
+            if pixels is not None and pixels.shape[1:] == (area.height, area.width):
+                return pixels
+        return self.decoded().cut(area)
+
+    def ends_at_its_end(self) -> bool:
+        """Tell whether the first marker after the header is the end, and the last of the file.
+
+        Otherwise a file that is cut off or broken below the area would pass for a sound one, or it is progressive.
+        """
+        if self.scan_start is None:
+            return False
+        marker = JPEG_MARKER.search(self.data, self.scan_start)
+        return marker is not None and marker[0] == JPEG_END and marker.end() == len(self.data)
+
+    def decoded(self) -> Picture:
+        if decode_jpeg is not None:
+            with contextlib.suppress(RuntimeError):  # whatever is wrong with the file, Pillow decides and names it
+                pixels = decode_jpeg(self.data, mode="RGB" if self.channels == 3 else "GRAY")
+                if pixels.shape == (self.channels, self.height, self.width):
+                    return Picture(pixels)
+        return Picture(to_pixels(read_image(io.BytesIO(self.data), self.channels)))
+
+
+JPEG_END = b"\xff\xd9"
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # not a stuffed 255, padding or a restart
+
+
+class NamedBytes(io.BytesIO):
+    """A file in memory, by whose name Pillow's errors call it."""
+
+    def __init__(self, data: bytes, name: str):
+        super().__init__(data)
+        self.label = name
+
+    def __repr__(self) -> str:
+        return repr(self.label)
+
+
+def open_picture(file: NamedBytes, channels: int = 3) -> Picture:
+    """Read the header of an image file and, unless it is a plain JPEG, decode it. Raises one of DECODE_ERRORS.
+
+    The pixels are those of `read_image`.
+    """
+    image = Image.open(file, formats=IMAGE_FORMATS)
+    refuse_bomb(image)
+    if is_plain_jpeg(image, channels):
+        # Pillow has read up to where the compressed pixels begin. Progressive files have several such places.
+        scan_start = None if "progressive" in image.info else file.tell()
+        return JPEGPicture(file.getvalue(), image.height, image.width, channels, scan_start)
+    file.seek(0)
+    return Picture(to_pixels(read_image(file, channels)))
+
+
+def is_plain_jpeg(image: Image.Image, channels: int) -> bool:
+    """Tell whether the header of an opened image leaves no room for two decoders to see different pictures."""
+    if image.format != "JPEG" or (image.mode, channels) not in (("RGB", 3), ("L", 3), ("L", 1)):
+        return False
+    segments = [content for name, content in image.applist if name == "APP1"]
+    if not segments:
+        return True
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except DECODE_ERRORS:
+        return False
+    # torchcodec also reads what Pillow does not take for EXIF, so the tag's bytes, in either order, may not be there.
+    return orientation == 1 or (
+        orientation is None and not any(tag in segment for segment in segments for tag in (b"\x01\x12", b"\x12\x01"))
+    )
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """Give a picture as uint8 (C, H, W), interleaved as the decoders leave it, so that resizing rounds alike."""
+    return torch.from_numpy(np.array(image).reshape(image.height, image.width, -1)).permute(2, 0, 1)
+
+
+def decode_area(data: bytes, area: Area) -> Tensor | None:
+    """Decode one area of a JPEG file with nvimgcodec, uint8 (3, h, w); None where it cannot."""
+    library = load_nvimgcodec()
+    decoder, parameters = start_area_decoder(os.getpid())
+    try:
+        stream = library.CodeStream(data)
+        region = library.Region(area.top, area.left, area.top + area.height, area.left + area.width)
+        image = decoder.decode(stream.get_sub_code_stream(region=region), params=parameters)
+    except RuntimeError:  # a header that it cannot read
+        return None
+    return None if image is None else torch.from_numpy(np.asarray(image)).permute(2, 0, 1)
+
+
+@functools.cache
+def load_nvimgcodec():
+    """Import nvimgcodec with its JPEG decoder for the CPU alone; None where it is not installed.
+
+    Its other parts look for CUDA libraries when they are loaded, print errors where there are none, and have no
+    business in a worker process.
+    """
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.nvimgcodec") is None:
+        return None
+    package = Path(importlib.util.find_spec("nvidia.nvimgcodec").origin).parent
+    before = os.environ.get(EXTENSIONS_VARIABLE)
+    with tempfile.TemporaryDirectory() as folder:
+        for extension in (package / "extensions").glob("libjpeg_turbo_ext*"):
+            os.symlink(extension, os.path.join(folder, extension.name))
+        os.environ[EXTENSIONS_VARIABLE] = folder
+        try:
+            return importlib.import_module("nvidia.nvimgcodec")
+        except (ImportError, OSError):  # no build for this Python or machine
+            return None
+        finally:
+            del os.environ[EXTENSIONS_VARIABLE]
+            if before is not None:
+                os.environ[EXTENSIONS_VARIABLE] = before
+
+
+EXTENSIONS_VARIABLE = "NVIMGCODEC_EXTENSIONS_PATH"
+
+
+@functools.cache
+def start_area_decoder(process_id: int) -> tuple:
+    """Start the decoder of a process, whose threads would not survive a fork, and give it with its parameters."""
+    library = load_nvimgcodec()
+    decoder = library.Decoder(
+        device_id=library.NVIMGCODEC_DEVICE_CPU_ONLY,
+        max_num_cpu_threads=1,
+        backends=[library.Backend(library.CPU_ONLY)],
+        options=":fancy_upsampling=1",  # as Pillow and torchcodec
+    )
+    return decoder, library.DecodeParams(apply_exif_orientation=False)
+
+
+def describe_decoder() -> str:
+    """Name what decodes training crops in this run."""
+    whole = "torchcodec" if decode_jpeg is not None else "Pillow (faster with: pip install torchcodec)"
+    areas = "nvimgcodec (only the crop), " if load_nvimgcodec() is not None else ""
+    return areas + whole + ("" if decode_jpeg is None else ", Pillow for what is not plain JPEG")
+
+
 # ------------------------------------------------------------------------------------------------ file lists
 
 
@@ -128,6 +320,14 @@ class FileList:
 
     def path(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.paths[index]))
+
+    def read_image(self, index: int, channels: int) -> Image.Image:
+        return read_image(self.path(index), channels)
+
+    def open_picture(self, index: int, channels: int) -> Picture:
+        path = self.path(index)
+        with open(path, "rb") as file:
+            return open_picture(NamedBytes(file.read(), path), channels)
 
     def fingerprint(self) -> str:
         """Hash the relative paths, so that a resumed run can tell whether its data is still the same."""
@@ -495,38 +695,72 @@ def random_key(*parts: int | str) -> int:
 
 
 @contextlib.contextmanager
-def seeded(*parts: int | str) -> Iterator[None]:
+def seeded(*parts: int | str, torch_only: bool = False) -> Iterator[None]:
     """Make every draw inside (torch's CPU generator, random, numpy) a function of `parts`.
 
-    Outside workers the generators' state is restored.
+    `torch_only` leaves the other two alone, for code that draws from torch and nothing else. Outside data workers,
+    which draw nothing else, the generators' states are restored, for ten times what seeding takes.
     """
-    alone = get_worker_info() is None  # a worker draws nothing else, and restoring takes ten times as long as seeding
-    states = (torch.get_rng_state(), random.getstate(), np.random.get_state()) if alone else None
+    restore = []
+    if get_worker_info() is None:
+        restore.append(functools.partial(torch.set_rng_state, torch.get_rng_state()))
+        if not torch_only:
+            restore.append(functools.partial(random.setstate, random.getstate()))
+            restore.append(functools.partial(np.random.set_state, np.random.get_state()))
     key = random_key(*parts)
     torch.default_generator.manual_seed(key)  # torch.manual_seed would walk every device: 30 times slower
-    random.seed(key)
-    np.random.seed(key % 2**32)
+    if not torch_only:
+        random.seed(key)
+        np.random.seed(key % 2**32)
     try:
         yield
     finally:
-        if states is not None:
-            torch.set_rng_state(states[0])
-            random.setstate(states[1])
-            np.random.set_state(states[2])
+        for restore_state in restore:
+            restore_state()
 
 
 # ------------------------------------------------------------------------------------------------ transforms
 
 
-def build_pretraining_transform(img_size: tuple[int, int], min_crop_scale: float) -> Callable:
+class ResizedCropFlip:
+    """Random resized crop (bicubic, antialiased) and flip, on uint8, in two steps: `cut`, then the rest of it.
+
+    Draws what torchvision's RandomResizedCrop and RandomHorizontalFlip draw, in their order, and resizes as Pillow
+    does but for rounding: 0.04 of 255 grey values on average. Gives uint8 (C, H, W).
+    """
+
+    def __init__(self, img_size: tuple[int, int], min_crop_scale: float):
+        self.img_size, self.min_crop_scale = list(img_size), min_crop_scale
+        self.log_ratio = torch.tensor((3 / 4, 4 / 3)).log().tolist()
+
+    def cut(self, picture: Picture) -> Tensor:
+        """Draw an area of a picture and decode it; raises one of DECODE_ERRORS."""
+        return picture.cut(self.draw_area(picture.height, picture.width))
+
+    def draw_area(self, height: int, width: int) -> Area:
+        """Draw a share of the area and a ratio of the sides until they fit, ten times at most, then a place."""
+        for _ in range(10):
+            area = height * width * torch.empty(1).uniform_(self.min_crop_scale, 1.0).item()
+            ratio = torch.empty(1).uniform_(*self.log_ratio).exp().item()
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                top, left = (int(torch.randint(0, room + 1, (1,))) for room in (height - h, width - w))
+                return Area(top, left, h, w)
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width / (3 / 4)))  # the middle, as far as it fits
+        return Area((height - h) // 2, (width - w) // 2, h, w)
+
+    def resize_and_flip(self, pixels: Tensor) -> Tensor:
+        # What torchvision's resize calls; that leaves pixels interleaved as they come, and undoing it costs a third.
+        pixels = F.interpolate(pixels[None], self.img_size, mode="bicubic", antialias=True)[0]
+        return pixels.flip(-1) if torch.rand(1) < 0.5 else pixels
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.resize_and_flip(self.cut(Picture(to_pixels(image))))
+
+
+def build_pretraining_transform(img_size: tuple[int, int], min_crop_scale: float) -> ResizedCropFlip:
     """Random resized crop and flip, nothing else (paper, appendix A.1; table 1e: colour jitter hurts)."""
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(img_size, scale=(min_crop_scale, 1.0), interpolation=InterpolationMode.BICUBIC),
-            v2.RandomHorizontalFlip(),
-            v2.PILToTensor(),
-        ]
-    )
+    return ResizedCropFlip(img_size, min_crop_scale)
 
 
 def build_finetuning_transform(
@@ -668,8 +902,8 @@ class SegmentationTransform:
             image = distort_colours(image)
         image = normalize(image[None], self.mean, self.std)[0]
         bottom, right = (side - there for side, there in zip(self.img_size, labels.shape, strict=True))
-        image = torch.nn.functional.pad(image, (0, right, 0, bottom))
-        return image, torch.nn.functional.pad(labels, (0, right, 0, bottom), value=IGNORE_INDEX)
+        image = F.pad(image, (0, right, 0, bottom))
+        return image, F.pad(labels, (0, right, 0, bottom), value=IGNORE_INDEX)
 
     def choose_crop(self, labels: Tensor) -> tuple[slice, slice]:
         """Draw where to crop; up to `crop_tries` draws that one class has too much of are drawn again."""
@@ -774,7 +1008,8 @@ class ImageDataset(Dataset):
     A file that cannot be decoded is replaced by another one, drawn from the same (seed, epoch, index), and reported
     in `bad_files`; ValueError when that goes on for MAX_REPLACEMENTS files, and at once with `replace_bad_files` off:
     a score has to be over the very images it says.
-    Indices past the end start over, each time with new random draws.
+    Indices past the end start over, each time with new random draws. With `keep_decoded` the last picture is kept, for
+    samplers that ask for several crops of it in a row.
     """
 
     def __init__(
@@ -786,6 +1021,7 @@ class ImageDataset(Dataset):
         channels: int = 3,
         noise_size: int = 0,
         replace_bad_files: bool = True,
+        keep_decoded: bool = False,
     ):
         if channels not in CHANNEL_MODES:
             raise ValueError(
@@ -794,30 +1030,48 @@ class ImageDataset(Dataset):
             )
         self.files, self.transform, self.seed = files, transform, seed
         self.channels, self.noise_size, self.replace_bad_files = channels, noise_size, replace_bad_files
+        self.keep_decoded, self.kept = keep_decoded, (-1, None)  # index and picture
+        # Where the crop is known before anything is decoded, no more than the crop has to be.
+        self.cuts_first = isinstance(transform, ResizedCropFlip)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, key: SampleKey) -> Sample:
         bad_files = []
-        with seeded(self.seed, *key):
+        with seeded(self.seed, *key, torch_only=self.cuts_first):
             noise = torch.rand(self.noise_size)  # drawn first, so that masks do not hang on the augmentation
             image, label = self.prepare(*self.decode(key.index % len(self.files), bad_files))
         return Sample(key, image, label, noise, bad_files)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        return read_image(self.files.path(index), self.channels), int(self.files.labels[index])
+    def read(self, index: int) -> tuple[Image.Image | Tensor, int]:
+        label = int(self.files.labels[index])
+        if self.cuts_first:
+            return self.transform.cut(self.open_picture(index)), label
+        return self.files.read_image(index, self.channels), label
 
-    def prepare(self, image: Image.Image, label: int) -> tuple[Tensor, int]:
-        return self.transform(image), label
+    def open_picture(self, index: int) -> Picture:
+        if self.kept[0] == index:
+            return self.kept[1]
+        picture = self.files.open_picture(index, self.channels)
+        if self.keep_decoded:
+            picture = picture.decoded()
+            self.kept = index, picture
+        return picture
 
-    def decode(self, index: int, bad_files: list[BadFile]) -> tuple[Image.Image, int]:
+    def prepare(self, image: Image.Image | Tensor, label: int) -> tuple[Tensor, int]:
+        return self.transform.resize_and_flip(image) if self.cuts_first else self.transform(image), label
+
+    def decode(self, index: int, bad_files: list[BadFile]) -> tuple[Image.Image | Tensor, int]:
         """Read an image with its label, or where it cannot be decoded another one."""
         while True:
             path = self.files.path(index)
+            before = torch.get_rng_state() if self.cuts_first else None
             try:
                 return self.read(index)
             except DECODE_ERRORS as error:
+                if before is not None:  # a crop may have been drawn, or not: the replacement must not hang on that
+                    torch.set_rng_state(before)
                 reason = f"{type(error).__name__}: {error}"
                 if not self.replace_bad_files:
                     raise ValueError(f"cannot decode {path}: {reason}") from error

@@ -38,6 +38,7 @@ from dataset import (
     check_same_classes,
     collate,
     denormalize,
+    describe_decoder,
     eval_crop_ratio,
     find_splits,
     list_images,
@@ -341,6 +342,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     experiment = start.experiment
     set_seed(args.seed)
     choose_kernels(args.deterministic)
+    args.decoder = describe_decoder()  # no flag: kept with them, so that a resume tells of another one
     if args.demo and args.path_to_data is None:
         demo_data = Path(args.working_directory) / "demo_data"
         say(f"demo            scenes are drawn into {demo_data}, unless they are there already")
@@ -573,6 +575,7 @@ def describe_run(
         f"x {sampler.micro_batch_size} images",
         "learning rate": f"{learning_rate:.2e} = {args.base_learning_rate:.2e} x {sampler.images_per_step} / 256",
         "schedule": f"{args.epochs} epochs of {sampler.steps_per_epoch:,} steps, warmup {args.warmup_epochs:g} epochs",
+        "decoder": args.decoder,
         "runs on": describe_processes(accelerator, num_workers, args.num_workers),
     }
     if len(train_files) < sampler.images_per_step:

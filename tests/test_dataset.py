@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import math
 import os
 import random
@@ -26,7 +27,10 @@ from dataset import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ADE20KDataset,
+    Area,
     ImageDataset,
+    JPEGPicture,
+    NamedBytes,
     PairMixing,
     ResizeCenterCrop,
     Sample,
@@ -42,6 +46,7 @@ from dataset import (
     check_pairs,
     check_same_classes,
     denormalize,
+    describe_decoder,
     distort_colours,
     draw_demo_scene,
     eval_crop_ratio,
@@ -52,6 +57,7 @@ from dataset import (
     list_images,
     list_pairs,
     normalize,
+    open_picture,
     read_image,
     read_label_map,
     scan_images,
@@ -163,6 +169,211 @@ def test_every_awkward_file_decodes_or_is_refused_as_its_manifest_says(photograp
         if decoded != row["decodable"]:
             wrong.append(name)
     assert not wrong
+
+
+# -------------------------------------------------------------------------------- one result from three decoders
+
+
+@pytest.fixture(params=["nvimgcodec", "torchcodec", "Pillow"])
+def decoder(request, monkeypatch):
+    """What decodes training crops, where it is installed."""
+    if request.param == "nvimgcodec" and dataset.load_nvimgcodec() is None:
+        pytest.skip("nvimgcodec is not installed")
+    if request.param == "torchcodec" and dataset.decode_jpeg is None:
+        pytest.skip("torchcodec is not installed")
+    if request.param != "nvimgcodec":
+        monkeypatch.setattr(dataset, "load_nvimgcodec", lambda: None)
+    if request.param == "Pillow":
+        monkeypatch.setattr(dataset, "decode_jpeg", None)
+    return request.param
+
+
+def encode(image: Image.Image, image_format: str = "JPEG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, image_format, **options)
+    return file.getvalue()
+
+
+def draw_picture(mode: str = "RGB", size: tuple[int, int] = (90, 70)) -> Image.Image:
+    coarse = np.random.default_rng(0).integers(0, 256, (12, 15, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+def pixels_of(picture, area) -> np.ndarray:
+    pixels = picture.cut(area).permute(1, 2, 0).numpy()
+    return pixels[..., 0] if pixels.shape[2] == 1 else pixels
+
+
+AREAS = [Area(0, 0, 70, 90), Area(0, 0, 1, 1), Area(13, 21, 40, 33), Area(69, 0, 1, 90), Area(31, 47, 39, 43)]
+PLAIN_JPEGS = {
+    "4:2:0": dict(subsampling="4:2:0"),
+    "4:2:2": dict(subsampling="4:2:2"),
+    "4:4:4": dict(subsampling="4:4:4", quality=30),
+    "progressive": dict(progressive=True),
+    "restarts": dict(restart_marker_blocks=3),
+    "RGB": dict(keep_rgb=True),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN_JPEGS)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_every_decoder_gives_pillows_pixels_bit_for_bit(decoder, name, mode, channels):
+    options = {key: value for key, value in PLAIN_JPEGS[name].items() if mode == "RGB" or key != "keep_rgb"}
+    data = encode(draw_picture(mode), **options)
+    whole = np.asarray(read_image(io.BytesIO(data), channels))
+    for area in AREAS:
+        encoded = open_picture(NamedBytes(data, "x"), channels)
+        for picture in (encoded, encoded.decoded()):
+            expected = whole[area.top : area.top + area.height, area.left : area.left + area.width]
+            assert np.array_equal(pixels_of(picture, area), expected), area
+
+
+def test_every_decoder_takes_and_refuses_the_same_awkward_files(decoder, photographs):
+    for path in sorted((photographs / "bad_images").iterdir()):
+        try:
+            expected = np.asarray(read_image(path))
+        except DECODE_ERRORS as error:
+            with pytest.raises(type(error)) as refusal:
+                open_picture(NamedBytes(path.read_bytes(), str(path))).decoded()
+            assert str(refusal.value) == str(error)
+        else:
+            picture = open_picture(NamedBytes(path.read_bytes(), str(path)))
+            height, width = expected.shape[:2]
+            area = Area(height // 3, width // 4, height - height // 3, width // 2 + 1)
+            cut = expected[area.top :, area.left : area.left + area.width]
+            assert np.array_equal(pixels_of(picture, area), cut[:, : area.width]), path.name
+
+
+@pytest.mark.parametrize("name", ["rotated", "CMYK", "palette", "16-bit", "transparent", "disguised"])
+def test_what_decoders_might_see_differently_is_left_to_pillow(name, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = {
+        "rotated": encode(draw_picture(), exif=exif),
+        "CMYK": encode(draw_picture("CMYK")),
+        "palette": encode(draw_picture("P"), "PNG"),
+        "16-bit": encode(Image.fromarray(np.full((70, 90), 30_000, dtype=np.uint16)), "PNG"),
+        "transparent": encode(draw_picture("RGBA"), "PNG"),
+        "disguised": encode(draw_picture(), "WEBP"),
+    }[name]
+    monkeypatch.setattr(dataset, "decode_jpeg", lambda *_, **__: pytest.fail("torchcodec was asked"))
+    picture = open_picture(NamedBytes(data, "name.jpg"))
+    assert np.array_equal(picture.decoded().pixels.permute(1, 2, 0), read_image(io.BytesIO(data)))
+
+
+def test_orientations_that_only_torchcodec_would_read_are_left_to_pillow(decoder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for data in (
+        encode(draw_picture(), exif=exif).replace(b"Exif\0\0", b"Exit\0\0"),
+        encode(draw_picture(), xmp=b'<x:xmpmeta tiff:Orientation="6"></x:xmpmeta>'),
+    ):
+        expected = np.asarray(read_image(io.BytesIO(data)))
+        assert np.array_equal(open_picture(NamedBytes(data, "x")).decoded().pixels.permute(1, 2, 0), expected)
+
+
+def test_plain_jpegs_are_not_decoded_by_pillow(decoder, monkeypatch):
+    if decoder == "Pillow":
+        pytest.skip("it is Pillow's turn")
+    data = encode(draw_picture())
+    monkeypatch.setattr(dataset, "read_image", lambda *_: pytest.fail("Pillow was asked"))
+    picture = open_picture(NamedBytes(data, "x"))
+    assert isinstance(picture, JPEGPicture)
+    if decoder == "nvimgcodec":
+        monkeypatch.setattr(dataset, "decode_jpeg", lambda *_, **__: pytest.fail("torchcodec was asked"))
+        picture.cut(Area(5, 5, 20, 20))
+    else:
+        picture.decoded()
+
+
+@pytest.mark.parametrize("damage", ["cut off", "cut off and closed by an end", "a marker in between"])
+def test_damage_below_the_crop_counts_as_in_pillow(decoder, damage):
+    data = encode(draw_picture(size=(200, 400)), quality=95)
+    place = len(data) * 3 // 4
+    data = {
+        "cut off": data[:place],
+        "cut off and closed by an end": data[:place] + b"\xff\xd9",
+        "a marker in between": data[:place] + b"\xff\xc7\x00\x04" + data[place:],
+    }[damage]
+    area = Area(3, 5, 60, 70)
+    try:
+        expected = np.asarray(read_image(io.BytesIO(data)))[3:63, 5:75]
+    except DECODE_ERRORS:
+        with pytest.raises(DECODE_ERRORS):
+            open_picture(NamedBytes(data, "x")).cut(area)
+    else:
+        assert damage == "cut off and closed by an end"
+        assert np.array_equal(pixels_of(open_picture(NamedBytes(data, "x")), area), expected)
+
+
+def test_bombs_are_refused_before_any_decoder_sees_them(decoder, monkeypatch):
+    data = encode(draw_picture())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6_299)
+    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(Image.DecompressionBombError, match="90 x 70"):
+        open_picture(NamedBytes(data, "x"))
+
+
+def test_errors_name_the_file_and_not_a_place_in_memory():
+    with pytest.raises(OSError, match=r"^cannot identify image file 'folder/name\.jpg'$"):
+        open_picture(NamedBytes(b"<html>404</html>", "folder/name.jpg"))
+
+
+def test_samples_and_replacements_are_the_same_with_every_decoder(decoder, image_folder, monkeypatch):
+    bad = image_folder / "train" / "cats" / "003.jpg"
+    bad.write_bytes(bad.read_bytes()[:-200])  # the header is sound: the failure comes after a crop may have been drawn
+    data = build_dataset(image_folder)
+    samples = [data[SampleKey(epoch, index)] for epoch in range(3) for index in range(24)]
+    assert sum(len(sample.bad_files) for sample in samples) >= 3
+    monkeypatch.setattr(dataset, "decode_jpeg", None)
+    monkeypatch.setattr(dataset, "load_nvimgcodec", lambda: None)
+    for sample in samples:
+        expected = data[sample.key]
+        assert torch.equal(sample.image, expected.image) and sample.bad_files == expected.bad_files
+
+
+def test_decoder_works_in_forked_workers_after_it_was_used(decoder, image_folder):
+    data, sampler = build_dataset(image_folder), StepSampler(24, 4)
+    expected = [torch.stack([data[key].image for key in keys]) for keys in sampler]
+    loader = build_training_loader(data, sampler, 2, pin_memory=False)
+    assert all(torch.equal(batch.images, images) for batch, images in zip(loader, expected, strict=True))
+
+
+def test_decoder_is_named_as_it_is(decoder):
+    assert describe_decoder().startswith({"nvimgcodec": "nvimgcodec (only the crop), "}.get(decoder, decoder))
+
+
+def test_crops_are_drawn_as_torchvision_draws_them():
+    reference = v2.RandomResizedCrop((8, 8), scale=(0.2, 1.0))
+    transform = build_pretraining_transform((8, 8), 0.2)
+    for index, (height, width) in enumerate([(1, 1), (30, 400), (400, 30), (375, 500), (3, 2), (1, 90)] * 50):
+        with seeded(0, index):
+            expected, draw = reference.make_params([torch.zeros(1, height, width)]), torch.rand(1)
+        with seeded(0, index, torch_only=True):
+            assert transform.draw_area(height, width)._asdict() == expected and torch.rand(1) == draw
+
+
+def test_crops_look_as_pillow_makes_them(image_folder):
+    """What differs is the rounding between the two passes of the resize: far less than a grey value on average."""
+    files = list_images(image_folder / "train")
+    pillow = v2.Compose(
+        [
+            v2.RandomResizedCrop((48, 48), scale=(0.2, 1.0), interpolation=InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+        ]
+    )
+    transform = build_pretraining_transform((48, 48), 0.2)
+    for index in range(len(files)):
+        image = read_image(files.path(index))
+        with seeded(1, index):
+            expected = pillow(image)
+        with seeded(1, index):
+            found = transform(image)
+        difference = (found.float() - expected.float()).abs()
+        assert difference.mean() < 0.15 and difference.max() <= 2, index
+        error = (difference / 255).square().mean().item()
+        assert error == 0 or -10 * math.log10(error) > 50
 
 
 # -------------------------------------------------------------------------------- file lists
