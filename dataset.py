@@ -423,9 +423,11 @@ def list_images(root: Path, cache_folder: Path | None = None, *, rescan: bool = 
 
     With `cache_folder` the list is kept there, one file per root, and is read again while no folder has changed:
     a million-file tree on a network disk is then a thousand look-ups instead of minutes. FileNotFoundError shows the
-    expected layout beside what is there.
+    expected layout beside what is there. A folder that tools/pack_dataset.py wrote brings its own list.
     """
     root = Path(root).resolve()
+    if is_packed(root):
+        return read_packed_images(root)
     cache = None
     if cache_folder is not None:
         cache = Path(cache_folder) / f"{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.npz"
@@ -479,6 +481,231 @@ def read_file_list(cache: Path, root: Path) -> FileList | None:
         return FileList(root, stored["paths"], stored["labels"], classes) if unchanged else None
     except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile):
         return None
+
+
+# ------------------------------------------------------------------------------------------------ packs
+
+# tools/pack_dataset.py turns a folder of many small files into a few large ones. A pack is a folder with pack.json,
+# which says what is in it, and shards. A shard is all its records (image files, or uncompressed pixels) one after the
+# other, a table with a row for each, their names, and a trailer. Of a pack of pairs every second record is a label map.
+# Nothing in a pack is trusted: names do not lead anywhere, places and sizes are checked before they are read.
+PACK_FILE, PACKING_FILE = "pack.json", "packing.json"  # the second while a pack is being made
+PACK_VERSION = 1
+SHARD_NAME = re.compile(r"\d{5}\.shard")
+SHARD_MAGIC = b"MAEPACK1"
+SHARD_TRAILER = struct.Struct("<QQI8s")  # number of records, bytes of the names, CRC-32 of table and names, magic
+SHARD_TABLE = np.dtype(
+    [("offset", "<u8"), ("size", "<u8"), ("height", "<u4"), ("width", "<u4"), ("label", "<i4"), ("crc", "<u4")]
+)
+MAX_NAME_BYTES = 1024
+ENCODINGS = ("files", "jpeg", "raw")  # bytes as they were; resized and compressed anew where larger; uint8 (H, W, 3)
+
+
+def is_packed(folder: Path) -> bool:
+    """Tell whether a folder is a pack; ValueError when it is one that was not finished."""
+    if (folder / PACKING_FILE).exists() and not (folder / PACK_FILE).exists():
+        raise ValueError(f"{folder} was not packed to the end; run tools/pack_dataset.py again, it goes on")
+    return (folder / PACK_FILE).is_file()
+
+
+class Pack:
+    """The records of a pack, by number; files are opened when first needed, anew in every process.
+
+    ValueError says what is wrong with a pack that is damaged or made up. `read` raises OSError for a record that is.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.open_shards = folder, {}
+        content = (folder / PACK_FILE).read_bytes()
+        self.digest = hashlib.sha256(content).hexdigest()[:16]
+        self.header = parse_pack_header(content, folder)
+        parts = [self.read_index(number) for number in range(len(self.header["shards"]))]
+        self.table = np.concatenate([table for table, _ in parts])
+        self.shards = np.repeat(np.arange(len(parts)), [len(table) for table, _ in parts])
+        self.names = np.array([name for _, names in parts for name in names])
+        if not len(self.names):
+            raise ValueError(f"{folder} holds no records")
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"open_shards": {}}
+
+    def __del__(self):
+        for descriptor in self.open_shards.values():
+            os.close(descriptor)
+
+    def shard_path(self, number: int) -> Path:
+        return self.folder / self.header["shards"][number]["file"]
+
+    def open_shard(self, number: int) -> int:
+        if number not in self.open_shards:
+            self.open_shards[number] = os.open(self.shard_path(number), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        return self.open_shards[number]
+
+    def read_bytes(self, shard: int, offset: int, size: int) -> np.ndarray:
+        """Read bytes into an array; OSError when there are fewer. Unlike a memory map, a failing disk is no crash."""
+        found = np.empty(size, dtype=np.uint8)
+        if os.preadv(self.open_shard(shard), [found], offset) != size:
+            raise OSError(f"{self.shard_path(shard)} is cut off")
+        return found
+
+    def read_index(self, number: int) -> tuple[np.ndarray, list[bytes]]:
+        """Read the table and the names of a shard; ValueError when they are not those of a whole one."""
+        path, shard = self.shard_path(number), self.header["shards"][number]
+
+        def refuse_unless(condition: bool, reason: str) -> None:
+            if not condition:
+                raise ValueError(f"{path} is damaged ({reason}); pack the folder again")
+
+        try:
+            size = os.fstat(self.open_shard(number)).st_size
+        except OSError as error:
+            raise ValueError(f"{path} cannot be opened ({error.strerror}); pack the folder again") from error
+        refuse_unless(size == shard["bytes"] and size >= SHARD_TRAILER.size, f"{size:,} bytes, not {shard['bytes']:,}")
+        trailer = self.read_bytes(number, size - SHARD_TRAILER.size, SHARD_TRAILER.size)
+        count, names_size, checksum, magic = SHARD_TRAILER.unpack(trailer.tobytes())
+        index_size = count * SHARD_TABLE.itemsize + names_size
+        end = size - SHARD_TRAILER.size - index_size
+        refuse_unless(magic == SHARD_MAGIC and end >= 0 and count == shard["records"], "its trailer")
+        index = self.read_bytes(number, end, index_size).tobytes()
+        refuse_unless(zlib.crc32(index) == checksum, "the checksum of its table")
+        table = np.frombuffer(index, SHARD_TABLE, count)
+        names = index[count * SHARD_TABLE.itemsize :].split(b"\0") if count else []
+        refuse_unless(len(names) == count and all(is_inner_path(name) for name in names), "its names")
+        refuse_unless(bool((table["size"] <= end).all()), "a record's size")
+        refuse_unless(bool((table["offset"] <= end - table["size"]).all()), "a record's place")
+        allowed = range(len(self.header["classes"])) or range(-1, 0)
+        refuse_unless(bool(((table["label"] >= allowed.start) & (table["label"] < allowed.stop)).all()), "a label")
+        if self.header["encoding"] == "raw":
+            pixels = table["height"].astype(np.uint64) * table["width"]
+            fitting = (pixels > 0) & (pixels <= Image.MAX_IMAGE_PIXELS) & (pixels * 3 == table["size"])
+            refuse_unless(bool(fitting.all()), "an image's size")
+        return table, names
+
+    def path(self, record: int) -> str:
+        """Name a record as if it were a file in the pack's folder."""
+        return os.path.join(self.folder, os.fsdecode(self.names[record]))
+
+    def read(self, record: int) -> NamedBytes:
+        """Read a record that is a file; OSError when it is not what was packed."""
+        row = self.table[record]
+        data = self.read_bytes(int(self.shards[record]), int(row["offset"]), int(row["size"])).tobytes()
+        if zlib.crc32(data) != row["crc"]:
+            raise OSError(f"damaged since it was packed: {self.path(record)}")
+        return NamedBytes(data, self.path(record))
+
+    def read_rows(self, record: int, top: int, count: int) -> Tensor:
+        """Read rows of uncompressed pixels, uint8 (3, count, W), interleaved; their checksum is not looked at."""
+        row = self.table[record]
+        line = int(row["width"]) * 3
+        data = self.read_bytes(int(self.shards[record]), int(row["offset"]) + top * line, count * line)
+        return torch.from_numpy(data).view(count, -1, 3).permute(2, 0, 1)
+
+
+def is_inner_path(name: bytes) -> bool:
+    """Tell whether a name is a relative path of reasonable length that stays below where it starts."""
+    parts = name.split(b"/")
+    return 0 < len(name) <= MAX_NAME_BYTES and not any(part in (b"", b".", b"..") for part in parts)
+
+
+def parse_pack_header(content: bytes, folder: Path) -> dict:
+    """Read pack.json; ValueError names the field that is not as tools/pack_dataset.py writes it."""
+    path = folder / PACK_FILE
+    try:
+        header = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); pack the folder again") from error
+    header = header if isinstance(header, dict) else {}
+    if header.get("version") != PACK_VERSION:
+        raise ValueError(f"{path} is of version {header.get('version')!r}, this code reads {PACK_VERSION}")
+
+    def is_count(value: object) -> bool:
+        return type(value) is int and 0 <= value < 2**63
+
+    def is_shard(shard: object) -> bool:
+        return (
+            isinstance(shard, dict)
+            and isinstance(shard.get("file"), str)
+            and SHARD_NAME.fullmatch(shard["file"]) is not None
+            and is_count(shard.get("bytes"))
+            and is_count(shard.get("records"))
+        )
+
+    checks = {
+        "kind": header.get("kind") in ("images", "pairs"),
+        "encoding": header.get("encoding") in ENCODINGS,
+        "short_side": header.get("short_side") is None or is_count(header["short_side"]),
+        "classes": isinstance(header.get("classes"), list) and all(isinstance(name, str) for name in header["classes"]),
+        "shards": isinstance(header.get("shards"), list) and all(is_shard(shard) for shard in header["shards"]),
+    }
+    wrong = [name for name, right in checks.items() if not right]
+    if wrong:
+        raise ValueError(f"{path} is damaged or not a pack: {', '.join(wrong)} not as it should be")
+    return header
+
+
+class PackedRows(Picture):
+    """Uncompressed pixels in a pack, of which no more rows are read than the cut needs."""
+
+    def __init__(self, pack: Pack, record: int):
+        self.pack, self.record = pack, record
+        self.height, self.width = int(pack.table[record]["height"]), int(pack.table[record]["width"])
+
+    def cut(self, area: Area) -> Tensor:
+        return self.pack.read_rows(self.record, area.top, area.height)[:, :, area.left : area.left + area.width]
+
+    def decoded(self) -> Picture:
+        return Picture(self.pack.read_rows(self.record, 0, self.height))
+
+
+@dataclass(frozen=True)
+class PackedImages(FileList):
+    """A `FileList` whose images lie in a pack; image i is record `records[i]`."""
+
+    pack: Pack
+    records: np.ndarray
+
+    def read_image(self, index: int, channels: int) -> Image.Image:
+        record = int(self.records[index])
+        if self.pack.header["encoding"] != "raw":
+            return read_image(self.pack.read(record), channels)
+        pixels = PackedRows(self.pack, record).decoded().pixels.permute(1, 2, 0)
+        return Image.fromarray(pixels.numpy()).convert(CHANNEL_MODES[channels])
+
+    def open_picture(self, index: int, channels: int) -> Picture:
+        record = int(self.records[index])
+        if self.pack.header["encoding"] != "raw":
+            return open_picture(self.pack.read(record), channels)
+        return PackedRows(self.pack, record) if channels == 3 else Picture(to_pixels(self.read_image(index, channels)))
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{super().fingerprint()} {self.pack.digest}".encode()).hexdigest()[:16]
+
+    def thinned(self, count: int) -> "PackedImages":
+        if len(self) <= count:
+            return self
+        kept = np.linspace(0, len(self) - 1, count).round().astype(np.int64)
+        return dataclasses.replace(self, paths=self.paths[kept], labels=self.labels[kept], records=self.records[kept])
+
+    def describe(self) -> str:
+        side = self.pack.header["short_side"]
+        size = f", short side at most {side}" if side else ""
+        return f"{super().describe()}, packed as {self.pack.header['encoding']}{size}"
+
+
+def read_packed_images(folder: Path) -> PackedImages:
+    """List the images of a pack, with the labels and classes of the folder it was made of."""
+    pack = open_pack(folder, "images")
+    classes = tuple(pack.header["classes"])
+    return PackedImages(
+        folder, pack.names, pack.table["label"].astype(np.int32), classes, pack, np.arange(len(pack.names))
+    )
+
+
+def open_pack(folder: Path, kind: str) -> Pack:
+    pack = Pack(folder)
+    if pack.header["kind"] != kind:
+        raise ValueError(f"{folder} is a pack of {pack.header['kind']}, here {kind} are needed")
+    return pack
 
 
 # ------------------------------------------------------------------------------------------------ label maps
@@ -536,15 +763,18 @@ def label_table(num_classes: int, ignore_zero: bool) -> np.ndarray:
     return table
 
 
-def read_label_map(path: str | Path, table: np.ndarray) -> np.ndarray:
+def read_label_map(source: str | Path | io.BytesIO, table: np.ndarray) -> np.ndarray:
     """Read a label map as classes, uint8 (H, W); ValueError names the file and what is wrong with it."""
-    with Image.open(path, formats=LABEL_FORMATS) as image:
+    with Image.open(source, formats=LABEL_FORMATS) as image:
         if image.mode not in ("L", "P"):
-            raise ValueError(f"{path} is of mode {image.mode}; a label map has one 8-bit channel of class numbers")
-        classes = table[np.asarray(image)]
+            raise ValueError(f"{source} is of mode {image.mode}; a label map has one 8-bit channel of class numbers")
+        raw = np.asarray(image)
+    classes = table[raw]
     if classes.min() < 0:
-        raw = np.unique(np.asarray(Image.open(path))[classes < 0])
-        raise ValueError(f"{path} has the label values {', '.join(map(str, raw[:10]))}, which are no classes here")
+        unknown = np.unique(raw[classes < 0])
+        raise ValueError(
+            f"{source} has the label values {', '.join(map(str, unknown[:10]))}, which are no classes here"
+        )
     return classes.astype(np.uint8)
 
 
@@ -565,6 +795,18 @@ class PairList:
     def label_path(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.label_maps[index]))
 
+    def image_file(self, index: int) -> str | io.BytesIO:
+        """Give what an image can be opened from; `label_file` likewise."""
+        return self.path(index)
+
+    def label_file(self, index: int) -> str | io.BytesIO:
+        return self.label_path(index)
+
+    def stamps(self) -> list[tuple[int, int]]:
+        """Give size and modification time (ns) of every file."""
+        statuses = [os.stat(path(i)) for path in (self.path, self.label_path) for i in range(len(self))]
+        return [(status.st_size, status.st_mtime_ns) for status in statuses]
+
     def fingerprint(self) -> str:
         return hashlib.sha256(b"\0".join([*self.images.tolist(), *self.label_maps.tolist()])).hexdigest()[:16]
 
@@ -572,12 +814,45 @@ class PairList:
         return f"{len(self):,} pairs in {os.path.dirname(self.path(0))}"
 
 
+@dataclass(frozen=True)
+class PackedPairs(PairList):
+    """A `PairList` whose files lie in a pack, byte for byte: image i is record 2 i, its label map record 2 i + 1."""
+
+    pack: Pack
+
+    def image_file(self, index: int) -> NamedBytes:
+        return self.pack.read(2 * index)
+
+    def label_file(self, index: int) -> NamedBytes:
+        return self.pack.read(2 * index + 1)
+
+    def stamps(self) -> list[tuple[int, int]]:
+        statuses = [os.stat(self.pack.shard_path(number)) for number in range(len(self.pack.header["shards"]))]
+        return [(status.st_size, status.st_mtime_ns) for status in statuses]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{super().fingerprint()} {self.pack.digest}".encode()).hexdigest()[:16]
+
+    def describe(self) -> str:
+        return f"{len(self):,} pairs in {self.root}, packed"
+
+
+def read_packed_pairs(folder: Path) -> PackedPairs:
+    pack = open_pack(folder, "pairs")
+    if len(pack.names) % 2:
+        raise ValueError(f"{folder} holds {len(pack.names)} records, which are no pairs; pack the folder again")
+    return PackedPairs(folder, pack.names[0::2], pack.names[1::2], pack)
+
+
 def list_pairs(root: str | Path, split: str) -> PairList:
     """Pair the images of a split, "training" or "validation", with their label maps by file name.
 
-    `root` holds images/ and annotations/, or is the folder above. FileNotFoundError names what has no partner.
+    `root` holds images/ and annotations/, or is the folder above, or what tools/pack_dataset.py made of it.
+    FileNotFoundError names what has no partner.
     """
     root = Path(root).resolve()
+    if is_packed(root / split):
+        return read_packed_pairs(root / split)
     if not (root / "images").is_dir() and (root / "ADEChallengeData2016").is_dir():
         root = root / "ADEChallengeData2016"
     found = []
@@ -622,9 +897,7 @@ def check_pairs(
     Minutes for ADE20K, so what held is remembered in `cache_folder` by the names, sizes and times of all files, until
     one of them changes; `rescan` looks again.
     """
-    statuses = [os.stat(path(i)) for path in (pairs.path, pairs.label_path) for i in range(len(pairs))]
-    times = [(status.st_size, status.st_mtime_ns) for status in statuses]
-    parts = (pairs.fingerprint(), str(pairs.root), table.tolist(), times, decode)
+    parts = (pairs.fingerprint(), str(pairs.root), table.tolist(), pairs.stamps(), decode)
     passed = cache_folder / f"checked-{random_key(*parts):016x}" if cache_folder else None
     if passed is not None and passed.exists() and not rescan:
         return
@@ -652,17 +925,17 @@ def check_pair(pairs: PairList, index: int, table: np.ndarray, decode: bool) -> 
     """Look at a pair. Images that cannot be decoded are training's to skip, and a problem only with `decode`."""
     label_path, image_path = pairs.label_path(index), pairs.path(index)
     try:
-        labels = read_label_map(label_path, table)
+        labels = read_label_map(pairs.label_file(index), table)
     except DECODE_ERRORS as error:
         reason = str(error)
         return PairCheck(reason if reason.startswith(label_path) else f"{label_path}: {reason}", False)
     height, width = labels.shape
     has_labels = bool((labels != IGNORE_INDEX).any())
     try:
-        with Image.open(image_path, formats=IMAGE_FORMATS) as image:
+        with Image.open(pairs.image_file(index), formats=IMAGE_FORMATS) as image:
             size, turned = image.size, is_turned(image)
         if decode:
-            read_image(image_path)
+            read_image(pairs.image_file(index))
     except DECODE_ERRORS as error:
         return PairCheck(f"{image_path}: {type(error).__name__}: {error}" if decode else None, has_labels)
     if (width, height) != size and not (turned and (height, width) == size):
@@ -1028,6 +1301,8 @@ class ImageDataset(Dataset):
                 f"--input_channels {channels}: image files give 1 (grey), 3 (RGB) or 4 (RGBA) channels; for other "
                 "counts the model works, but the data set has to be your own"
             )
+        if channels == 4 and isinstance(files, PackedImages):
+            raise ValueError(f"--input_channels 4: {files.root} is packed without transparency; give the folder itself")
         self.files, self.transform, self.seed = files, transform, seed
         self.channels, self.noise_size, self.replace_bad_files = channels, noise_size, replace_bad_files
         self.keep_decoded, self.kept = keep_decoded, (-1, None)  # index and picture
@@ -1092,10 +1367,10 @@ class ADE20KDataset(ImageDataset):
         self.table = table
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        labels = read_label_map(self.files.label_path(index), self.table)
-        image = read_image(self.files.path(index), self.channels)
+        labels = read_label_map(self.files.label_file(index), self.table)
+        image = read_image(self.files.image_file(index), self.channels)
         if (image.height, image.width) != labels.shape:  # drawn on the picture as it is stored, rotation flag ignored
-            image = read_image(self.files.path(index), self.channels, rotate=False)
+            image = read_image(self.files.image_file(index), self.channels, rotate=False)
         return image, labels
 
     def prepare(self, image: Image.Image, label: np.ndarray) -> tuple[Tensor, Tensor]:
