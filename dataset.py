@@ -1425,6 +1425,11 @@ class StepSampler(Sampler):
     their product with the micro-batch size, `images_per_step`, is. Every step is full: the remainder of an epoch is
     left out, as in the original release (another one each epoch). A data set smaller than one step is repeated,
     freshly shuffled, until the step is full.
+
+    With `crops_per_image` R each image comes R times in a row, as R crops in one micro-batch (repeated augmentation,
+    arXiv 1901.09335). Epochs keep their number of samples and steps: each visits an R-th of the images, and R epochs
+    from a multiple of R on visit all of them, so images seen, schedule and log stay comparable. ValueError when a
+    micro-batch cannot be filled with groups of R.
     """
 
     def __init__(
@@ -1436,7 +1441,14 @@ class StepSampler(Sampler):
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
+        crops_per_image: int = 1,
     ):
+        if micro_batch_size % crops_per_image:
+            raise ValueError(
+                f"--repeated_sampling {crops_per_image} does not divide the {micro_batch_size} images of a forward "
+                "pass on one process; choose another, or another batch size"
+            )
+        self.crops_per_image = crops_per_image
         self.num_images, self.micro_batch_size, self.accumulation_steps = (
             num_images,
             micro_batch_size,
@@ -1452,12 +1464,19 @@ class StepSampler(Sampler):
         self.epoch, self.first_step = epoch, first_step
 
     def order(self) -> list[int]:
-        """Give the epoch's indices; those of the r-th repetition of the data set are raised by r * num_images."""
-        generator = torch.Generator().manual_seed(random_key(self.seed, self.epoch, "order"))
+        """Give the epoch's indices; those of the r-th repetition of an image are raised by r * num_images.
+
+        Repetitions come from a data set smaller than a step, and from several crops of an image.
+        """
+        crops = self.crops_per_image
+        generator = torch.Generator().manual_seed(random_key(self.seed, self.epoch // crops, "order"))
         needed = self.steps_per_epoch * self.images_per_step
         repeats = -(-needed // self.num_images)
         shuffles = [torch.randperm(self.num_images, generator=generator) + r * self.num_images for r in range(repeats)]
-        return torch.cat(shuffles)[:needed].tolist()
+        share = needed // crops
+        first = self.epoch % crops * share
+        images = torch.cat(shuffles)[first : first + share]
+        return (images[:, None] + torch.arange(crops) * repeats * self.num_images).flatten().tolist()
 
     def images_of(self, step: int) -> list[int]:
         """Give the indices of the images of a run's optimizer step, from 1, over all processes."""

@@ -162,6 +162,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     mae.add_argument(
         "--min_crop_scale", type=float, default=0.2, help="smallest share of the image that a random crop covers"
     )
+    mae.add_argument(
+        "--repeated_sampling",
+        type=int,
+        default=1,
+        metavar="CROPS",
+        help="crops of each decoded image in a forward pass; epochs keep their number of crops, so that R epochs visit "
+        "every image once",
+    )
     probe = parser.add_argument_group("online view")
     probe.add_argument(
         "--probe_every",
@@ -191,6 +199,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--mask_ratio 0 removes nothing, so there is nothing to learn; the paper removes 0.75")
     if args.probe_every < 0 or args.probe_images < 1:
         parser.error("--probe_every cannot be negative, and --probe_images must be at least 1")
+    if args.repeated_sampling < 1 or micro_batch_size(args) % args.repeated_sampling:
+        parser.error(
+            f"--repeated_sampling {args.repeated_sampling} must divide the {micro_batch_size(args)} images of a "
+            "forward pass (--per_gpu_batch_size / --gradient_accumulation_steps)"
+        )
     if not 0 < args.min_crop_scale <= 1:
         parser.error(f"--min_crop_scale is a share above 0 and up to 1, not {args.min_crop_scale}")
     return args
@@ -360,7 +373,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         train_files = list_images(train_folder, cache, rescan=rescan)
         val_files = list_images(val_folder, cache, rescan=rescan) if val_folder else None
     sample = dict(seed=args.seed, channels=args.input_channels, noise_size=config.num_patches)
-    train_data = ImageDataset(train_files, build_pretraining_transform(config.image_hw, args.min_crop_scale), **sample)
+    repeated = args.repeated_sampling
+    augment = build_pretraining_transform(config.image_hw, args.min_crop_scale)
+    train_data = ImageDataset(train_files, augment, keep_decoded=repeated > 1, **sample)
     eval_data = ImageDataset(val_files or train_files, ResizeCenterCrop(config.image_hw), **sample)
     sampler = StepSampler(
         len(train_data),
@@ -369,6 +384,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         seed=args.seed,
+        crops_per_image=repeated,
     )
     num_workers = cap_workers(args.num_workers)
     loader = build_training_loader(train_data, sampler, num_workers, device.type == "cuda")
@@ -401,7 +417,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     identity = {
         "effective_batch_size": sampler.images_per_step,
         "num_images": len(train_data),
-        "data": train_files.fingerprint(),
+        "data": train_files.fingerprint() + (f", {repeated} crops each" if repeated > 1 else ""),
         "seed": args.seed,
     }
     first_epoch, step, row = 0, 0, {}
@@ -578,6 +594,8 @@ def describe_run(
         "decoder": args.decoder,
         "runs on": describe_processes(accelerator, num_workers, args.num_workers),
     }
+    if args.repeated_sampling > 1:
+        lines["sampling"] = f"{args.repeated_sampling} crops of each image at once; as many epochs visit all images"
     if len(train_files) < sampler.images_per_step:
         lines["note"] = repetition_note(len(train_files), sampler.images_per_step)
     for name, text in lines.items():

@@ -562,13 +562,13 @@ def test_awkward_files_train_or_are_skipped_and_no_worker_dies(photographs):
 # -------------------------------------------------------------------------------- samplers
 
 
-def global_steps(num_images, per_process, accumulation_steps, world_size, epoch=2):
+def global_steps(num_images, per_process, accumulation_steps, world_size, epoch=2, crops_per_image=1):
     """Give the set of indices of every optimizer step, put together from all processes."""
     steps = []
     for rank in range(world_size):
         sampler = StepSampler(
             num_images, per_process // accumulation_steps, accumulation_steps=accumulation_steps, rank=rank,
-            world_size=world_size, seed=3,
+            world_size=world_size, seed=3, crops_per_image=crops_per_image,
         )  # fmt: skip
         sampler.set_epoch(epoch)
         batches = list(sampler)
@@ -1012,6 +1012,65 @@ def test_pairs_of_the_dataset_follow_their_key_alone(photographs):
     assert not torch.equal(first.image, data[SampleKey(2, 5)].image)
     classes = set(first.label.unique().tolist())
     assert classes <= {*range(150), IGNORE_INDEX} and len(classes) > 1
+
+
+# -------------------------------------------------------------------------------- several crops of an image
+
+
+@pytest.mark.parametrize(("per_process", "accumulation_steps", "world_size"), [(24, 1, 1), (12, 1, 2), (24, 3, 1)])
+def test_repeated_sampling_fills_the_same_steps_on_any_number_of_processes(per_process, accumulation_steps, world_size):
+    def steps(epoch, *shape):
+        return global_steps(50, *shape, epoch=epoch, crops_per_image=4)
+
+    for epoch in range(5):
+        assert steps(epoch, per_process, accumulation_steps, world_size) == steps(epoch, 8, 1, 3)
+
+
+def test_repeated_sampling_visits_all_images_in_as_many_epochs():
+    plain, repeated = StepSampler(50, 8, seed=3), StepSampler(50, 8, seed=3, crops_per_image=4)
+    assert len(plain) == len(repeated) == 6
+    keys = []
+    for epoch in range(4):
+        repeated.set_epoch(epoch)
+        batches = list(repeated)
+        for batch in batches:
+            images = [key.index % 50 for key in batch]
+            assert len(set(images)) == 2 and images == sorted(images, key=images.index)  # four in a row
+        keys += [key for batch in batches for key in batch]
+    assert len(set(keys)) == len(keys) == 4 * 48  # as many samples as without, no random draw twice
+    assert sorted(np.bincount([key.index % 50 for key in keys], minlength=50).tolist()) == [0, 0, *[4] * 48]
+    repeated.set_epoch(4)
+    again = [key.index % 50 for batch in repeated for key in batch]
+    assert again[::4] != [key.index % 50 for key in keys[:48]][::4]  # the next round has another order
+
+
+def test_one_crop_of_each_image_is_the_order_of_before():
+    sampler = StepSampler(10, 4, seed=3)
+    sampler.set_epoch(2)
+    generator = torch.Generator().manual_seed(dataset.random_key(3, 2, "order"))
+    assert sampler.order() == torch.randperm(10, generator=generator)[:8].tolist()
+
+
+def test_crops_of_a_set_smaller_than_a_step_all_differ():
+    sampler = StepSampler(3, 16, crops_per_image=2)
+    (batch,) = sampler
+    assert len(set(batch)) == 16 and {key.index % 3 for key in batch} == {0, 1, 2}
+
+
+def test_repeated_sampling_refuses_batches_that_groups_cannot_fill():
+    with pytest.raises(ValueError, match="--repeated_sampling 4 does not divide the 6 images"):
+        StepSampler(24, 6, crops_per_image=4)
+
+
+def test_crops_of_one_decoded_image_are_those_of_each_key_alone(decoder, image_folder, monkeypatch):
+    sampler = StepSampler(24, 8, crops_per_image=4)
+    data, alone = build_dataset(image_folder, keep_decoded=True), build_dataset(image_folder)
+    opened = []
+    monkeypatch.setattr(dataset, "open_picture", lambda *args: opened.append(args) or open_picture(*args))
+    samples = [data[key] for keys in sampler for key in keys]
+    assert len(opened) == len(samples) // 4
+    assert all(torch.equal(sample.image, alone[sample.key].image) for sample in samples)
+    assert len({sample.image.numpy().tobytes() for sample in samples}) == len(samples)
 
 
 # -------------------------------------------------------------------------------- demo data
