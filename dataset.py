@@ -618,6 +618,9 @@ def parse_pack_header(content: bytes, folder: Path) -> dict:
     if header.get("version") != PACK_VERSION:
         raise ValueError(f"{path} is of version {header.get('version')!r}, this code reads {PACK_VERSION}")
 
+    def is_list(value: object, is_right: Callable[[object], bool]) -> bool:
+        return isinstance(value, list) and all(is_right(entry) for entry in value)
+
     def is_count(value: object) -> bool:
         return type(value) is int and 0 <= value < 2**63
 
@@ -634,8 +637,9 @@ def parse_pack_header(content: bytes, folder: Path) -> dict:
         "kind": header.get("kind") in ("images", "pairs"),
         "encoding": header.get("encoding") in ENCODINGS,
         "short_side": header.get("short_side") is None or is_count(header["short_side"]),
-        "classes": isinstance(header.get("classes"), list) and all(isinstance(name, str) for name in header["classes"]),
-        "shards": isinstance(header.get("shards"), list) and all(is_shard(shard) for shard in header["shards"]),
+        "classes": is_list(header.get("classes"), lambda name: isinstance(name, str))
+        and len(set(header["classes"])) == len(header["classes"]),
+        "shards": is_list(header.get("shards"), is_shard) and len(header["shards"]) > 0,
     }
     wrong = [name for name, right in checks.items() if not right]
     if wrong:
