@@ -16,6 +16,7 @@ import json
 import math
 import netrc
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -528,6 +529,8 @@ SPACE_FACTOR = 1.2  # free space that a save wants, in sizes of the one before
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 # What a full or broken disk raises: torch reports it as a RuntimeError, safetensors with an error of its own.
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)
+# What torch and safetensors raise for files that are damaged, or that would run code, under a manifest made to fit.
+LOAD_ERRORS = (*SAVE_ERRORS, ValueError, TypeError, LookupError, AttributeError, EOFError, pickle.UnpicklingError)
 
 
 def checkpoint_order(folder: Path) -> tuple[int, int]:
@@ -827,7 +830,11 @@ def resume(accelerator: Accelerator, folder: Path, config: Mapping, identity: Ma
     if differences:
         lines = [f"  {key}: {old!r} in the checkpoint, {new!r} now" for key, old, new in differences]
         raise ValueError(f"cannot resume from {folder}, because this run differs:\n" + "\n".join(lines))
-    accelerator.load_state(folder)
+    try:
+        accelerator.load_state(folder)
+    except LOAD_ERRORS as error:
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else ""
+        raise ValueError(f"{folder} cannot be loaded ({type(error).__name__}: {reason})") from error
     accelerator.step = 0  # its position inside an accumulation; checkpoints lie between optimizer steps
     return state
 
