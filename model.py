@@ -15,10 +15,11 @@ import json
 import math
 import pickle
 import re
+import reprlib
 import shlex
 import statistics
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -695,16 +696,16 @@ class ViTMAEForSegmentation(nn.Module):
 # ------------------------------------------------------------------------------------------------ weight files
 
 
-PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 WRAPPERS = ("model", "state_dict", "module")
 PREFIXES = ("module.", "_orig_mod.", "model.")
-# Objects of logs that MMSegmentation's trainings save beside the weights; `Inert` is built in their place.
-LOGS = (
+# Objects of logs and arguments that trainings save beside the weights; `Inert` is built in their place.
+BESIDE_WEIGHTS = (
     "mmengine.logging.history_buffer.HistoryBuffer",
     "numpy.ndarray",
     "numpy.dtype",
     *(f"{module}.getattr" for module in ("builtins", "__builtin__")),  # of a HistoryBuffer's methods, and not called
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *(f"{module}.{name}Path" for module in ("pathlib", "pathlib._local") for name in ("Posix", "Windows")),
 )
 # What torch raises for files that are cut short or no weights at all
 DAMAGED = (
@@ -730,32 +731,95 @@ class Inert:
 
 
 def read_json(file: Path) -> dict:
-    """Read a JSON file; what is not there is empty, and ValueError names a file that is no JSON."""
+    """Read a JSON file; what is not there is empty, and ValueError names a file that is no table in JSON."""
     try:
         content = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not entries by name")
+    return content
+
+
+def is_whole(value: object, least: int = 1) -> bool:
+    return type(value) is int and value >= least
+
+
+def is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def is_list(value: object, check: Callable[[object], bool]) -> bool:
+    return isinstance(value, list) and all(check(item) for item in value)
+
+
+CHECKS = {
+    "a whole number above 0": is_whole,
+    "a whole number above 0, or null": lambda value: value is None or is_whole(value),
+    "a number above 0": lambda value: is_number(value) and value > 0,
+    "true or false": lambda value: isinstance(value, bool),
+    "a text": lambda value: isinstance(value, str),
+    "a table": lambda value: isinstance(value, dict),
+    "a list of texts": lambda value: is_list(value, lambda item: isinstance(item, str)),
+    "a list of numbers": lambda value: is_list(value, is_number),
+    "a list of whole numbers": lambda value: is_list(value, lambda item: is_whole(item, 0)),
+    "one or two whole numbers above 0": lambda value: is_whole(value) or (is_list(value, is_whole) and len(value) == 2),
+}
+OUR_SIZES = {
+    "one or two whole numbers above 0": "img_size",
+    "a whole number above 0": "patch_size input_channels encoder_embed_dim encoder_depth encoder_num_heads "
+    "decoder_embed_dim decoder_depth decoder_num_heads",
+    "a number above 0": "encoder_mlp_ratio decoder_mlp_ratio",
+    "true or false": "norm_pix_loss",
+}
+OUR_RECORD = {
+    "a whole number above 0": "num_classes",
+    "a whole number above 0, or null": "channels",
+    "a text": "architecture global_pool norm",
+    "true or false": "rel_pos_bias ignore_zero",
+    "a list of texts": "class_names",
+    "a list of numbers": "image_mean image_std",
+    "a list of whole numbers": "taps resize_to",
+}
+
+
+def check_entries(file: Path, entries: Mapping[str, object], kinds: Mapping[str, str]) -> None:
+    """Raise ValueError, which names file and entry, where an entry of a JSON file is not of the kind it has to be.
+
+    `kinds` has names of entries, between spaces, by what they are in words: a key of CHECKS.
+    """
+    for kind, names in kinds.items():
+        for name in names.split():
+            if name in entries and not CHECKS[kind](entries[name]):
+                raise ValueError(f"{name} in {file} has to be {kind}, not {reprlib.repr(entries[name])}")
 
 
 def read_file(file: Path) -> dict:
-    """Read a .safetensors or pickled file without executing anything in it; ValueError says what is wrong with it."""
-    if file.suffix == ".safetensors":
-        try:
-            return load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from error
-    if file.suffix not in PICKLED:
-        raise ValueError(f"{file} ends in none of .safetensors, {', '.join(PICKLED)}, .index.json")
+    """Read a safetensors or pickled file, told apart by content, without executing anything in it.
+
+    ValueError says what is wrong with it.
+    """
+    with file.open("rb") as opened:
+        start = opened.read(9)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, *((Inert, name) for name in LOGS)]):
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        if start[8:] == b"{":  # the 8 bytes before are the length of this header
+            return load_file(file)
+        if not start.startswith((b"PK", b"\x80")):
+            raise ValueError(f"{file} is damaged, or no file of weights: it begins as none does")
+        let_in = [argparse.Namespace, *((Inert, name) for name in BESIDE_WEIGHTS)]
+        with torch.serialization.safe_globals(let_in), file.open("rb") as opened:  # a path's ending torch would believe
+            content = torch.load(opened, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from error
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it wants {found[1]} called or built when opened" if found else "it is no file of weights"
         raise ValueError(f"{file} is not opened: {reason}, and only tensors and plain values are let in") from error
     except DAMAGED as error:
-        raise ValueError(f"{file} is damaged, or no file of weights: {str(error).partition(chr(10))[0]}") from error
+        reason = re.split(r"\. |\n", str(error))[0]
+        if "weights_only" in reason:  # torch's advice on it would be to execute the file
+            reason = "it is a program of TorchScript, or older than torch 0.2"
+        raise ValueError(f"{file} is damaged, or no file of weights: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}, not weights by name")
     return content
@@ -783,17 +847,34 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return unwrap(read_file(Path(path)), Path(path))
 
 
-def convert_command(path: str | Path) -> str:
+# Blocks and pyramids of BEiT's kind, which have our names and more; and what other projects have and ours never do.
+BEIT_ONLY = r"\.(ls[12]\.gamma|gamma_[12]|attn\.(q_bias|v_bias|relative_position_index))$|^(backbone\.)?fpn[12]\."
+NO_COUNTERPART = r"(^|\.)(pooler|embeddings\.mask_token|embed2image|dec_pos_embed|upernet)(\.|$)"
+TABLE = "relative_position_bias_table"
+
+
+def convert_command(path: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> str:
+    """Give the command that makes weights ours, with the flags that their keys show it to need."""
+    state_dict = state_dict or {}
     source, target = (shlex.quote(str(Path(path)) + ending) for ending in ("", "_ours"))
-    return f"convert it once with: python tools/convert_weights.py {source} {target} --to ours"
+    flags = " --drop" if any(re.search(NO_COUNTERPART, key) for key in state_dict) else ""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    told = (folder / "config.json").is_file() or any(key.endswith(TABLE) for key in state_dict)
+    width = next((len(value.flatten()) for key, value in state_dict.items() if key.endswith("cls_token")), None)
+    if not told and width not in (None, *(config.encoder_embed_dim for config in MODEL_CONFIGS.values())):
+        flags += " --encoder_num_heads N"
+    return f"convert it once with: python tools/convert_weights.py {source} {target} --to ours{flags}"
 
 
 def refuse_foreign(path: str | Path, state_dict: dict[str, Tensor]) -> None:
     """Raise ValueError, with the command that converts them, for weights in the key names of another project."""
-    if not any(key.startswith(("blocks.", "backbone.blocks.")) for key in state_dict):
+    foreign = sorted(key for key in state_dict if re.search(BEIT_ONLY, key))
+    if not foreign and not any(key.startswith(("blocks.", "backbone.blocks.")) for key in state_dict):
+        foreign = sorted(state_dict)
+    if foreign:
         raise ValueError(
-            f"{path} has other key names than the original release, such as {sorted(state_dict)[:3]}; "
-            f"{convert_command(path)}"
+            f"{path} has other key names than the original release, such as {foreign[:3]}; "
+            f"{convert_command(path, state_dict)}"
         )
 
 
@@ -809,26 +890,37 @@ def find_weights(path: str | Path) -> Path:
         return file
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint folder or weight file at {path}")
+    if path.name.endswith(".index.json"):
+        raise ValueError(f"{path} lists files of weights; {convert_command(path)}")
     return path
 
 
 def read_config(weights: Path) -> dict | None:
     """Read the config.json beside a weight file: sizes, image mean and std; None where there is none.
 
-    ValueError for the config.json of another project.
+    ValueError for the config.json of another project, and for entries of another kind than the scripts write.
     """
     file = weights.with_name("config.json")
     if not file.is_file():
         return None
     record = read_json(file)
     if not isinstance(record.get("config"), dict):
-        raise ValueError(
-            f"{file} is not of this project: it has no sizes under 'config'; {convert_command(weights.parent)}"
-        )
+        source = weights.parent if weights.name == "model.safetensors" else weights
+        raise ValueError(f"{file} is not of this project: it has no sizes under 'config'; {convert_command(source)}")
+    check_record(file, record)
     return record
 
 
-def sizes_from_shapes(state_dict: dict[str, Tensor], path: str | Path = "FILE") -> dict:
+def check_record(file: Path, record: dict) -> None:
+    """Raise ValueError, which names file and entry, for an entry of our config.json that has no sense."""
+    check_entries(file, record, OUR_RECORD)
+    check_entries(file, record["config"], OUR_SIZES)
+    unknown = record["config"].keys() - {field.name for field in dataclasses.fields(MAEConfig)}
+    if unknown:
+        raise ValueError(f"{sorted(unknown)[0]} in {file} is no size of a model here")
+
+
+def sizes_from_shapes(state_dict: dict[str, Tensor], path: str | Path) -> dict:
     """Read the sizes of weights, with or without a decoder, off their names and shapes, as fields of MAEConfig.
 
     Shapes do not tell the number of heads, nor a rectangle: the image is taken for a square. ValueError names what
@@ -871,7 +963,7 @@ def named_heads(sizes: dict) -> dict | None:
     return None
 
 
-def infer_config(state_dict: dict[str, Tensor], norm_pix_loss: bool = True, path: str | Path = "FILE") -> MAEConfig:
+def infer_config(state_dict: dict[str, Tensor], path: str | Path, norm_pix_loss: bool = True) -> MAEConfig:
     """Find the sizes of weights that have no config.json, with or without a decoder, from their names and shapes.
 
     Heads are those of the named size of this width, and the image is a square. ValueError where that leaves nothing.
@@ -882,7 +974,7 @@ def infer_config(state_dict: dict[str, Tensor], norm_pix_loss: bool = True, path
         raise ValueError(
             f"these weights are {sizes['encoder_embed_dim']} wide, have no config.json beside them and fit none of "
             f"{', '.join(MODEL_CONFIGS)}; give the checkpoint folder that the training wrote, or "
-            f"{convert_command(path)} --encoder_num_heads N"
+            f"{convert_command(path, state_dict)}"
         )
     return MAEConfig(**sizes, **heads, norm_pix_loss=norm_pix_loss)
 
@@ -917,7 +1009,7 @@ def load_pretrained_mae(path: str | Path, *, norm_pix_loss: bool = True) -> ViTM
             "in the original release's mae_visualize_vit_*.pth and mae_pretrain_vit_*_full.pth"
         )
     record = read_config(file)
-    config = MAEConfig(**record["config"]) if record else infer_config(state_dict, norm_pix_loss, path)
+    config = MAEConfig(**record["config"]) if record else infer_config(state_dict, path, norm_pix_loss)
     model = ViTMAEForPreTraining(config)
     model.load_state_dict(state_dict)
     return model
@@ -947,7 +1039,7 @@ def read_sizes(path: str | Path) -> dict:
     if record is None:
         state_dict = read_state_dict(file)
         refuse_foreign(path, state_dict)
-        record = {"config": dataclasses.asdict(infer_config(state_dict, path=path))}
+        record = {"config": dataclasses.asdict(infer_config(state_dict, path))}
     return record
 
 
@@ -999,7 +1091,6 @@ def load_segmenter(path: str | Path) -> tuple[ViTMAEForSegmentation, dict]:
 
 MAY_BE_MISSING = ("head.", "fc_norm.")  # new in finetuning
 MAY_BE_UNEXPECTED = ("decoder_", "mask_token", "norm.", "head.")  # of pretraining, and heads for other classes
-TABLE = "relative_position_bias_table"
 
 
 def load_pretrained_encoder(model: VisionTransformer, path: str | Path) -> LoadReport:
@@ -1012,9 +1103,10 @@ def load_pretrained_encoder(model: VisionTransformer, path: str | Path) -> LoadR
     state_dict = read_state_dict(file)
     refuse_foreign(path, state_dict)
     if any(key.startswith("backbone.") for key in state_dict):
+        source, target = (shlex.quote(str(Path(path)) + ending) for ending in ("", "_encoder.pth"))
         raise ValueError(
             f"{path} is a segmenter, and an encoder is needed to start from; take it out with: python "
-            f"tools/convert_weights.py {path} {path}_encoder.pth --to original --drop"
+            f"tools/convert_weights.py {source} {target} --to original --drop"
         )
     own = model.state_dict()
     if any(key.endswith(TABLE) for key in state_dict) and not any(key.endswith(TABLE) for key in own):

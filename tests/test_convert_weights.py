@@ -806,9 +806,9 @@ def test_hostile_and_damaged_files_are_refused_in_one_sentence(tmp_path):
         "hostile.pth": r"hostile\.pth is not opened: it wants \S*open called",
         "cut.safetensors": r"cut\.safetensors is damaged",
         "cut.pth": r"cut\.pth is damaged",
-        "empty.pth": r"empty\.pth is damaged",
-        "text.pth": r"text\.pth is not opened: it is no file of weights",
-        "weights.npz": r"weights\.npz ends in none of",
+        "empty.pth": r"empty\.pth is damaged, or no file of weights",
+        "text.pth": r"text\.pth is damaged, or no file of weights",
+        "weights.npz": r"weights\.npz is damaged, or no file of weights",
         "list.pth": r"list\.pth holds a list",
         "legacy.pth": r"legacy\.pth is damaged",
         "number.pth": r"number\.pth is not weights by name: 'a' is a int",
@@ -1055,10 +1055,10 @@ def test_foreign_layouts_are_refused_with_the_command_that_converts_them(tmp_pat
     loaders = [load_pretrained_mae, load_classifier, load_segmenter, read_sizes]
     loaders.append(lambda path: load_pretrained_encoder(VisionTransformer(TINY), path))
     for loader in loaders:
-        with pytest.raises(ValueError, match=command.replace(".", r"\.") + "$"):
+        with pytest.raises(ValueError, match=command.replace(".", r"\.") + "( --drop)?") as refusal:
             loader(source)
-    arguments = command.split()[2:]
-    tool.main(tool.parse_args([*arguments, "--drop", *(TOLD[:2] if layout == "tutorial" else [])]))
+        arguments = str(refusal.value).split("convert_weights.py ")[1].replace("_heads N", "_heads 4").split()
+    tool.main(tool.parse_args(arguments))
     expected = FOUR_BLOCKS if layout == "mmseg" else TINY
     assert MAEConfig(**read_sizes(f"{source}_ours")["config"]).encoder_depth == expected.encoder_depth
 

@@ -29,7 +29,6 @@ from dataset import ADE20K_CLASS_NAMES, ADE20K_NUM_CLASSES, IMAGENET_MEAN, IMAGE
 from model import (
     LAYER_NORM_EPS,
     MODEL_CONFIGS,
-    PICKLED,
     MAEConfig,
     VisionTransformer,
     ViTMAEForImageClassification,
@@ -547,7 +546,7 @@ def resolve_sizes(source: Source, args: argparse.Namespace) -> dict:
         key = source.key_of("patch_embed.proj.weight")
         problems.append(f"{key} {tuple(weight.shape)} is no convolution of square patches")
     raise_problems(source.path, source.layout, problems)
-    sizes = sizes_from_shapes(source.tensors)
+    sizes = sizes_from_shapes(source.tensors, source.path)
     for part in ("encoder", "decoder"):  # a ratio need not give a whole number, and is then rounded down
         name, width = f"{part}_mlp_ratio", sizes.get(f"{part}_embed_dim", 0)
         known = source.known.get(name)
@@ -835,7 +834,7 @@ def check_target(target: Path, layout: str, overwrite: bool) -> None:
     suffix = SUFFIXES.get(layout)
     if suffix and target.suffix != suffix:
         raise ValueError(f"--to {layout} writes a {suffix} file, so {target} must end in {suffix}")
-    if layout in FOLDERS and target.suffix in (".safetensors", *PICKLED):
+    if layout in FOLDERS and target.suffix in (".safetensors", ".pth", ".pt", ".bin"):
         raise ValueError(
             f"--to {layout} writes a folder, model.safetensors and config.json; {target} looks like a file"
         )
