@@ -749,49 +749,66 @@ def is_number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+def is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
 def is_list(value: object, check: Callable[[object], bool]) -> bool:
     return isinstance(value, list) and all(check(item) for item in value)
+
+
+def is_numbered(value: object) -> bool:
+    """Say whether this is a table of texts by "0", "1" and so on, in any order."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == set(map(str, range(len(value))))
+        and all(map(is_text, value.values()))
+    )
 
 
 CHECKS = {
     "a whole number above 0": is_whole,
     "a whole number above 0, or null": lambda value: value is None or is_whole(value),
-    "a number above 0": lambda value: is_number(value) and value > 0,
+    "a number of at least 0": lambda value: is_number(value) and value >= 0,
     "true or false": lambda value: isinstance(value, bool),
-    "a text": lambda value: isinstance(value, str),
+    "a text": is_text,
+    "gelu, as in all models here": lambda value: value == "gelu",
     "a table": lambda value: isinstance(value, dict),
-    "a list of texts": lambda value: is_list(value, lambda item: isinstance(item, str)),
+    "a table of texts": lambda value: isinstance(value, dict) and is_list(list(value.values()), is_text),
+    "a list of texts": lambda value: is_list(value, is_text),
+    "texts by number from 0": lambda value: is_list(value, is_text) or is_numbered(value),
     "a list of numbers": lambda value: is_list(value, is_number),
     "a list of whole numbers": lambda value: is_list(value, lambda item: is_whole(item, 0)),
     "one or two whole numbers above 0": lambda value: is_whole(value) or (is_list(value, is_whole) and len(value) == 2),
 }
-OUR_SIZES = {
-    "one or two whole numbers above 0": "img_size",
+# What entries of config.json and the like have to be, here, in transformers and in timm
+ENTRIES = {
+    "one or two whole numbers above 0": "img_size image_size",
     "a whole number above 0": "patch_size input_channels encoder_embed_dim encoder_depth encoder_num_heads "
-    "decoder_embed_dim decoder_depth decoder_num_heads",
-    "a number above 0": "encoder_mlp_ratio decoder_mlp_ratio",
-    "true or false": "norm_pix_loss",
-}
-OUR_RECORD = {
-    "a whole number above 0": "num_classes",
-    "a whole number above 0, or null": "channels",
+    "decoder_embed_dim decoder_depth decoder_num_heads num_channels hidden_size num_hidden_layers num_attention_heads "
+    "decoder_hidden_size decoder_num_hidden_layers decoder_num_attention_heads num_heads",
+    "a whole number above 0, or null": "channels",  # of a segmenter, null is the encoder's width
+    "a number of at least 0": "encoder_mlp_ratio decoder_mlp_ratio layer_norm_eps mask_ratio",
+    "true or false": "norm_pix_loss rel_pos_bias ignore_zero",
     "a text": "architecture global_pool norm",
-    "true or false": "rel_pos_bias ignore_zero",
+    "gelu, as in all models here": "hidden_act act_layer",
+    "a table": "config pretrained_cfg model_args",
+    "a table of texts": "weight_map",
     "a list of texts": "class_names",
-    "a list of numbers": "image_mean image_std",
+    "texts by number from 0": "id2label label_names",
+    "a list of numbers": "image_mean image_std mean std",
     "a list of whole numbers": "taps resize_to",
 }
 
 
-def check_entries(file: Path, entries: Mapping[str, object], kinds: Mapping[str, str]) -> None:
-    """Raise ValueError, which names file and entry, where an entry of a JSON file is not of the kind it has to be.
-
-    `kinds` has names of entries, between spaces, by what they are in words: a key of CHECKS.
-    """
-    for kind, names in kinds.items():
+def check_entries(file: Path, entries: Mapping[str, object]) -> None:
+    """Raise ValueError, naming file and entry, where an entry of a JSON file is not of the kind it has to be."""
+    for kind, names in ENTRIES.items():
         for name in names.split():
             if name in entries and not CHECKS[kind](entries[name]):
                 raise ValueError(f"{name} in {file} has to be {kind}, not {reprlib.repr(entries[name])}")
+            if kind == "a table" and name in entries:
+                check_entries(file, entries[name])
 
 
 def read_file(file: Path) -> dict:
@@ -906,18 +923,13 @@ def read_config(weights: Path) -> dict | None:
     record = read_json(file)
     if not isinstance(record.get("config"), dict):
         source = weights.parent if weights.name == "model.safetensors" else weights
-        raise ValueError(f"{file} is not of this project: it has no sizes under 'config'; {convert_command(source)}")
-    check_record(file, record)
-    return record
-
-
-def check_record(file: Path, record: dict) -> None:
-    """Raise ValueError, which names file and entry, for an entry of our config.json that has no sense."""
-    check_entries(file, record, OUR_RECORD)
-    check_entries(file, record["config"], OUR_SIZES)
+        command = convert_command(source, read_state_dict(weights))
+        raise ValueError(f"{file} is not of this project: it has no sizes under 'config'; {command}")
+    check_entries(file, record)
     unknown = record["config"].keys() - {field.name for field in dataclasses.fields(MAEConfig)}
     if unknown:
         raise ValueError(f"{sorted(unknown)[0]} in {file} is no size of a model here")
+    return record
 
 
 def sizes_from_shapes(state_dict: dict[str, Tensor], path: str | Path) -> dict:

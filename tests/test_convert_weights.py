@@ -3,15 +3,20 @@
 import argparse
 import dataclasses
 import json
+import os
 import re
 import runpy
+import shlex
+import shutil
 import sys
 import types
 import zipfile
 from pathlib import Path
 
 import numpy
+import PIL.Image
 import pytest
+import safetensors.torch
 import timm
 import torch
 import transformers
@@ -65,6 +70,12 @@ def build(kind: str, config: MAEConfig = TINY, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+def change_json(file: Path, **entries) -> None:
+    """Change entries of a JSON file; None takes one out."""
+    content = json.loads(file.read_text()) | entries
+    file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
 def write_ours(folder: Path, model: nn.Module) -> Path:
     """Write a checkpoint as the training scripts do."""
     folder.mkdir()
@@ -89,7 +100,7 @@ def convert(source: Path, target: Path, layout: str, *flags: str) -> Path:
 
 
 def target_of(folder: Path, layout: str) -> Path:
-    return folder / f"as_{layout}{tool.SUFFIXES.get(layout, '')}"
+    return folder / f"as_{layout}{tool.LAYOUTS[layout].suffix}"
 
 
 def told(kind: str) -> list[str]:
@@ -222,14 +233,16 @@ def test_names_and_shapes_of_published_sizes_are_a_bijection(name, encoder, full
         config, device = dataclasses.replace(TINY, encoder_depth=config.encoder_depth), "cpu"
     with torch.device(device):
         expected = BUILD[kind](config).state_dict()
-    source = tool.Source(Path("there"), "ours", "ours", expected, {}, [], {}, {}, [], {})
-    converted = tool.convert(source, layout).tensors
+    converted = tool.convert(tool.Source(Path("there"), "ours", expected), layout).tensors
     num_blocks = config.encoder_depth + (config.decoder_depth if kind == "masked autoencoder" else 0)
     tensors = {"masked autoencoder": full, "encoder": encoder, "classifier of the mean": encoder + 2}[kind]
     assert len(converted) == tensors + more * num_blocks
     assert tool.detect_layout(converted, Path("there")) == {"original": "ours", "timm": "ours"}.get(layout, layout)
-    back, _ = tool.rename(Path("there"), converted, "ours" if layout in ("original", "timm") else layout)
-    assert {key: value.shape for key, value in back.items()} == {key: value.shape for key, value in expected.items()}
+    back = tool.Source(Path("there"), tool.detect_layout(converted, Path("there")), {})
+    tool.rename(back, converted)
+    assert {key: value.shape for key, value in back.tensors.items()} == {
+        k: value.shape for k, value in expected.items()
+    }
 
 
 # -------------------------------------------------------------------------------- against timm
@@ -245,6 +258,59 @@ def test_timm_opens_what_is_written_with_the_printed_line(tmp_path, capsys, kind
     with torch.no_grad():
         found = theirs.forward_features(images) if kind == "encoder" else theirs(images)
         torch.testing.assert_close(found, model(images), rtol=0, atol=1e-5)
+
+
+def their_vit(folder: Path, model_config: dict | None = None, **arguments) -> nn.Module:
+    """Save a ViT as timm does for a hub, with its config.json, and give it."""
+    torch.manual_seed(0)
+    sizes = dict(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4)
+    model = timm.create_model("vit_tiny_patch16_224", **sizes, **arguments).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    timm.models.save_for_hf(model, folder, model_config, arguments | sizes, safe_serialization=True)
+    return model
+
+
+@pytest.mark.parametrize(("pool", "kind"), [("avg", "mean"), ("token", "cls token")])
+def test_a_classifier_of_timms_hub_gives_the_same_logits_and_names(tmp_path, capsys, pool, kind):
+    names = [f"class {index}" for index in (3, 1, 4, 15, 9, 2, 6, 5, 35, 8, 97, 93)]
+    theirs = their_vit(tmp_path / "hub", {"label_names": names}, num_classes=12, global_pool=pool)
+    loaded, record = load_classifier(convert(tmp_path / "hub", tmp_path / "ours", "ours"))
+    assert f"timm's classifier of the {kind}" in capsys.readouterr().out
+    assert record["class_names"] == names and record["image_mean"] == [0.5] * 3 and record["num_classes"] == 12
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(images), theirs(images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"global_pool": "avg", "fc_norm": False}, r"timm's 'avg' pooling behind the norm is of no classifier here"),
+        ({"global_pool": "max"}, r"timm's 'max' pooling before the norm is of no classifier here"),
+        ({"global_pool": "token", "fc_norm": True}, r"timm's 'token' pooling before the norm"),
+    ],
+)
+def test_pooling_of_timm_that_ours_lack_is_not_taken_for_another(tmp_path, capsys, arguments, reason):
+    their_vit(tmp_path / "hub", num_classes=7, **arguments)
+    with pytest.raises(ValueError, match=rf"no place for (fc_norm, )?head \(\d tensors\) .*{reason}.*--drop"):
+        convert(tmp_path / "hub", tmp_path / "ours", "ours")
+    tool.main(tool.parse_args(["--inspect", str(tmp_path / "hub")]))
+    output = capsys.readouterr().out
+    assert "timm's encoder" in output and re.search(rf"^no counterpart .*{reason}", output, re.MULTILINE)
+    back = convert(tmp_path / "hub", tmp_path / "ours", "ours", "--drop")
+    expected = load_file(tmp_path / "hub" / "model.safetensors")
+    assert_same(weights(back), {key: value for key, value in expected.items() if not key.startswith(("head", "fc_"))})
+
+
+def test_layer_scales_of_timm_act_through_the_layers_before_them(tmp_path):
+    theirs = their_vit(tmp_path / "hub", num_classes=7, init_values=0.1)
+    assert "blocks.0.ls1.gamma" in theirs.state_dict()
+    loaded, _ = load_classifier(convert(tmp_path / "hub", tmp_path / "ours", "ours"))
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(images), theirs(images), rtol=0, atol=1e-5)
 
 
 def test_relative_positions_and_layer_scales_equal_timms_beit(tmp_path):
@@ -304,6 +370,7 @@ def test_masked_autoencoder_equals_transformers(tmp_path, norm_pix_loss):
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     assert list(processor.image_mean) == [0.5] * 3 and list(processor.image_std) == [0.25] * 3
     assert (processor.size["height"], processor.size["width"]) == (32, 32)
+    assert processor.resample == PIL.Image.Resampling.BICUBIC
 
 
 def test_encoder_alone_equals_transformers_vit(tmp_path):
@@ -318,8 +385,8 @@ def test_encoder_alone_equals_transformers_vit(tmp_path):
 def test_classifier_of_the_cls_token_equals_transformers_vit(tmp_path):
     ours = build("classifier of the cls token")
     folder = convert(write_ours(tmp_path / "ours", ours), tmp_path / "theirs", "huggingface")
-    theirs = open_in_transformers("ViTForImageClassification", folder)
-    assert theirs.config.id2label[3] == "n00000003"
+    theirs = open_in_transformers("AutoModelForImageClassification", folder)  # by model_type
+    assert type(theirs) is transformers.ViTForImageClassification and theirs.config.id2label[3] == "n00000003"
     images = torch.randn(3, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(theirs(images).logits, ours(images), rtol=0, atol=1e-5)
@@ -331,7 +398,8 @@ def test_classifier_of_the_mean_equals_transformers_beit_but_for_a_bias_without_
     with pytest.raises(ValueError, match=r"the keys' third of blocks\.N\.attn\.qkv\.bias.*--drop"):
         convert(source, tmp_path / "theirs", "huggingface")
     folder = convert(source, tmp_path / "theirs", "huggingface", "--drop")
-    theirs = open_in_transformers("BeitForImageClassification", folder)
+    theirs = open_in_transformers("AutoModelForImageClassification", folder)
+    assert type(theirs) is transformers.BeitForImageClassification and theirs.config.drop_path_rate == 0
     images = torch.randn(3, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(theirs(images).logits, ours(images), rtol=0, atol=1e-5)
@@ -341,6 +409,21 @@ def test_classifier_of_the_mean_equals_transformers_beit_but_for_a_bias_without_
             expected[key][32:64] = 0
     assert_same(back, expected)
     convert(tmp_path / "back", tmp_path / "again", "huggingface")  # with no such bias there is nothing to drop
+
+
+@pytest.mark.parametrize("names", [[f"n{index}" for index in range(12)], ["crane", *"abcdefghij", "crane"], None])
+def test_class_names_go_through_transformers_in_order(tmp_path, names):
+    source = write_ours(tmp_path / "ours", ViTMAEForImageClassification(TINY, 12, "cls"))
+    change_json(source / "config.json", num_classes=12, class_names=names)
+    theirs = open_in_transformers(
+        "ViTForImageClassification", convert(source, tmp_path / "theirs", "huggingface")
+    ).config
+    expected = names or [f"LABEL_{index}" for index in range(12)]
+    assert theirs.id2label == dict(enumerate(expected))
+    assert sorted(theirs.label2id.values()) == list(range(12)) and theirs.label2id[expected[3]] == 3
+    open_in_transformers("ViTForImageClassification", tmp_path / "theirs").save_pretrained(tmp_path / "saved")
+    for folder in (tmp_path / "theirs", tmp_path / "saved"):  # transformers writes the numbers in order of the text
+        assert read_sizes(convert(folder, tmp_path / f"{folder.name}_ours", "ours")).get("class_names") == names
 
 
 def their_mae(**changes) -> transformers.ViTMAEForPreTraining:
@@ -383,6 +466,20 @@ def test_what_transformers_writes_gives_the_same_loss_here(tmp_path, spelling):
         expected, (loss, pred, _) = theirs(images, noise=noise), ours.eval()(images, 0.75, noise)
     torch.testing.assert_close(pred, expected.logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(loss, expected.loss, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("ratio", "said"), [(0.75, False), (0.0, True)])
+def test_mask_ratio_of_transformers_is_said_to_be_no_part_of_a_model(tmp_path, capsys, ratio, said):
+    their_mae(mask_ratio=ratio).save_pretrained(tmp_path / "mae")
+    convert(tmp_path / "mae", tmp_path / "ours", "ours")
+    assert ("mask_ratio 0.0 is no part of a model here" in capsys.readouterr().out) == said
+
+
+def test_another_activation_is_refused(tmp_path):
+    their_mae(hidden_act="relu").save_pretrained(tmp_path / "mae")
+    message = r"hidden_act in .*config\.json has to be gelu, as in all models here, not 'relu'"
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "mae", tmp_path / "ours", "ours")
 
 
 def test_other_epsilon_of_transformers_is_said_and_its_pooler_needs_drop(tmp_path, capsys):
@@ -483,11 +580,61 @@ def test_segmenter_for_mmsegmentation_has_its_names(tmp_path):
     assert content["meta"]["dataset_meta"]["palette"][0] == [120, 120, 120]  # ADE20K's wall
 
 
+def as_beit(model: ViTMAEForSegmentation) -> dict:
+    """Rename a segmenter to BEiT's own, whose keys have no bias and whose pyramid is a part of the backbone."""
+    names = {"neck.upsample_4x.": "backbone.fpn1.", "neck.upsample_2x.": "backbone.fpn2."}
+    renamed = {}
+    for key, value in model.state_dict().items():
+        if key.endswith("qkv.bias"):
+            renamed[key.replace("qkv.bias", "q_bias")], _, renamed[key.replace("qkv.bias", "v_bias")] = value.chunk(3)
+        else:
+            renamed[re.sub("|".join(names), lambda found: names[found[0]], key)] = value
+    return renamed
+
+
+def test_segmenter_of_beit_gives_the_same_logits(tmp_path, capsys):
+    expected = build("segmenter with relative positions")
+    for block in expected.backbone.blocks:
+        block.attn.qkv.bias.data[64:128] = 0
+    tensors = as_beit(expected)
+    assert {key.split(".")[1] for key in tensors if key.startswith("backbone.fpn")} == {"fpn1", "fpn2"}
+    torch.save({"model": tensors}, tmp_path / "beit.pth")
+    tool.main(tool.parse_args(["--inspect", str(tmp_path / "beit.pth")]))
+    assert "BEiT's segmenter" in capsys.readouterr().out
+    loaded, _ = load_segmenter(convert(tmp_path / "beit.pth", tmp_path / "ours", "ours"))
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(images).logits, expected(images).logits)
+
+
+def test_statistics_of_old_torch_have_no_count_of_batches(tmp_path):
+    expected = build("segmenter with relative positions")
+    tensors = {key: value for key, value in as_mmseg(expected).items() if not key.endswith("num_batches_tracked")}
+    torch.save({"state_dict": tensors}, tmp_path / "theirs.pth")
+    loaded, _ = load_segmenter(convert(tmp_path / "theirs.pth", tmp_path / "ours", "ours"))
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(images).logits, expected(images).logits)
+
+
+def test_mmsegmentation_takes_batch_norm_only(tmp_path):
+    torch.manual_seed(0)
+    model = ViTMAEForSegmentation(FOUR_BLOCKS, 5, channels=64, norm="group")
+    source = write_ours(tmp_path / "ours", model)
+    change_json(source / "config.json", norm="group", channels=64)
+    with pytest.raises(ValueError, match="MMSegmentation's heads have batch norm, not group norm"):
+        convert(source, tmp_path / "out.pth", "mmseg")
+    assert not (tmp_path / "out.pth").exists()
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [{"CLASSES": tuple("vwxyz"), "epoch": 3}, {"dataset_meta": {"classes": list("vwxyz"), "palette": [[0, 0, 0]]}}],
+)
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_segmenter_of_mmsegmentation_gives_the_same_logits(tmp_path, prefix):
+def test_segmenter_of_mmsegmentation_gives_the_same_logits(tmp_path, prefix, meta):
     expected = build("segmenter with relative positions")
     tensors = {f"{prefix}{key}": value for key, value in as_mmseg(expected).items()}
-    meta = {"CLASSES": tuple("vwxyz"), "epoch": 3}
     torch.save({"meta": meta, "state_dict": tensors, "optimizer": {"state": {}}}, tmp_path / "theirs.pth")
     loaded, record = load_segmenter(convert(tmp_path / "theirs.pth", tmp_path / "ours", "ours"))
     assert record["class_names"] == list("vwxyz") and record["taps"] == [0, 1, 2, 3]
@@ -591,6 +738,19 @@ def test_tutorial_gives_its_encoder_and_not_its_decoder(tmp_path):
     assert_same(weights(back), encoder)
     theirs = load_file(convert(back, tmp_path / "out.safetensors", "tutorial"))
     assert_same(theirs, {key: value for key, value in as_tutorial(model).items() if key.startswith("encoder.")})
+    save_file({key.removeprefix("encoder."): value for key, value in theirs.items()}, tmp_path / "inner.safetensors")
+    assert_same(weights(convert(tmp_path / "inner.safetensors", tmp_path / "again", "ours", *TOLD[:2])), encoder)
+
+
+def test_tutorials_classifier_opens_with_the_printed_line(tmp_path, capsys):
+    model, taken = build("classifier of the cls token"), {}
+    convert(write_ours(tmp_path / "ours", model), tmp_path / "it's.safetensors", "tutorial")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("opens with"))
+    there = types.SimpleNamespace(load_state_dict=taken.update)  # for the tutorial's class, which is not installed
+    names = {"ViTMAEForImageClassification": lambda config: there, "config": None, "safetensors": safetensors}
+    eval(line.removeprefix("opens with"), names)  # the line that users copy
+    ours = {key.removeprefix("encoder."): value for key, value in taken.items()}
+    assert ours.keys() >= {"enc_cls_token", "head.weight"} and len(ours) == len(model.state_dict())
 
 
 def test_tutorial_takes_no_classifier_of_the_mean(tmp_path):
@@ -612,6 +772,32 @@ def test_training_file_of_the_original_tells_its_sizes(tmp_path):
     assert loaded.config == model.config and torch.equal(loaded.mask_token, model.mask_token)
 
 
+def test_finetuning_file_of_the_original_tells_its_heads(tmp_path, capsys):
+    sizes = dict(img_size=28, encoder_depth=1)
+    model = ViTMAEForImageClassification(dataclasses.replace(MODEL_CONFIGS["mae_vit_huge_patch14"], **sizes), 7)
+    content = {"model": model.state_dict(), "args": argparse.Namespace(model="vit_huge_patch14")}
+    torch.save(content, tmp_path / "checkpoint-3.pth")
+    loaded, _ = load_classifier(convert(tmp_path / "checkpoint-3.pth", tmp_path / "ours", "ours"))
+    assert loaded.config.encoder_num_heads == 16 and "guess" not in capsys.readouterr().out
+
+
+def test_numbers_of_heads_that_are_guessed_are_said_to_be(tmp_path, capsys):
+    sizes = dict(encoder_embed_dim=192, encoder_depth=1, encoder_num_heads=3)
+    sizes |= dict(decoder_embed_dim=128, decoder_depth=1, decoder_num_heads=4)
+    torch.save(ViTMAEForPreTraining(dataclasses.replace(TINY, **sizes)).state_dict(), tmp_path / "a.pth")
+    guesses = ["encoder_num_heads 3 is a guess from the width; --encoder_num_heads says otherwise"]
+    guesses += ["decoder_num_heads 4 is a guess from the width; --decoder_num_heads says otherwise"]
+    source = str(tmp_path / "a.pth")
+    for arguments in (["--inspect", source], [source, str(tmp_path / "out"), "--to", "ours", "--norm_pix_loss"]):
+        tool.main(tool.parse_args(arguments))
+        output = capsys.readouterr().out
+        assert all(re.search(rf"^note +{guess}$", output, re.MULTILINE) for guess in guesses)
+    convert(tmp_path / "a.pth", tmp_path / "told", "ours", "--encoder_num_heads", "6", *TOLD[2:3], "8", TOLD[4])
+    convert(tmp_path / "told", tmp_path / "theirs", "huggingface")
+    assert "guess" not in capsys.readouterr().out
+    assert read_sizes(tmp_path / "told")["config"]["encoder_num_heads"] == 6
+
+
 def test_what_nobody_tells_is_asked_for(tmp_path):
     file = convert(write_ours(tmp_path / "ours", build("masked autoencoder")), tmp_path / "out.pth", "original")
     asked = (
@@ -629,7 +815,8 @@ def test_norm_behind_timms_mean_needs_drop_without_a_head(tmp_path):
         img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4, num_classes=0, global_pool="avg"
     )
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit", "pretrained_cfg": {"mean": [0.1] * 3}}))
+    told = {"architecture": "vit", "pretrained_cfg": {"mean": [0.1] * 3}, "model_args": {"img_size": [16, 16]}}
+    (tmp_path / "config.json").write_text(json.dumps(told))
     with pytest.raises(ValueError, match=r"no place for fc_norm \(2 tensors\)"):
         convert(tmp_path, tmp_path / "ours", "ours", *TOLD[:2])
     back = convert(tmp_path, tmp_path / "ours", "ours", *TOLD[:2], "--drop")
@@ -685,8 +872,13 @@ class Hostile:
         return (open, (self.target, "w"))
 
 
+SMALL_VIT = dict(image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
+SMALL_VIT |= dict(intermediate_size=128)
+
+
 def foreign_files(folder: Path) -> dict[str, Path]:
     """Write one source of each layout."""
+    folder.mkdir(exist_ok=True)
     mae, segmenter = build("masked autoencoder"), build("segmenter with relative positions")
     ours = write_ours(folder / "mae", mae)
     torch.save({"state_dict": as_mmseg(segmenter)}, folder / "mmseg.pth")
@@ -742,7 +934,7 @@ def test_renamed_missing_and_misshapen_keys_are_named_and_nothing_is_written(tmp
 @pytest.mark.parametrize("layout", ["original", "huggingface", "mmseg", "tutorial"])
 def test_tensors_of_no_sensible_shape_are_named(tmp_path, layout, shape):
     source = foreign_files(tmp_path)[layout]
-    tensors = tool.unwrap(tool.read_file(tool.find_source(source)), source)
+    tensors = tool.unwrap(tool.read_file(tool.find_sources(source)[0]), source)
     one_block = r"(^|layer\.|layers\.|blocks\.)1\.|^[a-z_.]+$"
     for key in [key for key in tensors if re.search(one_block, key) and not re.match("neck|.*_head", key)]:
         if layout != "tutorial" or key.startswith("encoder."):
@@ -860,6 +1052,123 @@ def test_logs_of_mmsegmentation_beside_the_weights_are_let_in_unopened(tmp_path,
     assert_same(weights(back), model.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("file", "entries", "message"),
+    [
+        ("config.json", {"num_attention_heads": "4"}, "num_attention_heads in .* a whole number above 0, not '4'"),
+        ("config.json", {"num_attention_heads": 4.0}, "a whole number above 0, not 4.0"),
+        ("config.json", {"hidden_size": True}, "hidden_size in .* a whole number above 0, not True"),
+        ("config.json", {"layer_norm_eps": [1e-6]}, "layer_norm_eps in .* a number of at least 0"),
+        ("config.json", {"image_size": [16, 16, 16]}, "image_size in .* one or two whole numbers above 0"),
+        ("config.json", {"id2label": {"x": "a"}}, "id2label in .* texts by number from 0"),
+        ("config.json", {"id2label": {"1": "a"}}, "id2label in .* texts by number from 0"),
+        ("config.json", {"id2label": {"0": 3}}, "id2label in .* texts by number from 0"),
+        ("config.json", {"norm_pix_loss": "no"}, "norm_pix_loss in .* true or false"),
+        ("preprocessor_config.json", {"image_mean": 0.5}, "image_mean in .* a list of numbers, not 0.5"),
+        ("preprocessor_config.json", {"image_std": ["a", "a", "a"]}, "image_std in .* a list of numbers"),
+    ],
+)
+def test_entries_of_transformers_that_make_no_sense_are_named(tmp_path, file, entries, message):
+    folder = convert(write_ours(tmp_path / "ours", build("masked autoencoder")), tmp_path / "theirs", "huggingface")
+    change_json(folder / file, **entries)
+    with pytest.raises(ValueError, match=message.replace(" in .*", rf" in {folder / file}.*")):
+        convert(folder, tmp_path / "out", "ours")
+
+
+def test_epsilon_that_is_null_is_named(tmp_path):
+    folder = convert(write_ours(tmp_path / "ours", build("encoder")), tmp_path / "theirs", "huggingface")
+    text = (folder / "config.json").read_text().replace('"layer_norm_eps": 1e-06', '"layer_norm_eps": null')
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"layer_norm_eps in .* a number of at least 0, not None"):
+        convert(folder, tmp_path / "out", "ours")
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"pretrained_cfg": [1]}, "pretrained_cfg in .* a table"),
+        ({"pretrained_cfg": {"mean": 0.5}}, "mean in .* a list of numbers"),
+        ({"model_args": {"num_heads": "4"}}, "num_heads in .* a whole number"),
+        ({"model_args": {"act_layer": "relu"}}, "act_layer in .* gelu"),
+        ({"label_names": {"n1": "a"}}, "label_names in .* texts by number"),
+        ({"global_pool": True}, "global_pool in .* a text"),
+    ],
+)
+def test_entries_of_timm_that_make_no_sense_are_named(tmp_path, entries, message):
+    their_vit(tmp_path / "hub", num_classes=7)
+    change_json(tmp_path / "hub" / "config.json", **entries)
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "hub", tmp_path / "out", "ours")
+
+
+@pytest.mark.parametrize("places", [{"a": 3}, {"a": ["x"]}, {"a": None}, [1], "x"])
+def test_an_index_that_makes_no_sense_is_named(tmp_path, places):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(ValueError, match=r"weight_map in .*index\.json has to be a table of texts"):
+        convert(tmp_path, tmp_path / "ours", "ours")
+
+
+@pytest.mark.parametrize(
+    ("kind", "entries", "message"),
+    [
+        ("classifier of the mean", {"class_names": list("ab")}, "ours has 2 class names, but weights for 7 classes"),
+        ("classifier of the mean", {"num_classes": 8}, "num_classes is 8 beside the weights of .*, 7 in them"),
+        ("classifier of the mean", {"global_pool": "cls"}, "global_pool is cls beside the weights of .*, avg in them"),
+        ("segmenter", {"class_names": list("abcdef")}, "ours has 6 class names, but weights for 5 classes"),
+        ("segmenter", {"norm": "group"}, "norm is group beside the weights of .*, batch in them"),
+        ("segmenter", {"rel_pos_bias": True}, "rel_pos_bias is True beside"),
+        ("segmenter", {"taps": [0, 1, 2, 4]}, r"taps must be four blocks within 0\.\.3"),
+        ("segmenter", {"taps": [0, 1, 2]}, r"taps must be four blocks within 0\.\.3"),
+    ],
+)
+def test_what_lies_beside_the_weights_and_contradicts_them_is_refused(tmp_path, kind, entries, message):
+    source = write_ours(tmp_path / "ours", build(kind))
+    change_json(source / "config.json", **entries)
+    with pytest.raises(ValueError, match=message):
+        convert(source, tmp_path / "out", "ours")
+
+
+def test_class_names_of_another_project_are_compared_with_the_head(tmp_path):
+    torch.save(
+        {"meta": {"CLASSES": ("a",)}, "state_dict": as_mmseg(build("segmenter with relative positions"))},
+        tmp_path / "theirs.pth",
+    )
+    with pytest.raises(ValueError, match=r"theirs\.pth has 1 class names, but weights for 5 classes"):
+        convert(tmp_path / "theirs.pth", tmp_path / "out", "ours")
+
+
+def test_a_head_without_half_its_norm_is_named_as_such(tmp_path):
+    tensors = build("classifier of the mean").state_dict()
+    del tensors["fc_norm.weight"]
+    torch.save(tensors, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"does not fit: missing fc_norm\.weight$"):
+        convert(tmp_path / "a.pth", tmp_path / "out", "ours", *TOLD[:2])
+
+
+@pytest.mark.parametrize("key", ["state_dict_ema", "ema_state_dict"])
+def test_weights_that_are_not_read_are_named(tmp_path, capsys, key):
+    expected = build("encoder").state_dict()
+    other = {name: value + 1 for name, value in expected.items()}
+    torch.save({"state_dict": expected, key: other, "optimizer": {"state": {}}}, tmp_path / "a.pth")
+    assert_same(weights(convert(tmp_path / "a.pth", tmp_path / "ours", "ours", *TOLD[:2])), expected)
+    assert re.search(rf"^note +{key} in the same file not read", capsys.readouterr().out, re.MULTILINE)
+    folder = convert(tmp_path / "ours", tmp_path / "theirs", "huggingface")
+    (folder / "pytorch_model.bin").write_bytes(b"older")
+    capsys.readouterr()
+    tool.main(tool.parse_args(["--inspect", str(folder)]))
+    expected = r"^note +model\.safetensors is read, and not pytorch_model\.bin beside it$"
+    assert re.search(expected, capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_table_that_the_file_cannot_fill_is_not_computed(tmp_path):
+    """The decoder's width is believed of one tensor, and its table of positions would have as many columns."""
+    tensors = build("masked autoencoder").state_dict()
+    tensors["decoder_embed.weight"] = torch.zeros(400_000, 1)
+    torch.save(tensors, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"decoder_pos_embed is \(1, 17, 16\) instead of \(1, 17, 400000\)$"):
+        convert(tmp_path / "a.pth", tmp_path / "out", "ours", *TOLD)
+
+
 def test_config_that_is_no_json_is_refused(tmp_path):
     folder = write_ours(tmp_path / "ours", build("encoder"))
     (folder / "config.json").write_text("{")
@@ -906,6 +1215,57 @@ def test_targets_are_never_replaced_by_accident(tmp_path):
         (tmp_path / "folder.pth").mkdir()
         convert(source, tmp_path / "folder.pth", "original", "--overwrite")
     assert (folder / "optimizer.bin").exists()
+
+
+@pytest.mark.parametrize("layout", ["huggingface", "original"])
+def test_links_are_followed_and_stay(tmp_path, layout):
+    source = write_ours(tmp_path / "ours", build("encoder"))
+    suffix = tool.LAYOUTS[layout].suffix
+    link, place = tmp_path / f"link{suffix}", tmp_path / "disk" / f"place{suffix}"
+    link.symlink_to(place)
+    with pytest.raises(FileExistsError, match="--overwrite"):  # a link to nowhere
+        convert(source, link, layout)
+    for seed in (1, 2):
+        shutil.rmtree(source)
+        model = build("encoder", seed=seed)
+        convert(write_ours(source, model), link, layout, "--overwrite")
+        assert link.is_symlink() and [path.name for path in place.parent.iterdir()] == [place.name]
+        assert_same(weights(convert(link, tmp_path / f"back_{seed}", "ours", *TOLD[:2])), model.state_dict())
+
+
+def test_what_a_kill_leaves_behind_is_put_right_by_the_next_conversion(tmp_path):
+    source, target = write_ours(tmp_path / "ours", build("encoder")), tmp_path / "out"
+    (tmp_path / "out.convert_tmp").mkdir()
+    (tmp_path / "out.convert_tmp" / "model.safetensors").write_bytes(b"half")
+    convert(source, target, "huggingface")
+    before = weights(target)
+    os.rename(target, tmp_path / "out.convert_old")  # killed between the two renames
+    with pytest.raises(FileExistsError, match="out exists"):
+        convert(source, target, "huggingface")
+    assert_same(weights(target), before)
+    shutil.copytree(target, tmp_path / "out.convert_old")  # killed after them
+    convert(source, target, "huggingface", "--overwrite")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "out"]
+
+
+def test_weights_may_be_read_by_whom_the_system_lets(tmp_path):
+    folder = convert(write_ours(tmp_path / "ours", build("encoder")), tmp_path / "out", "huggingface")
+    modes = {file.stat().st_mode for file in folder.iterdir()}
+    assert modes == {(folder / "config.json").stat().st_mode}
+
+
+def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
+    source = write_ours(tmp_path / "ours", build("encoder"))
+    target = convert(source, tmp_path / "out", "huggingface")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def no_rename(*_):
+        raise OSError("no rename")
+
+    monkeypatch.setattr(tool.os, "replace", no_rename)  # the second of the two
+    with pytest.raises(OSError, match="no rename"):
+        convert(source, target, "huggingface", "--overwrite")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -1048,18 +1408,33 @@ def test_inspect_counts_parameters(tmp_path, capsys, kind):
 # -------------------------------------------------------------------------------- the training scripts refuse
 
 
-@pytest.mark.parametrize("layout", ["huggingface", "mmseg", "tutorial"])
+@pytest.mark.parametrize("layout", ["huggingface", "mmseg", "tutorial", "timm", "vit", "beit", "scaled"])
 def test_foreign_layouts_are_refused_with_the_command_that_converts_them(tmp_path, layout):
-    source = foreign_files(tmp_path)[layout]
-    command = f"python tools/convert_weights.py {source} {source}_ours --to ours"
+    sources = foreign_files(tmp_path / "a b") | {name: tmp_path / name for name in ("timm", "vit", "beit", "scaled")}
+    source = sources[layout]
+    if layout == "timm":
+        their_vit(source)
+    elif layout == "scaled":
+        source = tmp_path / "scaled.safetensors"
+        save_file(their_vit(tmp_path / "hub", num_classes=0, init_values=0.1).state_dict(), source)
+    elif layout == "vit":
+        transformers.ViTModel(transformers.ViTConfig(**SMALL_VIT)).save_pretrained(source)
+    elif layout == "beit":
+        source = tmp_path / "beit.pth"
+        torch.save({"model": as_beit(build("segmenter with relative positions"))}, source)
     loaders = [load_pretrained_mae, load_classifier, load_segmenter, read_sizes]
     loaders.append(lambda path: load_pretrained_encoder(VisionTransformer(TINY), path))
-    for loader in loaders:
-        with pytest.raises(ValueError, match=command.replace(".", r"\.") + "( --drop)?") as refusal:
-            loader(source)
-        arguments = str(refusal.value).split("convert_weights.py ")[1].replace("_heads N", "_heads 4").split()
+    commands = set()
+    for loader in loaders[1:] if layout == "timm" else loaders:  # the first wants a decoder before it looks at sizes
+        with pytest.raises(ValueError, match="convert it once with: ") as refusal:
+            loader(f"{source}/" if source.is_dir() else source)
+        commands.add(str(refusal.value).split("convert it once with: ")[1])
+    (command,) = commands
+    assert command.startswith("python tools/convert_weights.py ")
+    arguments = shlex.split(command.replace("_heads N", "_heads 4"))[2:]
+    assert arguments[:2] == [str(source), f"{source}_ours"]
     tool.main(tool.parse_args(arguments))
-    expected = FOUR_BLOCKS if layout == "mmseg" else TINY
+    expected = FOUR_BLOCKS if layout in ("mmseg", "beit") else TINY
     assert MAEConfig(**read_sizes(f"{source}_ours")["config"]).encoder_depth == expected.encoder_depth
 
 

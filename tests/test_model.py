@@ -854,8 +854,8 @@ def test_paths_among_the_arguments_of_a_training_are_let_in(tmp_path, monkeypatc
     [
         ({"config": {"encoder_num_heads": "4"}}, r"encoder_num_heads in .*config\.json has to be a whole .*, not '4'$"),
         ({"config": {"encoder_num_heads": True}}, "a whole number above 0, not True"),
-        ({"config": {"encoder_mlp_ratio": float("inf")}}, "encoder_mlp_ratio in .* a number above 0, not inf"),
-        ({"config": {"encoder_mlp_ratio": 0}}, "a number above 0, not 0"),
+        ({"config": {"encoder_mlp_ratio": float("inf")}}, "encoder_mlp_ratio in .* a number of at least 0, not inf"),
+        ({"config": {"encoder_mlp_ratio": -1}}, "a number of at least 0, not -1"),
         ({"config": {"img_size": [16, 16, 16]}}, "img_size in .* one or two whole numbers"),
         ({"config": {"norm_pix_loss": 1}}, "norm_pix_loss in .* true or false, not 1"),
         ({"config": {"hidden_size": 32}}, r"hidden_size in .*config\.json is no size of a model here"),

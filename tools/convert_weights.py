@@ -3,9 +3,11 @@
     python tools/convert_weights.py SOURCE TARGET --to {ours,original,timm,huggingface,mmseg,tutorial}
     python tools/convert_weights.py --inspect SOURCE
 
-SOURCE is a weight file or a folder with one, whole or in shards; its layout is read from its keys. TABLES is the map,
+SOURCE is a weight file or a folder with one, whole or in shards; its layout is read from its keys. LAYOUTS is the map,
 one table for each layout, read both ways. Tensors are renamed, and q, k and v cut or joined, without touching a bit.
-What a target has no place for is named, and needs --drop.
+What a target has no place for is named, and needs --drop. A target is whole or not there: it is written as
+TARGET.convert_tmp and renamed. A kill between the two renames of --overwrite leaves a folder as TARGET.convert_old,
+which the next conversion to TARGET puts back before it looks.
 """
 
 import argparse
@@ -13,15 +15,17 @@ import dataclasses
 import functools
 import os
 import re
+import shlex
 import shutil
 import sys
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -29,15 +33,18 @@ from dataset import ADE20K_CLASS_NAMES, ADE20K_NUM_CLASSES, IMAGENET_MEAN, IMAGE
 from model import (
     LAYER_NORM_EPS,
     MODEL_CONFIGS,
+    WRAPPERS,
     MAEConfig,
     VisionTransformer,
     ViTMAEForImageClassification,
     ViTMAEForPreTraining,
     ViTMAEForSegmentation,
+    check_entries,
     convert_command,
     count_blocks,
     default_taps,
     named_heads,
+    read_config,
     read_file,
     read_json,
     read_sizes,
@@ -65,14 +72,11 @@ def blocks(ours: str, theirs: str, parts: Table) -> Table:
 
 BLOCK = same("norm1 attn.qkv attn.proj norm2 mlp.fc1 mlp.fc2")
 # What blocks of BEiT's kind have more; of it ours have the table, and `simplify` expresses the rest.
-BEIT_BLOCK = same(
-    "gamma_1 gamma_2 attn.q_bias attn.v_bias attn.relative_position_bias_table attn.relative_position_index"
-)
-ENCODER = {**same("cls_token pos_embed patch_embed.proj norm"), **blocks("blocks", "blocks", BLOCK)}
-DECODER = {
-    **same("mask_token decoder_pos_embed decoder_embed decoder_norm decoder_pred"),
-    **blocks("decoder_blocks", "decoder_blocks", BLOCK),
-}
+BEIT_BLOCK = same("gamma_1 gamma_2 attn.q_bias attn.v_bias attn.relative_position_bias_table")
+BEIT_BLOCK |= same("attn.relative_position_index")
+TIMM = same("cls_token pos_embed patch_embed.proj norm fc_norm head") | blocks("blocks", "blocks", BLOCK)
+DECODER = same("mask_token decoder_pos_embed decoder_embed decoder_norm decoder_pred")
+ORIGINAL = TIMM | same("head.N") | DECODER | blocks("decoder_blocks", "decoder_blocks", BLOCK)
 SEGMENTER = same(
     """
     neck.upsample_4x.N neck.upsample_2x.N
@@ -83,7 +87,12 @@ SEGMENTER = same(
     auxiliary_head.convs.N.conv auxiliary_head.convs.N.bn auxiliary_head.conv_seg
     """
 )
-MMSEG_BLOCK = BLOCK | {"norm1": "ln1", "norm2": "ln2", "mlp.fc1": "ffn.layers.0.0", "mlp.fc2": "ffn.layers.1"}
+MMSEG = SEGMENTER | same("cls_token pos_embed norm") | {"patch_embed.proj": "patch_embed.projection"}
+MMSEG_BLOCK = {"norm1": "ln1", "norm2": "ln2", "mlp.fc1": "ffn.layers.0.0", "mlp.fc2": "ffn.layers.1"}
+MMSEG |= blocks("blocks", "layers", BLOCK | MMSEG_BLOCK | BEIT_BLOCK)
+TUTORIAL = {"cls_token": "enc_cls_token", "pos_embed": "enc_pos_embed", "norm": "encoder_layer_norm"}
+TUTORIAL |= same("patch_embed.proj") | blocks("blocks", "encoder_blocks", BLOCK)
+TUTORIAL = {ours: f"encoder.{theirs}" for ours, theirs in TUTORIAL.items()} | same("head")
 HUGGINGFACE_BLOCK = {
     "norm1": "layernorm_before",
     "attn.qkv": "attention.attention.query attention.attention.key attention.attention.value",
@@ -92,65 +101,37 @@ HUGGINGFACE_BLOCK = {
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
 }
-HUGGINGFACE = {
-    "cls_token": "vit.embeddings.cls_token",
-    "pos_embed": "vit.embeddings.position_embeddings",
-    "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
-    **blocks("blocks", "vit.encoder.layer", HUGGINGFACE_BLOCK),
-    "head": "classifier",
-}
-TABLES = {
-    "ours": {
-        **ENCODER,
-        **DECODER,
-        **SEGMENTER,
-        **same("fc_norm head head.N"),
-        **blocks("blocks", "blocks", BEIT_BLOCK),
-    },
-    "original": {**ENCODER, **DECODER, **same("fc_norm head head.N")},
-    "timm": {**ENCODER, **same("fc_norm head")},
-    "huggingface": {
-        **HUGGINGFACE,
-        "norm": "vit.layernorm",
-        "mask_token": "decoder.mask_token",
-        "decoder_pos_embed": "decoder.decoder_pos_embed",
-        "decoder_embed": "decoder.decoder_embed",
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a project calls its tensors and writes them to."""
+
+    title: str
+    table: Table
+    suffix: str = ""  # of the file that is written; none is a folder
+    needs_norm: bool = False  # its encoders always have the last norm
+    spellings: Iterable[tuple[str, str]] = ()  # others that are read, as (pattern, the table's), applied in this order
+    left_over: str = "$^"  # its keys that are known to have no counterpart in ours
+    reason: str = ""  # why they have none
+
+
+def huggingface(name: str, title: str) -> Layout:
+    """Give the layout of transformers' model `name`; its versions spell some keys in other ways."""
+    table = {
+        "cls_token": f"{name}.embeddings.cls_token",
+        "pos_embed": f"{name}.embeddings.position_embeddings",
+        "patch_embed.proj": f"{name}.embeddings.patch_embeddings.projection",
+        "norm": f"{name}.layernorm",
+        "fc_norm": f"{name}.pooler.layernorm",  # of beit
+        "head": "classifier",
+        **{name: f"decoder.{name}" for name in DECODER},
+        **blocks("blocks", f"{name}.encoder.layer", HUGGINGFACE_BLOCK),
         **blocks("decoder_blocks", "decoder.decoder_layers", HUGGINGFACE_BLOCK),
-        "decoder_norm": "decoder.decoder_norm",
-        "decoder_pred": "decoder.decoder_pred",
-    },
-    # ViTForImageClassification looks at the cls token; the mean of the patches behind a norm is BeitFor...'s.
-    "beit": {
-        **{ours: theirs.replace("vit.", "beit.") for ours, theirs in HUGGINGFACE.items()},
-        "fc_norm": "beit.pooler.layernorm",
-    },
-    "mmseg": {
-        **same("cls_token pos_embed norm"),
-        "patch_embed.proj": "patch_embed.projection",
-        **blocks("blocks", "layers", MMSEG_BLOCK | BEIT_BLOCK),
-        **SEGMENTER,
-    },
-    "tutorial": {
-        "cls_token": "encoder.enc_cls_token",
-        "pos_embed": "encoder.enc_pos_embed",
-        "patch_embed.proj": "encoder.patch_embed.proj",
-        **blocks("blocks", "encoder.encoder_blocks", BLOCK),
-        "norm": "encoder.encoder_layer_norm",
-        "head": "head",
-    },
-}
-# Other spellings that are read, as (pattern, the table's spelling), applied in this order.
-SPELLINGS = {
-    "ours": [
-        (r"^backbone\.", ""),
-        (r"\.ls([12])\.gamma$", r".gamma_\1"),  # timm's
-        (r"^fpn1\.", "neck.upsample_4x."),  # BEiT's own segmenter
-        (r"^fpn2\.", "neck.upsample_2x."),
-    ],
-    "mmseg": [(r"^backbone\.", "")],
-    "huggingface": [
-        (r"^(?=(embeddings|encoder|layers|layernorm|pooler)\.)", "vit."),  # of a model without a head
-        (r"^vit\.layers\.", "vit.encoder.layer."),  # what transformers 5 has in memory
+    }
+    spellings = (
+        (r"^(?=(embeddings|encoder|layers|layernorm|pooler)\.)", f"{name}."),  # of a model without a head
+        (rf"^{name}\.layers\.", f"{name}.encoder.layer."),  # what transformers 5 has in memory
         (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),  # what transformers 5 saves
         (r"\.attention\.q_proj\.", ".attention.attention.query."),
         (r"\.attention\.k_proj\.", ".attention.attention.key."),
@@ -158,57 +139,68 @@ SPELLINGS = {
         (r"\.attention\.o_proj\.", ".attention.output.dense."),
         (r"\.mlp\.fc1\.", ".intermediate.dense."),
         (r"\.mlp\.fc2\.", ".output.dense."),
-    ],
-    "tutorial": [(r"^(?=(patch_embed|enc_cls_token|enc_pos_embed|encoder_blocks|encoder_layer_norm)\b)", "encoder.")],
-}
-SPELLINGS["beit"] = [(old.replace("vit", "beit"), new.replace("vit", "beit")) for old, new in SPELLINGS["huggingface"]]
-# What is known to have no counterpart in ours, and why.
-LEFT_OVER = {
-    "huggingface": (r"vit\.(pooler|embeddings\.mask_token)\b", "ours read the tokens as they are"),
-    "tutorial": (
-        r"(decoder|embed2image|upernet)\b",
-        "its decoder never sees the cls token, its pyramid has other bins",
-    ),
-}
-TITLES = {
-    "ours": "this project's",
-    "original": "the original release's",
-    "timm": "timm's",
-    "huggingface": "Hugging Face's ViT and ViTMAE",
-    "beit": "Hugging Face's BEiT",
-    "mmseg": "MMSegmentation's",
-    "tutorial": "PyTorch-Adventures'",
-    "beit style": "BEiT's",
-}
-ORIGINAL_OR_TIMM = f"{TITLES['original']} (or timm's, which has the same names)"
+    )
+    left_over = rf"({name}\.)?(pooler\.dense|embeddings\.mask_token)\b"
+    return Layout(title, table, "", name == "vit", spellings, left_over, "ours read the tokens as they are")
 
-# What a source can be: our class for it, and the layouts that hold it whole. Of the rest only the encoder goes there.
-KINDS = {
-    "masked autoencoder": ("ViTMAEForPreTraining", {"ours", "original", "huggingface"}),
-    "classifier of the mean": ("ViTMAEForImageClassification", {"ours", "original", "timm", "beit"}),
-    "classifier of the cls token": (
-        "ViTMAEForImageClassification",
-        {"ours", "original", "timm", "huggingface", "tutorial"},
+
+OF_TIMM_AND_BEIT = (
+    (r"^backbone\.", ""),
+    (r"\.ls([12])\.gamma$", r".gamma_\1"),  # timm's
+    (r"^fpn1\.", "neck.upsample_4x."),  # BEiT's own segmenter
+    (r"^fpn2\.", "neck.upsample_2x."),
+)
+OF_THE_TUTORIALS_ENCODER = r"^(?=(patch_embed|enc_cls_token|enc_pos_embed|encoder_blocks|encoder_layer_norm)\b)"
+LAYOUTS = {
+    "ours": Layout(
+        "this project's", ORIGINAL | SEGMENTER | blocks("blocks", "blocks", BEIT_BLOCK), spellings=OF_TIMM_AND_BEIT
     ),
-    "linear probe": ("ViTMAEForImageClassification", {"ours", "original"}),
-    "segmenter": ("ViTMAEForSegmentation", {"ours", "mmseg"}),
-    "encoder": ("VisionTransformer", {"ours", "original", "timm", "huggingface", "mmseg", "tutorial"}),
+    "original": Layout("the original release's", ORIGINAL, ".pth"),
+    "timm": Layout("timm's", TIMM, ".safetensors", needs_norm=True),
+    "huggingface": huggingface("vit", "Hugging Face's ViT and ViTMAE"),
+    # ViTForImageClassification looks at the cls token; the mean of the patches behind a norm is BeitFor...'s.
+    "beit": huggingface("beit", "Hugging Face's BEiT"),
+    "mmseg": Layout("MMSegmentation's", MMSEG, ".pth", spellings=((r"^backbone\.", ""),)),
+    "tutorial": Layout(
+        "PyTorch-Adventures'",
+        TUTORIAL,
+        ".safetensors",
+        needs_norm=True,
+        spellings=((OF_THE_TUTORIALS_ENCODER, "encoder."),),
+        left_over=r"(decoder|embed2image|upernet)\b",
+        reason="its decoder never sees the cls token, its pyramid has other bins",
+    ),
 }
-HUGGINGFACE_CLASSES = {
-    "masked autoencoder": ("ViTMAEForPreTraining", "vit_mae"),
-    "classifier of the mean": ("BeitForImageClassification", "beit"),
-    "classifier of the cls token": ("ViTForImageClassification", "vit"),
-    "encoder": ("ViTModel", "vit"),
+ORIGINAL_OR_TIMM = f"{LAYOUTS['original'].title} (or timm's, which has the same names)"
+
+# What a source can be: our class for it, and transformers' class and type
+KINDS = {
+    "masked autoencoder": (ViTMAEForPreTraining, "ViTMAEForPreTraining", "vit_mae"),
+    "encoder": (VisionTransformer, "ViTModel", "vit"),
+    "classifier of the mean": (ViTMAEForImageClassification, "BeitForImageClassification", "beit"),
+    "classifier of the cls token": (ViTMAEForImageClassification, "ViTForImageClassification", "vit"),
+    "linear probe": (ViTMAEForImageClassification, "", ""),
+    "segmenter": (ViTMAEForSegmentation, "", ""),
 }
-NEED_FINAL_NORM = {"timm", "huggingface", "tutorial"}
-FOLDERS = {"ours", "huggingface"}
-SUFFIXES = {"original": ".pth", "timm": ".safetensors", "mmseg": ".pth", "tutorial": ".safetensors"}
+OPENS_HERE = {
+    "ViTMAEForPreTraining": "tools/reconstruct.py --checkpoint {0}, and as an encoder",
+    "VisionTransformer": "--path_to_pretrained_mae_weights {0} or --path_to_backbone_checkpoint {0}",
+    "ViTMAEForImageClassification": "tools/classify.py --checkpoint {0}",
+    "ViTMAEForSegmentation": "tools/segment.py --checkpoint {0}",
+}
+# Fields of MAEConfig in transformers' config.json
+HUGGINGFACE_SIZES = (
+    dict(img_size="image_size", patch_size="patch_size", input_channels="num_channels", norm_pix_loss="norm_pix_loss")
+    | dict(encoder_embed_dim="hidden_size", encoder_depth="num_hidden_layers", encoder_num_heads="num_attention_heads")
+    | dict(decoder_embed_dim="decoder_hidden_size", decoder_depth="decoder_num_hidden_layers")
+    | dict(decoder_num_heads="decoder_num_attention_heads")
+)
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 SEGMENTER_PARTS = ("neck.", "decode_head.", "auxiliary_head.")
 DECODER_PARTS = ("decoder_", "mask_token")
 NOT_OF_THE_ENCODER = ("fc_norm.", "head.", *SEGMENTER_PARTS, *DECODER_PARTS)
-LEAVES = ("weight", "bias", *BUFFERS)
+TABLE = ".relative_position_bias_table"
 # Numbers of dimensions, so that all later code may rely on them; the rest have one.
 RANKS = {
     r".*\.num_batches_tracked": 0,
@@ -222,71 +214,56 @@ RANKS = {
 def split_name(name: str) -> tuple[str, str, str]:
     """Split blocks.3.norm1.weight into blocks.N.norm1, 3 and .weight; what is missing is empty."""
     stem, _, leaf = name.rpartition(".")
-    stem, leaf = (stem, f".{leaf}") if leaf in LEAVES else (name, "")
+    stem, leaf = (stem, f".{leaf}") if leaf in ("weight", "bias", *BUFFERS) else (name, "")
     number = re.search(r"\.(\d+)(?=\.|$)", stem)
     if number is None:
         return stem, "", leaf
     return f"{stem[: number.start()]}.N{stem[number.end() :]}", number[1], leaf
 
 
-def with_number(template: str, number: str) -> str:
-    return template.replace(".N", f".{number}", 1)
-
-
 def their_names(name: str, layout: str) -> list[str]:
     """Give what a layout calls a tensor of ours: one name, or three of q, k, v; none where it has no such thing."""
     template, number, leaf = split_name(name)
-    return [with_number(theirs, number) + leaf for theirs in TABLES[layout].get(template, "").split()]
+    theirs = LAYOUTS[layout].table.get(template, "").split()
+    return [name.replace(".N", f".{number}", 1) + leaf for name in theirs]
 
 
 @functools.cache
 def inverse_table(layout: str) -> dict[str, tuple[str, int]]:
-    pairs = [(ours, theirs.split()) for ours, theirs in TABLES[layout].items()]
+    pairs = [(ours, theirs.split()) for ours, theirs in LAYOUTS[layout].table.items()]
     return {name: (ours, index) for ours, theirs in pairs for index, name in enumerate(theirs)}
-
-
-def respell(key: str, layout: str) -> str:
-    for pattern, replacement in SPELLINGS.get(layout, []):
-        key = re.sub(pattern, replacement, key)
-    return key
 
 
 def our_name(key: str, layout: str) -> tuple[str, int] | None:
     """Give our name for a key of a layout, and which third of q, k, v it is; None for keys that the table lacks."""
-    template, number, leaf = split_name(respell(key, layout))
+    for pattern, replacement in LAYOUTS[layout].spellings:
+        key = re.sub(pattern, replacement, key)
+    template, number, leaf = split_name(key)
     if template not in inverse_table(layout):
         return None
     ours, index = inverse_table(layout)[template]
-    return with_number(ours, number) + leaf, index
+    return ours.replace(".N", f".{number}", 1) + leaf, index
 
 
 # ------------------------------------------------------------------------------------------------ reading files
 
-WHOLE_OR_INDEX = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WHOLE = ("model.safetensors", "pytorch_model.bin")
 
 
-def find_source(path: Path) -> Path:
-    """Give the weight file, or the index of shards, that a path means."""
-    if path.is_dir():
-        for name in WHOLE_OR_INDEX:
-            if (path / name).is_file():
-                return path / name
-        raise FileNotFoundError(f"{path} holds none of {', '.join(WHOLE_OR_INDEX)}; give the weight file itself")
-    if not path.is_file():
-        raise FileNotFoundError(f"no weight file or folder at {path}")
-    return path
+def find_sources(path: Path) -> list[Path]:
+    """Give the weight files, or indices of shards, that a path means, the one to be read first."""
+    names = [f"{name}{ending}" for name in WHOLE for ending in ("", ".index.json")] if path.is_dir() else [""]
+    found = [path / name for name in names if (path / name).is_file()]
+    if not found:
+        expected = f"no {', no '.join(names)} in" if path.is_dir() else "no weight file or folder at"
+        raise FileNotFoundError(f"{expected} {path}; give the weight file itself")
+    return found
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
     """Read the files that an index.json lists; ValueError where they and the index disagree."""
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise ValueError(f"{index} has no weight_map of keys and files")
+    places = read_json(index).get("weight_map", {})
+    check_entries(index, {"weight_map": places})
     tensors = {}
     for name in sorted(set(places.values())):
         if Path(name).name != name or not (index.parent / name).is_file():
@@ -300,6 +277,13 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def other_weights(content: dict) -> list[str]:
+    """Name what holds tensors beside that which `unwrap` takes, such as a moving average of the weights."""
+    taken = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+    tables = {key: value for key, value in content.items() if isinstance(value, dict) and key != taken}
+    return [str(key) for key, value in tables.items() if any(isinstance(item, Tensor) for item in value.values())]
+
+
 # ------------------------------------------------------------------------------------------------ what a source is
 
 
@@ -309,31 +293,34 @@ class Source:
 
     path: Path
     layout: str
-    title: str
     tensors: dict[str, Tensor]
-    keys: dict[str, str]  # the source's own for each of our names, for messages
-    left_over: list[str]  # keys that have no counterpart in ours
-    known: dict  # fields of MAEConfig
-    record: dict  # other entries of config.json
-    notes: list[str]
-    indices: dict[str, Tensor]  # relative_position_index of blocks, to be compared with ours
+    title: str = ""
+    keys: dict[str, str] = field(default_factory=dict)  # the source's own for each of our names, for messages
+    left_over: dict[str, str] = field(default_factory=dict)  # keys without a counterpart in ours, and why
+    known: dict = field(default_factory=dict)  # fields of MAEConfig
+    record: dict = field(default_factory=dict)  # other entries of config.json
+    notes: list[str] = field(default_factory=list)
+    indices: dict[str, Tensor] = field(default_factory=dict)  # relative_position_index of blocks, to compare with ours
+    pooling: str | None = None  # timm's word for it
+
+    def has(self, *beginnings: str) -> bool:
+        return any(name.startswith(beginnings) for name in self.tensors)
 
     @property
     def kind(self) -> str:
-        if any(name.startswith(SEGMENTER_PARTS) for name in self.tensors):
+        if self.has(*SEGMENTER_PARTS):
             return "segmenter"
-        if any(name.startswith(DECODER_PARTS) for name in self.tensors):
+        if self.has(*DECODER_PARTS):
             return "masked autoencoder"
-        if any(name.startswith("head.1.") for name in self.tensors):
+        if self.has("head.1."):
             return "linear probe"
-        if any(name.startswith("head.") for name in self.tensors):
-            pooled = any(name.startswith("fc_norm.") for name in self.tensors)
-            return "classifier of the mean" if pooled else "classifier of the cls token"
+        if self.has("head."):
+            return f"classifier of the {'mean' if self.has('fc_norm.') else 'cls token'}"
         return "encoder"
 
     @property
-    def has_relative_positions(self) -> bool:
-        return any(name.endswith("relative_position_bias_table") for name in self.tensors)
+    def tables(self) -> list[str]:
+        return [name for name in self.tensors if name.endswith(TABLE)]
 
     def key_of(self, name: str) -> str:
         """Give what the source calls, or would call, a tensor of ours."""
@@ -343,16 +330,28 @@ class Source:
         names = their_names(name, self.layout)
         return f"{'' if name.startswith(NOT_OF_THE_ENCODER) else prefix}{names[0]}" if names else name
 
+    def refuse(self, problems: list[str]) -> None:
+        """Raise ValueError with these problems, if there are any."""
+        if problems:
+            shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+            title = LAYOUTS[self.layout].title
+            raise ValueError(f"{self.path}, read as {title} layout, does not fit: {shown}")
+
+    def leave_out(self, beginnings: tuple[str, ...], reason: str) -> None:
+        for name in [name for name in self.tensors if name.startswith(beginnings)]:
+            self.left_over[self.key_of(name)] = reason
+            del self.tensors[name]
+
 
 def detect_layout(keys: Collection[str], path: Path) -> str:
-    """Give the table that knows most of these keys; ValueError when none knows any."""
-    layouts = [layout for layout in TABLES if layout not in ("original", "timm")]  # they are read as ours
+    """Give the layout whose table knows most of these keys; ValueError when none knows any."""
+    layouts = [layout for layout in LAYOUTS if layout not in ("original", "timm")]  # they are read as ours
     counts = {layout: sum(our_name(key, layout) is not None for key in keys) for layout in layouts}
     best = max(layouts, key=counts.get)
     if counts[best] == 0:
+        known = ", ".join(layout.title for layout in LAYOUTS.values())
         raise ValueError(
-            f"{path} is in no layout known here: its keys are such as {sorted(keys)[:3]}. Known are "
-            f"{', '.join(TITLES.values())}"
+            f"{path} is in no layout known here: its keys are such as {sorted(keys)[:3]}. Known are {known}"
         )
     return best
 
@@ -360,53 +359,52 @@ def detect_layout(keys: Collection[str], path: Path) -> str:
 def read_source(path: str | Path) -> Source:
     """Read weights of any layout under our names; ValueError names every key that no table explains."""
     path = Path(path)
-    file = find_source(path)
+    file, *passed_over = find_sources(path)
     content = read_shards(file) if file.name.endswith(".index.json") else read_file(file)
     tensors = unwrap(content, file)
-    layout = detect_layout(tensors, path)
-    left_over = [key for key in tensors if layout in LEFT_OVER and re.match(LEFT_OVER[layout][0], respell(key, layout))]
-    ours, keys = rename(path, {key: value for key, value in tensors.items() if key not in left_over}, layout)
-    known, record, notes = read_facts(file.parent, layout, content)
-    source = Source(path, layout, TITLES[layout], ours, keys, left_over, known, record, notes, {})
-    if layout == "ours":
-        source.title = title_of_ours(tensors, file.parent, record)
+    source = Source(path, detect_layout(tensors, path), {})
+    if passed_over:
+        source.notes.append(f"{file.name} is read, and not {', '.join(other.name for other in passed_over)} beside it")
+    if others := other_weights(content):
+        source.notes.append(f"{', '.join(others)} in the same file not read; these are other weights")
+    rename(source, tensors)
+    add_facts(source, file.parent, content)
+    if not source.title:  # the layouts that share our names, as far as that can be seen
+        beit = source.layout == "ours" and any(re.search(r"gamma|_bias$|relative|^backbone", key) for key in tensors)
+        names = ORIGINAL_OR_TIMM if source.layout == "ours" else LAYOUTS[source.layout].title
+        source.title = "BEiT's" if beit else names
     simplify(source)
-    if source.kind == "encoder":  # a norm behind timm's mean of the patches, without a head
-        behind = [name for name in source.tensors if name.startswith("fc_norm.")]
-        source.left_over += [source.key_of(name) for name in behind]
-        source.tensors = {name: value for name, value in source.tensors.items() if name not in behind}
+    pooling = "avg" if source.has("fc_norm.") else "token"
+    if source.has("head.") and source.pooling not in (None, pooling):
+        where = "behind" if source.has("norm.") else "before"
+        reason = f"timm's {source.pooling!r} pooling {where} the norm is of no classifier here"
+        source.leave_out(("head.", "fc_norm."), reason)
+    if source.kind == "encoder":
+        source.leave_out(("fc_norm.",), "without a head, nothing here has a norm behind the mean of the patches")
     return source
 
 
-def title_of_ours(tensors: Mapping, folder: Path, record: dict) -> str:
-    """Tell apart the layouts that share our names, as far as that can be seen."""
-    if "architecture" in record:
-        return TITLES["ours"]
-    if any(re.search(r"gamma|q_bias|relative_position|^backbone", key) for key in tensors):
-        return TITLES["beit style"]
-    return TITLES["timm"] if "pretrained_cfg" in read_json(folder / "config.json") else ORIGINAL_OR_TIMM
-
-
-def rename(path: Path, tensors: Mapping[str, Tensor], layout: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Give tensors our names, q, k and v joined, with the key that each came from."""
+def rename(source: Source, tensors: Mapping[str, Tensor]) -> None:
+    """Take tensors into a source under our names, q, k and v joined, with the key that each came from."""
     parts: dict[str, dict[int, Tensor]] = {}
-    keys: dict[str, str] = {}
-    problems = []
+    layout, problems = LAYOUTS[source.layout], []
     for key, tensor in tensors.items():
-        place = our_name(key, layout)
-        if place is not None and (problem := describe_misfit(place[0], tensor)):
-            raise_problems(path, layout, [f"{key} {problem}"])
-        if place is None:
+        if re.match(layout.left_over, key):
+            source.left_over[key] = layout.reason
+            continue
+        name, third = our_name(key, source.layout) or (None, 0)
+        if name is None:
             problems.append(f"unknown key {key}")
-        elif place[1] in parts.setdefault(place[0], {}):
-            problems.append(f"{keys[place[0]]} and {key} are the same tensor")
+        elif misfit := describe_misfit(name, tensor):
+            source.refuse([f"{key} {misfit}"])
+        elif third in parts.setdefault(name, {}):
+            problems.append(f"{source.keys[name]} and {key} are the same tensor")
         else:
-            parts[place[0]][place[1]] = tensor
-            keys.setdefault(place[0], key)
-    joined = {}
+            parts[name][third] = tensor
+            source.keys.setdefault(name, key)
     for name, thirds in parts.items():
-        theirs = their_names(name, layout)
-        if layout == "beit" and name.endswith("attn.qkv.bias") and 1 not in thirds and 0 in thirds:
+        theirs = their_names(name, source.layout)
+        if source.layout == "beit" and name.endswith("attn.qkv.bias") and 1 not in thirds and 0 in thirds:
             thirds[1] = torch.zeros_like(thirds[0])  # BEiT's keys have no bias: no output depends on it
         missing = [theirs[index] for index in range(len(theirs)) if index not in thirds]
         problems += [f"missing {key}" for key in missing]
@@ -414,9 +412,8 @@ def rename(path: Path, tensors: Mapping[str, Tensor], layout: str) -> tuple[dict
             parts_of = (f"{theirs[i]} {tuple(thirds[i].shape)} {thirds[i].dtype}" for i in sorted(thirds))
             problems.append(f"shapes or types that differ: {', '.join(parts_of)}")
         elif not missing:
-            joined[name] = torch.cat([thirds[index] for index in range(3)]) if len(theirs) == 3 else thirds[0]
-    raise_problems(path, layout, problems)
-    return joined, keys
+            source.tensors[name] = torch.cat([thirds[i] for i in range(3)]) if len(theirs) == 3 else thirds[0]
+    source.refuse(problems)
 
 
 def describe_misfit(name: str, tensor: Tensor) -> str | None:
@@ -429,109 +426,106 @@ def describe_misfit(name: str, tensor: Tensor) -> str | None:
     return None
 
 
-def raise_problems(path: Path, layout: str, problems: list[str]) -> None:
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(f"{path}, read as {TITLES[layout]} layout, does not fit: {shown}")
-
-
 def simplify(source: Source) -> None:
     """Express what blocks of BEiT's kind have more than ours by what ours have, so that outputs stay the same."""
     tensors, depth, folded = source.tensors, count_blocks(source.tensors, "blocks"), 0
-    for gamma in ("gamma_1", "gamma_2"):
-        absent = [name for index in range(depth) if (name := f"blocks.{index}.{gamma}") not in tensors]
-        if 0 < len(absent) < depth:
-            raise_problems(source.path, source.layout, [f"missing {source.key_of(name)}" for name in absent])
+    for gamma, layer in (("gamma_1", "attn.proj"), ("gamma_2", "mlp.fc2")):
+        names = [f"blocks.{index}.{gamma}" for index in range(depth)]
+        absent = [f"missing {source.key_of(name)}" for name in names if name not in tensors]
+        source.refuse(absent if len(absent) < depth else [])
+        for index, name in enumerate(names if not absent else []):
+            scale, scaled = tensors.pop(name), [f"blocks.{index}.{layer}.{leaf}" for leaf in ("weight", "bias")]
+            if all(other in tensors for other in scaled) and not bool((scale == 1).all()):
+                shapes = [f"{source.key_of(other)} {tuple(tensors[other].shape)}" for other in scaled]
+                if any(len(tensors[other]) != len(scale) for other in scaled):
+                    source.refuse(
+                        [f"lengths that differ: {source.key_of(name)} {tuple(scale.shape)}, {', '.join(shapes)}"]
+                    )
+                tensors[scaled[0]], tensors[scaled[1]] = tensors[scaled[0]] * scale[:, None], tensors[scaled[1]] * scale
+                folded += 1
     for block in (f"blocks.{index}" for index in range(depth)):
-        for gamma, layer in (("gamma_1", "attn.proj"), ("gamma_2", "mlp.fc2")):
-            scale = tensors.pop(f"{block}.{gamma}", None)
-            weight, bias = (tensors.get(f"{block}.{layer}.{leaf}") for leaf in ("weight", "bias"))
-            if scale is None or weight is None or bias is None or bool((scale == 1).all()):
-                continue
-            if not len(scale) == len(bias) == len(weight):
-                found = {gamma: scale, f"{layer}.weight": weight, f"{layer}.bias": bias}
-                listed = ", ".join(f"{source.key_of(f'{block}.{n}')} {tuple(v.shape)}" for n, v in found.items())
-                raise_problems(source.path, source.layout, [f"lengths that differ: {listed}"])
-            tensors[f"{block}.{layer}.weight"], tensors[f"{block}.{layer}.bias"] = weight * scale[:, None], bias * scale
-            folded += 1
         q_bias, v_bias = (tensors.pop(f"{block}.attn.{name}", None) for name in ("q_bias", "v_bias"))
         if q_bias is not None and v_bias is not None:
             tensors[f"{block}.attn.qkv.bias"] = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
-        position_index = tensors.pop(f"{block}.attn.relative_position_index", None)
-        if position_index is not None:
-            source.indices[block] = position_index
+        if f"{block}.attn.relative_position_index" in tensors:
+            source.indices[block] = tensors.pop(f"{block}.attn.relative_position_index")
     if folded:
         source.notes.append(f"{folded} layer scales multiplied into the layers before them; each value rounded once")
-    zero_tables = [name for name in tensors if name.endswith("relative_position_bias_table")]
-    if zero_tables:
-        source.known.setdefault("encoder_num_heads", tensors[zero_tables[0]].shape[-1])
-    if zero_tables and "architecture" not in source.record and not any(tensors[name].any() for name in zero_tables):
-        source.notes.append("relative positions left out: all are zero, which changes nothing")
-        source.tensors = {name: value for name, value in tensors.items() if name not in zero_tables}
+    if source.tables:
+        source.known.setdefault("encoder_num_heads", tensors[source.tables[0]].shape[-1])
+        if source.title != LAYOUTS["ours"].title and not any(tensors[name].any() for name in source.tables):
+            source.notes.append("relative positions left out: all are zero, which changes nothing")
+            source.tensors = {name: value for name, value in tensors.items() if name not in source.tables}
 
 
 # ------------------------------------------------------------------------------------------------ facts beside them
 
 
-def read_facts(folder: Path, layout: str, content: dict) -> tuple[dict, dict, list[str]]:
-    """Read what a source's config.json, or a training's own record, says beyond shapes: sizes, record, notes.
+def add_facts(source: Source, folder: Path, content: dict) -> None:
+    """Add what a source's config.json, or a training's own record, says beyond shapes.
 
     The config.json of another layout than the weights' happens to lie in the same folder, and says nothing.
     """
-    config = read_json(folder / "config.json")
-    if layout in ("huggingface", "beit") and "model_type" in config:
-        return facts_of_huggingface(config, read_json(folder / "preprocessor_config.json"))
-    if layout == "ours" and isinstance(config.get("config"), dict):
-        return config["config"], {name: value for name, value in config.items() if name != "config"}, []
-    if layout == "ours" and isinstance(config.get("pretrained_cfg"), dict):
-        pretrained = config["pretrained_cfg"]
-        return {}, {f"image_{name}": pretrained[name] for name in ("mean", "std") if name in pretrained}, []
-    known, record = {}, {}
-    arguments = content.get("args")
+    file = folder / "config.json"
+    config = read_json(file)
+    if source.layout in ("huggingface", "beit") and "model_type" in config:
+        add_facts_of_huggingface(source, file, config)
+    elif source.layout == "ours" and isinstance(config.get("config"), dict):
+        source.title, source.record = LAYOUTS["ours"].title, read_config(file)
+        source.known = source.record.pop("config")
+    elif source.layout == "ours" and "architecture" in config:
+        add_facts_of_timm(source, file, config)
+    arguments, meta = content.get("args"), content.get("meta")
     if isinstance(arguments, argparse.Namespace):
         name = str(getattr(arguments, "model", ""))
-        named = MODEL_CONFIGS.get(name) or MODEL_CONFIGS.get(f"mae_{name}")
-        if named is not None:
-            known = {field: getattr(named, field) for field in ("encoder_num_heads", "decoder_num_heads")}
+        named = MODEL_CONFIGS.get(name) or MODEL_CONFIGS.get(f"mae_{name}")  # in pretraining, in finetuning
+        for size in ("encoder_num_heads", "decoder_num_heads") if named else ():
+            source.known.setdefault(size, getattr(named, size))
         if hasattr(arguments, "norm_pix_loss"):
-            known["norm_pix_loss"] = bool(arguments.norm_pix_loss)
-    meta = content.get("meta")
+            source.known.setdefault("norm_pix_loss", bool(arguments.norm_pix_loss))
     if isinstance(meta, dict):
-        classes = meta.get("CLASSES") or (meta.get("dataset_meta") or {}).get("classes")
-        record = {"class_names": list(classes)} if classes else {}
-    return known, record, []
+        data = meta.get("dataset_meta")
+        classes = data.get("classes") if isinstance(data, dict) else meta.get("CLASSES")
+        source.record |= {"class_names": list(map(str, classes))} if isinstance(classes, list | tuple) else {}
 
 
-HUGGINGFACE_SIZES = {
-    "img_size": "image_size",
-    "patch_size": "patch_size",
-    "input_channels": "num_channels",
-    "encoder_embed_dim": "hidden_size",
-    "encoder_depth": "num_hidden_layers",
-    "encoder_num_heads": "num_attention_heads",
-    "decoder_embed_dim": "decoder_hidden_size",
-    "decoder_depth": "decoder_num_hidden_layers",
-    "decoder_num_heads": "decoder_num_attention_heads",
-    "norm_pix_loss": "norm_pix_loss",
-}
-
-
-def facts_of_huggingface(config: dict, preprocessor: dict) -> tuple[dict, dict, list[str]]:
-    if config.get("hidden_act", "gelu") != "gelu":
-        raise ValueError(f"hidden_act {config['hidden_act']!r} of this config.json is not gelu, which all of ours have")
-    known = {ours: config[theirs] for ours, theirs in HUGGINGFACE_SIZES.items() if theirs in config}
-    record = {name: preprocessor[name] for name in ("image_mean", "image_std") if name in preprocessor}
-    labels = config.get("id2label") or {}
-    class_names = [labels[key] for key in sorted(labels, key=int)]
-    if class_names and class_names != [f"LABEL_{index}" for index in range(len(class_names))]:
-        record["class_names"] = class_names
-    eps, notes = config.get("layer_norm_eps", 1e-12), []
+def add_facts_of_huggingface(source: Source, file: Path, config: dict) -> None:
+    preprocessor_file = file.with_name("preprocessor_config.json")
+    preprocessor = read_json(preprocessor_file)
+    check_entries(file, config)
+    check_entries(preprocessor_file, preprocessor)
+    source.known = {ours: config[theirs] for ours, theirs in HUGGINGFACE_SIZES.items() if theirs in config}
+    source.record = {name: preprocessor[name] for name in ("image_mean", "image_std") if name in preprocessor}
+    class_names = texts_by_number(config.get("id2label", {}))
+    if class_names and class_names[0] != "LABEL_0":  # which is no name
+        source.record["class_names"] = class_names
+    eps, mask_ratio = config.get("layer_norm_eps", 1e-12), config.get("mask_ratio", 0.75)
     if eps != LAYER_NORM_EPS:
-        notes.append(f"layer norms: epsilon {eps:g} there, {LAYER_NORM_EPS:g} here, as in the original release")
-    return known, record, notes
+        source.notes.append(f"layer norms: epsilon {eps:g} there, {LAYER_NORM_EPS:g} here, as in the original release")
+    if source.kind == "masked autoencoder" and mask_ratio != 0.75:
+        source.notes.append(f"mask_ratio {mask_ratio} is no part of a model here; pretrain_mae.py has a flag for it")
+
+
+def add_facts_of_timm(source: Source, file: Path, config: dict) -> None:
+    check_entries(file, config)
+    pretrained, arguments = config.get("pretrained_cfg", config), config.get("model_args", {})
+    source.title, source.pooling = LAYOUTS["timm"].title, arguments.get("global_pool", config.get("global_pool"))
+    names = {"num_heads": "encoder_num_heads", "img_size": "img_size"}
+    source.known = {ours: arguments[theirs] for theirs, ours in names.items() if theirs in arguments}
+    source.record = {f"image_{name}": pretrained[name] for name in ("mean", "std") if name in pretrained}
+    if "label_names" in config:
+        source.record["class_names"] = texts_by_number(config["label_names"])
+
+
+def texts_by_number(labels: dict[str, str] | list[str]) -> list[str]:
+    return [labels[str(index)] for index in range(len(labels))] if isinstance(labels, dict) else labels
 
 
 # ------------------------------------------------------------------------------------------------ sizes
+
+
+def needed_sizes(kind: str) -> list[str]:
+    return ["encoder_num_heads", *(["decoder_num_heads", "norm_pix_loss"] if kind == "masked autoencoder" else [])]
 
 
 def resolve_sizes(source: Source, args: argparse.Namespace) -> dict:
@@ -539,32 +533,31 @@ def resolve_sizes(source: Source, args: argparse.Namespace) -> dict:
 
     ValueError where shapes make no sense, or shapes, flags and record contradict each other.
     """
-    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight")
-    problems = [f"missing {source.key_of(name)}" for name in needed if name not in source.tensors]
-    weight = source.tensors.get("patch_embed.proj.weight")
-    if weight is not None and (weight.ndim != 4 or weight.shape[2] != weight.shape[3]):
-        key = source.key_of("patch_embed.proj.weight")
-        problems.append(f"{key} {tuple(weight.shape)} is no convolution of square patches")
-    raise_problems(source.path, source.layout, problems)
+    needed = ["cls_token", "pos_embed", "patch_embed.proj.weight"]
+    lists = ("blocks", "decoder_blocks") if "decoder_embed.weight" in source.tensors else ("blocks",)
+    needed += [f"{name}.0.{part}.weight" for name in lists for part in ("norm1", "mlp.fc1")]
+    source.refuse([f"missing {source.key_of(name)}" for name in needed if name not in source.tensors])
     sizes = sizes_from_shapes(source.tensors, source.path)
     for part in ("encoder", "decoder"):  # a ratio need not give a whole number, and is then rounded down
         name, width = f"{part}_mlp_ratio", sizes.get(f"{part}_embed_dim", 0)
-        known = source.known.get(name)
-        if name in sizes and isinstance(known, int | float) and int(known * width) == round(sizes[name] * width):
-            sizes[name] = known
-    problems = [
-        f"{name} is {source.known[name]} in config.json, {value} in the weights"
-        for name, value in sizes.items()
-        if name != "img_size" and square(source.known.get(name, value)) != value
-    ]
-    raise_problems(source.path, source.layout, problems)
-    heads = named_heads(sizes) or {}
-    tables = [value for name, value in source.tensors.items() if name.endswith("relative_position_bias_table")]
-    if tables:
-        heads["encoder_num_heads"] = tables[0].shape[-1]
-    for name in ("encoder_num_heads", "decoder_num_heads", "norm_pix_loss", "img_size"):
+        if name in sizes and int(source.known.get(name, -1) * width) == round(sizes[name] * width):
+            sizes[name] = source.known[name]
+    source.refuse(
+        [
+            f"{name} is {source.known[name]} in config.json, {value} in the weights"
+            for name, value in sizes.items()
+            if name != "img_size" and source.known.get(name, value) != value
+        ]
+    )
+    guesses = named_heads(sizes) or {}
+    for name in ("img_size", *needed_sizes(source.kind)):
         told = choose(name, getattr(args, name), source.known.get(name), source.path)
-        sizes[name] = told if told is not None else sizes.get(name, heads.get(name))
+        if told is None and name in guesses:
+            source.notes.append(f"{name} {guesses[name]} is a guess from the width; --{name} says otherwise")
+        sizes[name] = told if told is not None else sizes.get(name, guesses.get(name))
+    for name in ("taps", "ignore_zero"):
+        told = choose(name, getattr(args, name), source.record.get(name), source.path)
+        source.record |= {} if told is None else {name: told}
     return sizes
 
 
@@ -591,67 +584,65 @@ def build_config(sizes: dict, placeholder: bool = False) -> MAEConfig:
     return MAEConfig(**known)
 
 
-def build_model(source: Source, sizes: dict) -> nn.Module:
-    """Build the model that a source is of, without memory, to compare names and shapes with."""
-    config, tensors = build_config(sizes, placeholder=True), source.tensors
-    with torch.device("meta"):
-        if source.kind == "masked autoencoder":
-            return ViTMAEForPreTraining(config)
-        if source.kind == "segmenter":
-            return ViTMAEForSegmentation(config, **segmenter_options(source), taps=[0] * 4)
-        if source.kind != "encoder":
-            head = "head.1" if source.kind == "linear probe" else "head"
-            num_classes = len(tensors.get(f"{head}.weight", tensors.get(f"{head}.bias", [0])))
-            pool = "avg" if "fc_norm.weight" in tensors else "cls"
-            return ViTMAEForImageClassification(config, num_classes, pool, probe_head=head == "head.1")
-        model = VisionTransformer(config)
-        if source.has_relative_positions:
-            model.add_relative_positions()
-        return model
-
-
-def segmenter_options(source: Source) -> dict:
-    classifier = source.tensors.get("decode_head.conv_seg.weight")
-    if classifier is None or classifier.ndim != 4:
-        raise_problems(source.path, source.layout, ["missing decode_head.conv_seg.weight, (classes, channels, 1, 1)"])
-    batch_norm = any(name.endswith("running_mean") for name in source.tensors)
-    return dict(
-        num_classes=classifier.shape[0],
-        channels=classifier.shape[1],
-        norm="batch" if batch_norm else "group",
-        rel_pos_bias=source.has_relative_positions,
-    )
+def options_of(source: Source, config: MAEConfig) -> dict:
+    """Give what our class for a source takes beside the sizes, as its weights show it."""
+    if source.kind == "segmenter":
+        classifier = source.tensors.get("decode_head.conv_seg.weight")
+        if classifier is None or classifier.ndim != 4:
+            source.refuse(["missing decode_head.conv_seg.weight, (classes, channels, 1, 1)"])
+        batch_norm = any(name.endswith("running_mean") for name in source.tensors)
+        taps = source.record.get("taps") or default_taps(config.encoder_depth)
+        options = dict(num_classes=classifier.shape[0], channels=classifier.shape[1], taps=taps)
+        return options | dict(norm="batch" if batch_norm else "group", rel_pos_bias=bool(source.tables))
+    if source.has("head."):
+        layer = next(value for name, value in source.tensors.items() if re.match(r"head\.(1\.)?(weight|bias)", name))
+        return dict(num_classes=len(layer), global_pool="avg" if source.has("fc_norm.") else "cls")
+    return {}
 
 
 def check(source: Source, sizes: dict) -> None:
     """Raise ValueError unless a source is whole: every name there, none too many, every shape right."""
-    model = build_model(source, sizes)
+    config, found = build_config(sizes, placeholder=True), source.tensors
+    # These two first, because a model computes tables of their size even where nothing else has memory
+    shapes = {
+        name: (1, 1 + config.num_patches, getattr(config, f"{part}_embed_dim"))
+        for name, part in (("pos_embed", "encoder"), ("decoder_pos_embed", "decoder"))
+        if name in found
+    }
+    source.refuse(describe_shapes(source, shapes))
+    with torch.device("meta"):
+        probe_head = {"probe_head": True} if source.kind == "linear probe" else {}
+        model = KINDS[source.kind][0](config, **options_of(source, config), **probe_head)
+        if source.kind == "encoder" and source.tables:
+            model.add_relative_positions()
     expected = {name.removeprefix("backbone."): value.shape for name, value in model.state_dict().items()}
     optional = {name for name in expected if name.endswith("num_batches_tracked")}
-    if source.kind == "encoder" and not any(name.startswith("norm.") for name in source.tensors):
+    if source.kind == "encoder" and not source.has("norm."):
         optional |= {"norm.weight", "norm.bias"}  # segmenters and classifiers of the mean have none
-    found, problems = source.tensors, []
-    problems += [f"missing {source.key_of(name)}" for name in expected if name not in found and name not in optional]
+    problems = [f"missing {source.key_of(name)}" for name in expected if name not in found and name not in optional]
     problems += [f"{source.key_of(name)} does not belong to a {source.kind}" for name in found if name not in expected]
-    problems += [
-        f"{source.key_of(name)} is {tuple(found[name].shape)} instead of {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name].shape != shape
-    ]
-    grid = build_config(sizes, placeholder=True).grid_size
+    problems += describe_shapes(source, expected)
+    num_tokens = 1 + config.num_patches
     problems += [
         f"{block}.attn.relative_position_index numbers positions otherwise than BEiT"
         for block, index in source.indices.items()
-        if not torch.equal(index, relative_position_index(grid))
+        if index.shape != (num_tokens, num_tokens) or not torch.equal(index, relative_position_index(config.grid_size))
     ]
-    raise_problems(source.path, source.layout, problems)
+    source.refuse(problems)
+
+
+def describe_shapes(source: Source, expected: Mapping[str, Iterable[int]]) -> list[str]:
+    return [
+        f"{source.key_of(name)} is {tuple(source.tensors[name].shape)} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in source.tensors and source.tensors[name].shape != shape
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ to a layout
 
 
-@dataclass
-class Converted:
+class Converted(NamedTuple):
     """Weights under a target's names, the kind that they are there, and what was left out on the way."""
 
     tensors: dict[str, Tensor]
@@ -660,13 +651,17 @@ class Converted:
 
 
 def convert(source: Source, target: str) -> Converted:
-    """Rename a source's tensors for a target; ValueError when the target needs what the source lacks."""
+    """Rename a source's tensors for a target; ValueError when the target needs what the source lacks.
+
+    Where a target has no place for a part beside the encoder, the encoder alone goes there.
+    """
     kind = source.kind
     layout = "beit" if (target, kind) == ("huggingface", "classifier of the mean") else target
-    reduced = layout not in KINDS[kind][1]
+    names = {name: their_names(name, layout) for name in source.tensors}
+    reduced = any(not theirs and name.startswith(NOT_OF_THE_ENCODER) for name, theirs in names.items())
     tensors, left_out = {}, list(source.left_over)
-    for name, tensor in source.tensors.items():
-        theirs = their_names(name, layout)
+    for name, theirs in names.items():
+        tensor = source.tensors[name]
         if not theirs or (reduced and name.startswith(NOT_OF_THE_ENCODER)):
             left_out.append(source.key_of(name))
             continue
@@ -680,13 +675,13 @@ def convert(source: Source, target: str) -> Converted:
             key: part.clone(memory_format=torch.contiguous_format) for key, part in zip(theirs, thirds, strict=True)
         }
     kind = "encoder" if reduced else kind
-    if layout in NEED_FINAL_NORM and kind != "classifier of the mean" and "norm.weight" not in source.tensors:
-        lacking = [their_names(name, layout)[0] for name in ("norm.weight", "norm.bias")]
-        raise ValueError(f"{TITLES[layout]} {kind} needs {' and '.join(lacking)}, which {source.path} lacks")
+    if LAYOUTS[layout].needs_norm and kind != "classifier of the mean" and not source.has("norm."):
+        lacking = " and ".join(their_names(name, layout)[0] for name in ("norm.weight", "norm.bias"))
+        raise ValueError(f"{LAYOUTS[layout].title} {kind} needs {lacking}, which {source.path} lacks")
     return Converted(tensors, kind, left_out)
 
 
-def describe_names(names: list[str]) -> str:
+def describe_names(names: Collection[str]) -> str:
     """Put many keys in few words: what the encoder has by their names in a block, all else by their beginnings."""
     shown = dict.fromkeys(
         re.sub(r"\.\d+\.", ".N.", name).removesuffix(".weight").removesuffix(".bias")
@@ -726,102 +721,70 @@ def flags_for(untold: list[str]) -> str:
     return "".join(" --[no-]norm_pix_loss" if name == "norm_pix_loss" else f" --{name} N" for name in untold)
 
 
-def needed_sizes(kind: str) -> list[str]:
-    return ["encoder_num_heads", *(["decoder_num_heads", "norm_pix_loss"] if kind == "masked autoencoder" else [])]
-
-
 def without_decoder(sizes: dict) -> dict:
     return {name: value for name, value in sizes.items() if not name.startswith(("decoder", "norm_pix"))}
 
 
 def build_record(source: Source, config: MAEConfig, args: argparse.Namespace) -> dict:
-    """Build the config.json that the training scripts write, as far as the source tells."""
-    fields = dataclasses.asdict(config)
+    """Build the config.json that the training scripts write; ValueError where what is told contradicts the weights."""
+    fields, told, seen = dataclasses.asdict(config), source.record, options_of(source, config)
     if source.kind != "masked autoencoder":
         fields = without_decoder(fields)
-    record = {"architecture": KINDS[source.kind][0], "config": fields}
-    if "class_names" in source.record:
-        record["class_names"] = source.record["class_names"]
-    if record["architecture"] == "ViTMAEForImageClassification":
-        head = next(value for name, value in source.tensors.items() if name in ("head.bias", "head.1.bias"))
-        pool = "avg" if "fc_norm.weight" in source.tensors else "cls"
-        record |= {"num_classes": len(head), "global_pool": pool}
+    record = {"architecture": KINDS[source.kind][0].__name__, "config": fields}
     if source.kind == "segmenter":
-        record |= segmenter_record(source, config, args)
-    elif source.has_relative_positions:
+        is_ade20k = seen["num_classes"] == ADE20K_NUM_CLASSES
+        names = ADE20K_CLASS_NAMES if is_ade20k else [f"class {index}" for index in range(seen["num_classes"])]
+        record["class_names"] = list(names)
+        record |= {"ignore_zero": is_ade20k, "resize_to": [4 * max(config.image_hw), min(config.image_hw)]}
+    elif source.kind == "encoder" and source.tables:
         record["rel_pos_bias"] = True
+    for name, value in seen.items():
+        if told.get(name) not in (None, value):
+            raise ValueError(f"{name} is {told[name]} beside the weights of {source.path}, {value} in them")
+    record |= {name: value for name, value in told.items() if name != "class_names" or seen} | seen
+    if len(record.get("class_names", [])) not in (0, seen.get("num_classes")):
+        told_names, num_classes = len(record["class_names"]), seen["num_classes"]
+        raise ValueError(f"{source.path} has {told_names} class names, but weights for {num_classes} classes")
     for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
         channels = config.input_channels  # the scripts' own default where these are not three is 0.5 each
         default = default if channels == len(default) else [0.5] * channels
-        values = list(getattr(args, name) or source.record.get(f"image_{name}") or default)
+        values = list(getattr(args, name) or told.get(f"image_{name}") or default)
         if len(values) != channels:
             raise ValueError(f"--{name} takes {channels} numbers, one for each channel, not {values}")
         record[f"image_{name}"] = values
-    return source.record | record
-
-
-def segmenter_record(source: Source, config: MAEConfig, args: argparse.Namespace) -> dict:
-    options = segmenter_options(source)
-    is_ade20k = options["num_classes"] == ADE20K_NUM_CLASSES
-    names = ADE20K_CLASS_NAMES if is_ade20k else [f"class {index}" for index in range(options["num_classes"])]
-    taps = choose("taps", args.taps, source.record.get("taps"), source.path)
-    ignore_zero = choose("ignore_zero", args.ignore_zero, source.record.get("ignore_zero"), source.path)
-    return {
-        **options,
-        "taps": taps or default_taps(config.encoder_depth),
-        "class_names": list(source.record.get("class_names") or names),
-        "ignore_zero": is_ade20k if ignore_zero is None else ignore_zero,
-        "resize_to": source.record.get("resize_to") or [4 * max(config.image_hw), min(config.image_hw)],
-    }
+    return record
 
 
 def huggingface_configs(kind: str, config: MAEConfig, record: dict) -> dict[str, dict]:
     """Build the config.json and preprocessor_config.json of transformers' model of this kind."""
-    architecture, model_type = HUGGINGFACE_CLASSES[kind]
     height, width = config.image_hw
-    if kind == "masked autoencoder" and height != width:
-        raise ValueError(f"transformers' ViTMAE takes square images only, not {height} x {width}")
     sizes = dataclasses.asdict(config)
     if kind != "masked autoencoder":
         sizes = without_decoder(sizes)
-    content = {
-        "architectures": [architecture],
-        "model_type": model_type,
-        **{HUGGINGFACE_SIZES[name]: value for name, value in sizes.items() if name in HUGGINGFACE_SIZES},
-        "intermediate_size": int(config.encoder_embed_dim * config.encoder_mlp_ratio),
-        "hidden_act": "gelu",
-        "layer_norm_eps": LAYER_NORM_EPS,  # transformers' default, 1e-12, is not the original's
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }
+    elif height != width:
+        raise ValueError(f"transformers' ViTMAE takes square images only, not {height} x {width}")
+    content = {"architectures": [KINDS[kind][1]], "model_type": KINDS[kind][2], "hidden_act": "gelu"}
+    content |= {HUGGINGFACE_SIZES[name]: value for name, value in sizes.items() if name in HUGGINGFACE_SIZES}
+    content["intermediate_size"] = int(config.encoder_embed_dim * config.encoder_mlp_ratio)
+    content["layer_norm_eps"] = LAYER_NORM_EPS  # transformers' default, 1e-12, is not the original's
+    content |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     if kind == "masked autoencoder":
-        content |= {
-            "decoder_intermediate_size": int(config.decoder_embed_dim * config.decoder_mlp_ratio),
-            "mask_ratio": 0.75,
-        }
+        content["decoder_intermediate_size"] = int(config.decoder_embed_dim * config.decoder_mlp_ratio)
+        content["mask_ratio"] = 0.75
     if kind.startswith("classifier"):
         names = record.get("class_names") or [f"LABEL_{index}" for index in range(record["num_classes"])]
         content["id2label"] = {str(index): name for index, name in enumerate(names)}
-        content["label2id"] = {name: index for index, name in enumerate(names)}
+        numbers = content["label2id"] = {}
+        for index, name in enumerate(names):  # ImageNet has two cranes
+            numbers[f"{name} ({index})" if name in numbers else name] = index
     if kind == "classifier of the mean":
-        content |= {
-            "use_mean_pooling": True,
-            "use_absolute_position_embeddings": True,
-            "use_relative_position_bias": False,
-            "use_shared_relative_position_bias": False,
-            "layer_scale_init_value": 0.0,  # no layer scale
-            "drop_path_rate": 0.0,
-        }
+        content |= {"use_mean_pooling": True, "use_absolute_position_embeddings": True, "layer_scale_init_value": 0.0}
+        content |= {"use_relative_position_bias": False, "use_shared_relative_position_bias": False}
+        content["drop_path_rate"] = 0.0
     preprocessor = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": height, "width": width},
-        "resample": 3,  # bicubic
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": record["image_mean"],
-        "image_std": record["image_std"],
+        **{"image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True},
+        **{"size": {"height": height, "width": width}, "resample": 3, "rescale_factor": 1 / 255},  # bicubic
+        **{name: record[name] for name in ("image_mean", "image_std")},
     }
     return {"config.json": content, "preprocessor_config.json": preprocessor}
 
@@ -829,21 +792,25 @@ def huggingface_configs(kind: str, config: MAEConfig, record: dict) -> dict[str,
 # ------------------------------------------------------------------------------------------------ writing
 
 
+def beside(target: Path, ending: str) -> Path:
+    return target.with_name(f"{target.name}.convert_{ending}")
+
+
 def check_target(target: Path, layout: str, overwrite: bool) -> None:
     """Refuse a target before any work: one of the wrong kind, or there already, or a folder with more than weights."""
-    suffix = SUFFIXES.get(layout)
+    suffix = LAYOUTS[layout].suffix
     if suffix and target.suffix != suffix:
         raise ValueError(f"--to {layout} writes a {suffix} file, so {target} must end in {suffix}")
-    if layout in FOLDERS and target.suffix in (".safetensors", ".pth", ".pt", ".bin"):
+    if not suffix and target.suffix in (".safetensors", ".pth", ".pt", ".bin"):
         raise ValueError(
             f"--to {layout} writes a folder, model.safetensors and config.json; {target} looks like a file"
         )
-    if not target.exists():
+    if not os.path.lexists(target):  # a link to nowhere is there too
         return
     if not overwrite:
         raise FileExistsError(f"{target} exists; choose another target or add --overwrite")
-    if target.is_dir() != (layout in FOLDERS):
-        raise ValueError(f"{target} is a {'folder' if target.is_dir() else 'file'}, which --overwrite does not replace")
+    if target.exists() and target.is_dir() == bool(suffix):
+        raise ValueError(f"{target} is a {'folder' if suffix else 'file'}, which --overwrite does not replace")
     if target.is_dir():
         written = {"model.safetensors", "config.json", "preprocessor_config.json"}
         others = {file.name for file in target.iterdir()} - written
@@ -851,51 +818,53 @@ def check_target(target: Path, layout: str, overwrite: bool) -> None:
             raise ValueError(f"{target} also holds {sorted(others)[0]}, so --overwrite does not replace it")
 
 
+def recover(target: Path) -> None:
+    """Put back the folder that a killed --overwrite had set aside."""
+    if not os.path.lexists(target) and beside(target, "old").exists():
+        os.rename(beside(target, "old"), target)
+
+
 def write_target(target: Path, files: Mapping[str, object]) -> None:
     """Write files beside the target and rename them in its place: one file under the name "", or those of a folder."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (target.with_name(f"{target.name}.{os.getpid()}.{what}") for what in ("tmp", "old"))
+    temporary, old = beside(target, "tmp"), beside(target, "old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        if "" in files:
-            write_file(temporary, target.suffix, files[""])
-        else:
-            temporary.mkdir()
-            for name, content in files.items():
-                write_file(temporary / name, Path(name).suffix, content)
+        for name, content in files.items():
+            file = temporary / (name or target.name)
+            if file.suffix == ".json":
+                write_json(file, content)
+            elif file.suffix == ".safetensors":
+                file.touch()
+                mode = file.stat().st_mode
+                save_file(content, file, metadata={"format": "pt"})
+                file.chmod(mode)  # safetensors lets nobody else read
+            else:
+                torch.save(content, file)
         if target.is_dir():  # a folder cannot be renamed over another
+            shutil.rmtree(old, ignore_errors=True)
             os.rename(target, old)
-        os.replace(temporary, target)
+        os.replace(temporary / target.name if "" in files else temporary, target)
     finally:
-        if old.exists() and not target.exists():
-            os.rename(old, target)
-        for leftover in (temporary, old):
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            leftover.unlink(missing_ok=True)
-
-
-def write_file(file: Path, suffix: str, content: object) -> None:
-    if suffix == ".json":
-        write_json(file, content)
-    elif suffix == ".safetensors":
-        save_file(content, file, metadata={"format": "pt"})
-    else:
-        torch.save(content, file)
+        recover(target)
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def build_files(
     source: Source, converted: Converted, sizes: dict, args: argparse.Namespace
 ) -> tuple[dict[str, object], str]:
     """Build what a target consists of, and say what opens it."""
-    tensors, kind, target = converted.tensors, converted.kind, args.target
+    tensors, kind, target = converted.tensors, converted.kind, str(args.target)
     if args.to == "original":
         return {"": {"model": tensors}}, "the original release's scripts"
     if args.to == "timm":
         return {"": tensors}, timm_call(tensors, kind, sizes, target)
     if args.to == "tutorial":
-        return {"": tensors}, f'path_to_pretrained_weights="{target}"'
+        whole = f"ViTMAEForImageClassification(config).load_state_dict(safetensors.torch.load_file({target!r}))"
+        return {"": tensors}, f"path_to_pretrained_weights={target!r}" if kind == "encoder" else whole
     if args.to == "mmseg" and kind == "encoder":
-        return {"": tensors}, f'pretrained="{target}" in MMSegmentation\'s config'
+        return {"": tensors}, f"pretrained={target!r} in MMSegmentation's config"
     untold = [name for name in needed_sizes(kind) if sizes[name] is None]
     if untold:
         raise ValueError(
@@ -904,42 +873,23 @@ def build_files(
     config = build_config(sizes)
     record = build_record(source, config, args)
     if args.to == "mmseg":
-        return {"": mmseg_checkpoint(tensors, config, record)}, f'mmseg.apis.init_model(config, "{target}")'
+        return {"": mmseg_checkpoint(tensors, config, record)}, f"mmseg.apis.init_model(config, {target!r})"
     if args.to == "huggingface":
         files = {"model.safetensors": tensors, **huggingface_configs(kind, config, record)}
-        return files, OPENS_IN_TRANSFORMERS[kind].format(target)
+        more = ", add_pooling_layer=False" if kind == "encoder" else ""
+        return files, f"transformers.{KINDS[kind][1]}.from_pretrained({target!r}{more})"
     tensors = add_backbone(tensors) if kind == "segmenter" else tensors
-    return {"model.safetensors": tensors, "config.json": record}, OPENS_HERE[KINDS[kind][0]].format(target)
+    opening = OPENS_HERE[record["architecture"]].format(shlex.quote(target))
+    return {"model.safetensors": tensors, "config.json": record}, opening
 
 
-OPENS_HERE = {
-    "ViTMAEForPreTraining": "tools/reconstruct.py --checkpoint {0}, and as an encoder",
-    "VisionTransformer": "--path_to_pretrained_mae_weights {0} or --path_to_backbone_checkpoint {0}",
-    "ViTMAEForImageClassification": "tools/classify.py --checkpoint {0}",
-    "ViTMAEForSegmentation": "tools/segment.py --checkpoint {0}",
-}
-OPENS_IN_TRANSFORMERS = {
-    kind: f'transformers.{name}.from_pretrained("{{0}}")' for kind, (name, _) in HUGGINGFACE_CLASSES.items()
-} | {
-    "encoder": 'transformers.ViTModel.from_pretrained("{0}", add_pooling_layer=False); ViTMAEForPreTraining needs a '
-    "decoder, which the source lacks"
-}
-
-
-def timm_call(tensors: dict[str, Tensor], kind: str, sizes: dict, target: Path) -> str:
+def timm_call(tensors: dict[str, Tensor], kind: str, sizes: dict, target: str) -> str:
     """Give the line that opens a file in timm, whatever its sizes are."""
-    options = {
-        "img_size": sizes["img_size"],
-        "patch_size": sizes["patch_size"],
-        "in_chans": sizes["input_channels"],
-        "embed_dim": sizes["encoder_embed_dim"],
-        "depth": sizes["encoder_depth"],
-        "num_heads": sizes["encoder_num_heads"],
-        "mlp_ratio": sizes["encoder_mlp_ratio"],
-        "num_classes": len(tensors["head.bias"]) if "head.bias" in tensors else 0,
-        "global_pool": "avg" if kind == "classifier of the mean" else "token",
-        "checkpoint_path": str(target),
-    }
+    names = {"img_size": "img_size", "patch_size": "patch_size", "in_chans": "input_channels"}
+    names |= {name: f"encoder_{name}" for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
+    options = {theirs: sizes[ours] for theirs, ours in names.items()}
+    options["num_classes"] = len(tensors["head.bias"]) if "head.bias" in tensors else 0
+    options |= {"global_pool": "avg" if kind == "classifier of the mean" else "token", "checkpoint_path": target}
     listed = ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)
     return f'timm.create_model("vit_base_patch16_224", {listed})'
 
@@ -947,42 +897,51 @@ def timm_call(tensors: dict[str, Tensor], kind: str, sizes: dict, target: Path) 
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def inspect(path: str, args: argparse.Namespace) -> None:
-    """Print what a source is, and what it can serve here."""
+def say(title: str, *lines: str) -> None:
+    for line in lines:
+        print(f"{title:<24}{line}")
+
+
+def open_source(path: str, args: argparse.Namespace) -> tuple[Source, dict]:
+    """Read a source and its sizes; ValueError unless it is whole."""
     source = read_source(path)
     sizes = resolve_sizes(source, args)
     check(source, sizes)
+    return source, sizes
+
+
+def inspect(path: str, args: argparse.Namespace) -> None:
+    """Print what a source is, and what it can serve here."""
+    source, sizes = open_source(path, args)
     num_values = sum(value.numel() for name, value in source.tensors.items() if not name.endswith(BUFFERS))
-    has_decoder = source.kind == "masked autoencoder"
+    has_decoder, segmenter = source.kind == "masked autoencoder", source.kind == "segmenter"
+    classifier = KINDS[source.kind][0] is ViTMAEForImageClassification
     shown = sizes if has_decoder else without_decoder(sizes)
-    print(f"{'layout':<24}{source.title} {source.kind}")
-    print(f"{'sizes':<24}{', '.join(f'{name} {value}' for name, value in shown.items())}")
-    print(f"{'parameters':<24}{num_values:,} in {len(source.tensors)} tensors")
-    segmenter = source.kind == "segmenter"
-    classifier = KINDS[source.kind][0] == "ViTMAEForImageClassification"
-    lacks = {
-        "finetuning": "a plain encoder; --to original --drop takes it out" if segmenter else "",
-        "pretraining, pictures": "" if has_decoder else "the decoder (mask_token, decoder_*)",
-        "classifying": "" if classifier else "a head (head.*)",
-        "segmenting": "" if segmenter else "neck.*, decode_head.* and auxiliary_head.*",
-    }
-    if source.has_relative_positions:
+    say("layout", f"{source.title} {source.kind}")
+    say("sizes", ", ".join(f"{name} {value}" for name, value in shown.items()))
+    say("parameters", f"{num_values:,} in {len(source.tensors)} tensors")
+    condition = "" if source.has("norm.") else ", a classifier with --global_pool avg, or a segmenter"
+    if source.tables:
         condition = ", a segmenter with --rel_pos_bias, and no classifier"
-    else:
-        condition = "" if "norm.weight" in source.tensors else ", a classifier with --global_pool avg, or a segmenter"
-    for use, lack in lacks.items():
-        yes = f"yes{condition if use == 'finetuning' else ''}"
-        print(f"{use:<24}{f'no, it lacks {lack}' if lack else yes}")
-    for note in source.notes:
-        print(f"{'note':<24}{note}")
+    lacks = "no, it lacks "
+    say("finetuning", f"{lacks}a plain encoder; --to original --drop takes it out" if segmenter else f"yes{condition}")
+    say("pretraining, pictures", "yes" if has_decoder else f"{lacks}the decoder (mask_token, decoder_*)")
+    say("classifying", "yes" if classifier else f"{lacks}a head (head.*)")
+    say("segmenting", "yes" if segmenter else f"{lacks}neck.*, decode_head.* and auxiliary_head.*")
+    say("note", *source.notes)
     if source.left_over:
-        print(f"{'no counterpart':<24}{describe_names(source.left_over)}")
+        say("no counterpart", f"{describe_names(source.left_over)}: {reasons(source)}")
     untold = [name for name in needed_sizes(source.kind) if sizes[name] is None]
     if untold:
-        print(f"{'nobody tells':<24}{', '.join(untold)}")
+        say("nobody tells", ", ".join(untold))
     flags = flags_for(untold) + (" --drop" if source.left_over else "")
-    as_it_is = source.title in (TITLES["ours"], ORIGINAL_OR_TIMM) and not source.left_over and scripts_take(path)
-    print(f"{'to use it here':<24}{'as it is' if as_it_is else convert_command(path) + flags}")
+    own = source.title in (LAYOUTS["ours"].title, ORIGINAL_OR_TIMM)
+    as_it_is = own and not source.left_over and scripts_take(path)
+    say("to use it here", "as it is" if as_it_is else convert_command(path) + flags)
+
+
+def reasons(source: Source) -> str:
+    return "; ".join(dict.fromkeys(source.left_over.values()))
 
 
 def scripts_take(path: str) -> bool:
@@ -998,31 +957,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", metavar="SOURCE", help="weight file, index of shards, or folder with one")
     parser.add_argument("target", nargs="?", type=Path, metavar="TARGET", help="a folder, or a file, by --to")
-    parser.add_argument("--to", choices=("ours", "original", "timm", "huggingface", "mmseg", "tutorial"))
+    parser.add_argument("--to", choices=[layout for layout in LAYOUTS if layout != "beit"])
     parser.add_argument("--inspect", metavar="SOURCE", help="say what a source is and serves; writes nothing")
     parser.add_argument("--drop", action="store_true", help="leave out what the target has no place for")
     parser.add_argument("--overwrite", action="store_true", help="allow TARGET to exist")
+    yes_or_no = argparse.BooleanOptionalAction
     told = parser.add_argument_group("what shapes do not tell (default: what lies beside the weights, or named sizes)")
     told.add_argument("--img_size", type=int, nargs="+", metavar="PIXELS", help="of images that are no squares")
     told.add_argument("--encoder_num_heads", type=int, help="attention heads")
     told.add_argument("--decoder_num_heads", type=int, help="attention heads of the decoder")
     told.add_argument(
         "--norm_pix_loss",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="whether the decoder predicts normalised patches: mae_visualize_vit_*.pth does not",
+        action=yes_or_no,
+        help="the decoder predicts normalised patches; those of mae_visualize_vit_*.pth do not",
     )
-    told.add_argument(
-        "--mean", type=float, nargs="+", help="of the images, in [0, 1] (default: ImageNet's, or 0.5 each)"
-    )
-    told.add_argument("--std", type=float, nargs="+", help="of the images, in [0, 1] (default: ImageNet's)")
+    told.add_argument("--mean", type=float, nargs="+", help="of the images, in [0, 1] (ImageNet's, or 0.5 each)")
+    told.add_argument("--std", type=float, nargs="+", help="of the images, in [0, 1] (ImageNet's, or 0.5 each)")
     told.add_argument("--taps", type=int, nargs=4, help="blocks that a segmenter sees, from 0 (default: by depth)")
-    told.add_argument(
-        "--ignore_zero",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="whether a segmenter's raw label 0 is ignored (default: with ADE20K's 150 classes)",
-    )
+    told.add_argument("--ignore_zero", action=yes_or_no, help="a segmenter ignores raw label 0 (with 150 classes)")
     args = parser.parse_args(argv)
     if args.inspect is None and None in (args.source, args.target, args.to):
         parser.error("give SOURCE, TARGET and --to, or --inspect SOURCE")
@@ -1034,26 +986,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     if args.inspect is not None:
         return inspect(args.inspect, args)
+    place = Path(os.path.realpath(args.target))  # of a link, what it leads to
+    recover(place)
     check_target(args.target, args.to, args.overwrite)
-    source = read_source(args.source)
-    sizes = resolve_sizes(source, args)
-    check(source, sizes)
+    source, sizes = open_source(args.source, args)
     converted = convert(source, args.to)
     if converted.left_out and not args.drop:
-        reason = f" ({LEFT_OVER[source.layout][1]})" if source.layout in LEFT_OVER and source.left_over else ""
+        because = f" ({reasons(source)})" if source.left_over else ""
         raise ValueError(
-            f"{TITLES[args.to]} layout has no place for {describe_names(converted.left_out)} of {args.source}{reason}; "
-            "add --drop to leave them out"
+            f"{LAYOUTS[args.to].title} layout has no place for {describe_names(converted.left_out)} of "
+            f"{args.source}{because}; add --drop to leave them out"
         )
     files, opening = build_files(source, converted, sizes, args)
-    write_target(args.target, files)
-    for note in source.notes:
-        print(f"{'note':<12}{note}")
+    write_target(place, files)
+    say("note", *source.notes)
     if converted.left_out:
-        print(f"{'left out':<12}{describe_names(converted.left_out)}")
-    print(f"{'read':<12}{source.title} {source.kind}, {args.source}")
-    print(f"{'written':<12}{len(converted.tensors)} tensors, {args.target}")
-    print(f"{'opens with':<12}{opening}")
+        say("left out", describe_names(converted.left_out))
+    say("read", f"{source.title} {source.kind}, {args.source}")
+    say("written", f"{len(converted.tensors)} tensors, {args.target}")
+    say("opens with", opening)
     return None
 
 
