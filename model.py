@@ -851,7 +851,8 @@ def unwrap(content: dict, file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is not weights by name: it is empty")
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{file} is not weights by name: {key!r} is a {type(value).__name__}")
+            found = "an object that is not opened" if isinstance(value, Inert) else f"a {type(value).__name__}"
+            raise ValueError(f"{file} is not weights by name: {key!r} is {found}")
         if value.is_meta or value.is_nested or value.layout != torch.strided or 0 in value.shape:
             raise ValueError(f"{file} is not weights by name: {key} holds no values, or not as a plain array")
     while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in content)), None):
@@ -993,7 +994,7 @@ def infer_config(state_dict: dict[str, Tensor], path: str | Path, norm_pix_loss:
 
 def count_blocks(state_dict: dict[str, Tensor], name: str) -> int:
     """Count the blocks of a list; ValueError where their numbers leave one out, before any of them is built."""
-    numbers = {int(match[1]) for key in state_dict if (match := re.match(rf"{name}\.(\d+)\.", key))}
+    numbers = {int(match[1]) for key in state_dict if (match := re.match(rf"{name}\.([0-9]{{1,9}})\.", key))}
     absent = sorted(set(range(len(numbers))) - numbers)
     if absent:
         raise ValueError(f"{name} are numbered up to {max(numbers)}, but there is no {name}.{absent[0]}")

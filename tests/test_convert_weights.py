@@ -33,6 +33,7 @@ from model import (
     ViTMAEForImageClassification,
     ViTMAEForPreTraining,
     ViTMAEForSegmentation,
+    default_taps,
     load_classifier,
     load_pretrained_encoder,
     load_pretrained_mae,
@@ -212,6 +213,38 @@ def test_a_segmenter_gives_up_its_encoder(tmp_path, whole_in):
         convert(source, tmp_path / "theirs", "huggingface", "--drop")
 
 
+@pytest.mark.parametrize("name", ["base_patch16", "large_patch16", "huge_patch14"])
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        ("masked autoencoder", "original"),
+        ("masked autoencoder", "huggingface"),
+        *(("encoder", layout) for layout in ("original", "timm", "huggingface", "mmseg", "tutorial")),
+        ("segmenter with relative positions", "mmseg"),
+    ],
+)
+def test_round_trip_of_published_sizes_changes_no_bit(tmp_path, name, kind, layout):
+    """Depths, heads and patches are theirs, a head is four wide and an image two patches."""
+    config = MODEL_CONFIGS[f"mae_vit_{name}"]
+    widths = dict(encoder_embed_dim=4 * config.encoder_num_heads, decoder_embed_dim=64)
+    small = dataclasses.replace(config, img_size=2 * config.patch_size, **widths)
+    torch.manual_seed(0)
+    model = ViTMAEForSegmentation(small, 5, channels=32, rel_pos_bias=True) if "seg" in kind else BUILD[kind](small)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    ours = write_ours(tmp_path / "ours", model)
+    change_json(ours / "config.json", taps=default_taps(config.encoder_depth) if "seg" in kind else None)
+    theirs = convert(ours, target_of(tmp_path, layout), layout)
+    heads = ["--encoder_num_heads", str(config.encoder_num_heads)]
+    if kind == "masked autoencoder":
+        heads += ["--decoder_num_heads", "16", "--norm_pix_loss"]
+    flags = [] if layout == "huggingface" or "seg" in kind else heads
+    back = convert(theirs, tmp_path / "back", "ours", *flags)
+    assert_same(weights(back), model.state_dict())
+    assert read_sizes(back)["config"] == read_sizes(ours)["config"]
+
+
 LAYOUTS_OF_SIZES = [
     ("masked autoencoder", "original", 0),
     ("masked autoencoder", "huggingface", 4),  # q, k and v of weights and biases, 6 for 2
@@ -292,8 +325,11 @@ def test_a_classifier_of_timms_hub_gives_the_same_logits_and_names(tmp_path, cap
         ({"global_pool": "token", "fc_norm": True}, r"timm's 'token' pooling before the norm"),
     ],
 )
-def test_pooling_of_timm_that_ours_lack_is_not_taken_for_another(tmp_path, capsys, arguments, reason):
+@pytest.mark.parametrize("told_in", ["global_pool", "model_args"])
+def test_pooling_of_timm_that_ours_lack_is_not_taken_for_another(tmp_path, capsys, arguments, reason, told_in):
     their_vit(tmp_path / "hub", num_classes=7, **arguments)
+    places = {"global_pool": None, "model_args": {"num_heads": 4}}
+    change_json(tmp_path / "hub" / "config.json", **{name: places[name] for name in places if name != told_in})
     with pytest.raises(ValueError, match=rf"no place for (fc_norm, )?head \(\d tensors\) .*{reason}.*--drop"):
         convert(tmp_path / "hub", tmp_path / "ours", "ours")
     tool.main(tool.parse_args(["--inspect", str(tmp_path / "hub")]))
@@ -700,7 +736,7 @@ def test_ade20k_names_come_with_150_classes(tmp_path):
     torch.manual_seed(0)
     model = ViTMAEForSegmentation(FOUR_BLOCKS, 150, channels=32)
     torch.save({"state_dict": as_mmseg(model)}, tmp_path / "theirs.pth")
-    with pytest.raises(ValueError, match=r"tell encoder_num_heads; add --encoder_num_heads N"):
+    with pytest.raises(ValueError, match=r"tells encoder_num_heads; add --encoder_num_heads N"):
         convert(tmp_path / "theirs.pth", tmp_path / "ours", "ours")
     _, record = load_segmenter(convert(tmp_path / "theirs.pth", tmp_path / "ours", "ours", *TOLD[:2]))
     assert record["class_names"] == list(ADE20K_CLASS_NAMES) and record["ignore_zero"] is True
@@ -801,7 +837,7 @@ def test_numbers_of_heads_that_are_guessed_are_said_to_be(tmp_path, capsys):
 def test_what_nobody_tells_is_asked_for(tmp_path):
     file = convert(write_ours(tmp_path / "ours", build("masked autoencoder")), tmp_path / "out.pth", "original")
     asked = (
-        r"tell encoder_num_heads, decoder_num_heads, norm_pix_loss; add --encoder_num_heads N .*\[no-\]norm_pix_loss"
+        r"tells encoder_num_heads, decoder_num_heads, norm_pix_loss; add --encoder_num_heads N .*\[no-\]norm_pix_loss"
     )
     with pytest.raises(ValueError, match=asked):
         convert(file, tmp_path / "back", "ours")
@@ -827,8 +863,13 @@ def test_norm_behind_timms_mean_needs_drop_without_a_head(tmp_path):
 def test_mean_and_deviation_have_a_number_for_each_channel(tmp_path):
     weights_of_grey = build("encoder", dataclasses.replace(TINY, input_channels=1)).state_dict()
     torch.save({"model": weights_of_grey}, tmp_path / "grey.pth")
-    with pytest.raises(ValueError, match=r"--std takes 1 numbers, one for each channel, not \[0\.2, 0\.2, 0\.2\]"):
+    with pytest.raises(
+        ValueError, match=r"--std takes 1 numbers above 0, one for each channel, not \[0\.2, 0\.2, 0\.2\]"
+    ):
         convert(tmp_path / "grey.pth", tmp_path / "ours", "ours", *TOLD[:2], "--std", "0.2", "0.2", "0.2")
+    for flags in (["--std", "0"], ["--std", "nan"], ["--mean", "nan"], ["--mean", "inf"]):
+        with pytest.raises(ValueError, match=rf"{flags[0]} takes 1 numbers.*, not \[{float(flags[1])}\]"):
+            convert(tmp_path / "grey.pth", tmp_path / "ours", "ours", *TOLD[:2], *flags)
     record = read_sizes(convert(tmp_path / "grey.pth", tmp_path / "ours", "ours", *TOLD[:2], "--std", "0.25"))
     assert record["image_mean"] == [0.5] and record["image_std"] == [0.25]
 
@@ -842,6 +883,8 @@ def test_rectangles_are_told_by_a_flag_or_refused(tmp_path):
     assert (
         load_pretrained_mae(convert(file, tmp_path / "back", "ours", *TOLD, "--img_size", "8", "20")).config == config
     )
+    with pytest.raises(ValueError, match=r"img_size takes one number or \(height, width\), not \(16, 16, 16\)"):
+        convert(file, tmp_path / "other", "ours", *TOLD, "--img_size", "16", "16", "16")
     with pytest.raises(ValueError, match=r"ViTMAE takes square images only, not 8 x 20"):
         convert(source, tmp_path / "theirs", "huggingface")
 
@@ -849,8 +892,15 @@ def test_rectangles_are_told_by_a_flag_or_refused(tmp_path):
 def test_config_of_another_layout_in_the_same_folder_says_nothing(tmp_path):
     folder = convert(write_ours(tmp_path / "ours", build("masked autoencoder")), tmp_path / "theirs", "huggingface")
     file = convert(tmp_path / "ours", folder / "original.pth", "original")
-    with pytest.raises(ValueError, match="tell encoder_num_heads, decoder_num_heads, norm_pix_loss"):
+    with pytest.raises(ValueError, match="tells encoder_num_heads, decoder_num_heads, norm_pix_loss"):
         convert(file, tmp_path / "back", "ours")
+
+
+def test_a_ratio_that_no_layer_has_is_refused(tmp_path):
+    source = write_ours(tmp_path / "ours", build("encoder"))
+    change_json(source / "config.json", config=dataclasses.asdict(TINY) | {"encoder_mlp_ratio": 1e308})
+    with pytest.raises(ValueError, match=r"encoder_mlp_ratio is 1e\+308 in config\.json, 4\.0 in the weights"):
+        convert(source, tmp_path / "out.pth", "original")
 
 
 def test_config_that_contradicts_the_weights_is_refused(tmp_path):
@@ -950,7 +1000,14 @@ def test_tensors_of_no_sensible_shape_are_named(tmp_path, layout, shape):
         ({"cls_token": torch.zeros(1, 1, 32, device="meta")}, "cls_token holds no values, or not as a plain array"),
         ({"cls_token": torch.zeros(1, 1, 32, dtype=torch.int64)}, r"cls_token is of torch\.int64"),
         ({3: torch.zeros(1)}, "is not weights by name: 3 is a Tensor"),
-        ({"blocks.3000.norm1.weight": torch.zeros(32)}, r"numbered up to 3000, but there is no blocks\.3$"),
+        ({"cls_token": numpy.zeros((1, 1, 32))}, "'cls_token' is an object that is not opened"),
+        (
+            {"blocks.3000.norm1.weight": torch.zeros(32)},
+            r"changed\.pth.*numbered up to 3000, but there is no blocks\.3$",
+        ),
+        ({f"blocks.{'9' * 5000}.norm1.weight": torch.zeros(32)}, "unknown key blocks.9999"),
+        ({"blocks.\u0663.norm1.weight": torch.zeros(32)}, "unknown key blocks.\u0663"),
+        ({"": torch.zeros(32)}, "unknown key $"),
     ],
 )
 def test_values_that_are_no_weights_are_named(tmp_path, change, message):
@@ -1114,6 +1171,7 @@ def test_an_index_that_makes_no_sense_is_named(tmp_path, places):
         ("classifier of the mean", {"class_names": list("ab")}, "ours has 2 class names, but weights for 7 classes"),
         ("classifier of the mean", {"num_classes": 8}, "num_classes is 8 beside the weights of .*, 7 in them"),
         ("classifier of the mean", {"global_pool": "cls"}, "global_pool is cls beside the weights of .*, avg in them"),
+        ("classifier of the mean", {"image_mean": []}, r"--mean takes 3 numbers, one for each channel, not \[\]"),
         ("segmenter", {"class_names": list("abcdef")}, "ours has 6 class names, but weights for 5 classes"),
         ("segmenter", {"norm": "group"}, "norm is group beside the weights of .*, batch in them"),
         ("segmenter", {"rel_pos_bias": True}, "rel_pos_bias is True beside"),

@@ -13,6 +13,7 @@ which the next conversion to TARGET puts back before it looks.
 import argparse
 import dataclasses
 import functools
+import math
 import os
 import re
 import shlex
@@ -112,7 +113,7 @@ class Layout:
     suffix: str = ""  # of the file that is written; none is a folder
     needs_norm: bool = False  # its encoders always have the last norm
     spellings: Iterable[tuple[str, str]] = ()  # others that are read, as (pattern, the table's), applied in this order
-    left_over: str = "$^"  # its keys that are known to have no counterpart in ours
+    left_over: str = "(?!)"  # its keys that are known to have no counterpart in ours
     reason: str = ""  # why they have none
 
 
@@ -215,7 +216,7 @@ def split_name(name: str) -> tuple[str, str, str]:
     """Split blocks.3.norm1.weight into blocks.N.norm1, 3 and .weight; what is missing is empty."""
     stem, _, leaf = name.rpartition(".")
     stem, leaf = (stem, f".{leaf}") if leaf in ("weight", "bias", *BUFFERS) else (name, "")
-    number = re.search(r"\.(\d+)(?=\.|$)", stem)
+    number = re.search(r"\.([0-9]{1,9})(?=\.|$)", stem)
     if number is None:
         return stem, "", leaf
     return f"{stem[: number.start()]}.N{stem[number.end() :]}", number[1], leaf
@@ -345,14 +346,11 @@ class Source:
 
 def detect_layout(keys: Collection[str], path: Path) -> str:
     """Give the layout whose table knows most of these keys; ValueError when none knows any."""
-    layouts = [layout for layout in LAYOUTS if layout not in ("original", "timm")]  # they are read as ours
-    counts = {layout: sum(our_name(key, layout) is not None for key in keys) for layout in layouts}
-    best = max(layouts, key=counts.get)
+    counts = {layout: sum(our_name(key, layout) is not None for key in keys) for layout in LAYOUTS}
+    best = max(LAYOUTS, key=counts.get)  # of several the first, so that what shares our names is read as ours
     if counts[best] == 0:
-        known = ", ".join(layout.title for layout in LAYOUTS.values())
-        raise ValueError(
-            f"{path} is in no layout known here: its keys are such as {sorted(keys)[:3]}. Known are {known}"
-        )
+        known, found = ", ".join(layout.title for layout in LAYOUTS.values()), sorted(keys)[:3]
+        raise ValueError(f"{path} is in no layout known here: its keys are such as {found}. Known are {known}")
     return best
 
 
@@ -436,11 +434,10 @@ def simplify(source: Source) -> None:
         for index, name in enumerate(names if not absent else []):
             scale, scaled = tensors.pop(name), [f"blocks.{index}.{layer}.{leaf}" for leaf in ("weight", "bias")]
             if all(other in tensors for other in scaled) and not bool((scale == 1).all()):
-                shapes = [f"{source.key_of(other)} {tuple(tensors[other].shape)}" for other in scaled]
-                if any(len(tensors[other]) != len(scale) for other in scaled):
-                    source.refuse(
-                        [f"lengths that differ: {source.key_of(name)} {tuple(scale.shape)}, {', '.join(shapes)}"]
-                    )
+                found = {name: scale} | {other: tensors[other] for other in scaled}
+                if len({len(value) for value in found.values()}) > 1:
+                    shapes = [f"{source.key_of(other)} {tuple(value.shape)}" for other, value in found.items()]
+                    source.refuse([f"lengths that differ: {', '.join(shapes)}"])
                 tensors[scaled[0]], tensors[scaled[1]] = tensors[scaled[0]] * scale[:, None], tensors[scaled[1]] * scale
                 folded += 1
     for block in (f"blocks.{index}" for index in range(depth)):
@@ -540,15 +537,11 @@ def resolve_sizes(source: Source, args: argparse.Namespace) -> dict:
     sizes = sizes_from_shapes(source.tensors, source.path)
     for part in ("encoder", "decoder"):  # a ratio need not give a whole number, and is then rounded down
         name, width = f"{part}_mlp_ratio", sizes.get(f"{part}_embed_dim", 0)
-        if name in sizes and int(source.known.get(name, -1) * width) == round(sizes[name] * width):
+        if name in sizes and source.known.get(name, -1) * width // 1 == round(sizes[name] * width):
             sizes[name] = source.known[name]
-    source.refuse(
-        [
-            f"{name} is {source.known[name]} in config.json, {value} in the weights"
-            for name, value in sizes.items()
-            if name != "img_size" and source.known.get(name, value) != value
-        ]
-    )
+    told = {name: source.known.get(name, value) for name, value in sizes.items() if name != "img_size"}
+    differ = [name for name, value in told.items() if value != sizes[name]]
+    source.refuse([f"{name} is {told[name]} in config.json, {sizes[name]} in the weights" for name in differ])
     guesses = named_heads(sizes) or {}
     for name in ("img_size", *needed_sizes(source.kind)):
         told = choose(name, getattr(args, name), source.known.get(name), source.path)
@@ -573,7 +566,7 @@ def square(size: object) -> object:
     """Give one number for a list of equal ones, as of a square, and a tuple for a rectangle."""
     if not isinstance(size, list | tuple):
         return size
-    return size[0] if len(set(size)) == 1 else tuple(size)
+    return size[0] if len(size) < 3 and len(set(size)) == 1 else tuple(size)
 
 
 def build_config(sizes: dict, placeholder: bool = False) -> MAEConfig:
@@ -604,12 +597,8 @@ def check(source: Source, sizes: dict) -> None:
     """Raise ValueError unless a source is whole: every name there, none too many, every shape right."""
     config, found = build_config(sizes, placeholder=True), source.tensors
     # These two first, because a model computes tables of their size even where nothing else has memory
-    shapes = {
-        name: (1, 1 + config.num_patches, getattr(config, f"{part}_embed_dim"))
-        for name, part in (("pos_embed", "encoder"), ("decoder_pos_embed", "decoder"))
-        if name in found
-    }
-    source.refuse(describe_shapes(source, shapes))
+    tables = {"pos_embed": config.encoder_embed_dim, "decoder_pos_embed": config.decoder_embed_dim}
+    source.refuse(describe_shapes(source, {name: (1, 1 + config.num_patches, tables[name]) for name in tables}))
     with torch.device("meta"):
         probe_head = {"probe_head": True} if source.kind == "linear probe" else {}
         model = KINDS[source.kind][0](config, **options_of(source, config), **probe_head)
@@ -623,11 +612,9 @@ def check(source: Source, sizes: dict) -> None:
     problems += [f"{source.key_of(name)} does not belong to a {source.kind}" for name in found if name not in expected]
     problems += describe_shapes(source, expected)
     num_tokens = 1 + config.num_patches
-    problems += [
-        f"{block}.attn.relative_position_index numbers positions otherwise than BEiT"
-        for block, index in source.indices.items()
-        if index.shape != (num_tokens, num_tokens) or not torch.equal(index, relative_position_index(config.grid_size))
-    ]
+    for block, index in source.indices.items():
+        if index.shape != (num_tokens, num_tokens) or not torch.equal(index, relative_position_index(config.grid_size)):
+            problems.append(f"{block}.attn.relative_position_index numbers positions otherwise than BEiT")
     source.refuse(problems)
 
 
@@ -671,9 +658,8 @@ def convert(source: Source, target: str) -> Converted:
             thirds = query, value
             if key.any():
                 left_out.append(f"the keys' third of {source.key_of(name)}, on which no output depends")
-        tensors |= {
-            key: part.clone(memory_format=torch.contiguous_format) for key, part in zip(theirs, thirds, strict=True)
-        }
+        parts = (part.clone(memory_format=torch.contiguous_format) for part in thirds)
+        tensors |= zip(theirs, parts, strict=True)
     kind = "encoder" if reduced else kind
     if LAYOUTS[layout].needs_norm and kind != "classifier of the mean" and not source.has("norm."):
         lacking = " and ".join(their_names(name, layout)[0] for name in ("norm.weight", "norm.bias"))
@@ -748,10 +734,11 @@ def build_record(source: Source, config: MAEConfig, args: argparse.Namespace) ->
     for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
         channels = config.input_channels  # the scripts' own default where these are not three is 0.5 each
         default = default if channels == len(default) else [0.5] * channels
-        values = list(getattr(args, name) or told.get(f"image_{name}") or default)
-        if len(values) != channels:
-            raise ValueError(f"--{name} takes {channels} numbers, one for each channel, not {values}")
-        record[f"image_{name}"] = values
+        values, least = getattr(args, name) or told.get(f"image_{name}", default), 0 if name == "std" else -math.inf
+        if len(values) != channels or not all(least < value < math.inf for value in values):
+            kind = "numbers" if name == "mean" else "numbers above 0"
+            raise ValueError(f"--{name} takes {channels} {kind}, one for each channel, not {list(values)}")
+        record[f"image_{name}"] = list(values)
     return record
 
 
@@ -802,9 +789,7 @@ def check_target(target: Path, layout: str, overwrite: bool) -> None:
     if suffix and target.suffix != suffix:
         raise ValueError(f"--to {layout} writes a {suffix} file, so {target} must end in {suffix}")
     if not suffix and target.suffix in (".safetensors", ".pth", ".pt", ".bin"):
-        raise ValueError(
-            f"--to {layout} writes a folder, model.safetensors and config.json; {target} looks like a file"
-        )
+        raise ValueError(f"--to {layout} writes a folder with model.safetensors; {target} looks like a file")
     if not os.path.lexists(target):  # a link to nowhere is there too
         return
     if not overwrite:
@@ -851,9 +836,7 @@ def write_target(target: Path, files: Mapping[str, object]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def build_files(
-    source: Source, converted: Converted, sizes: dict, args: argparse.Namespace
-) -> tuple[dict[str, object], str]:
+def build_files(source: Source, converted: Converted, sizes: dict, args: argparse.Namespace) -> tuple[dict, str]:
     """Build what a target consists of, and say what opens it."""
     tensors, kind, target = converted.tensors, converted.kind, str(args.target)
     if args.to == "original":
@@ -867,9 +850,7 @@ def build_files(
         return {"": tensors}, f"pretrained={target!r} in MMSegmentation's config"
     untold = [name for name in needed_sizes(kind) if sizes[name] is None]
     if untold:
-        raise ValueError(
-            f"neither shapes nor anything beside {source.path} tell {', '.join(untold)}; add{flags_for(untold)}"
-        )
+        raise ValueError(f"nothing in or beside {source.path} tells {', '.join(untold)}; add{flags_for(untold)}")
     config = build_config(sizes)
     record = build_record(source, config, args)
     if args.to == "mmseg":
@@ -903,10 +884,13 @@ def say(title: str, *lines: str) -> None:
 
 
 def open_source(path: str, args: argparse.Namespace) -> tuple[Source, dict]:
-    """Read a source and its sizes; ValueError unless it is whole."""
-    source = read_source(path)
-    sizes = resolve_sizes(source, args)
-    check(source, sizes)
+    """Read a source and its sizes; ValueError, which names it, unless it is whole."""
+    try:
+        source = read_source(path)
+        sizes = resolve_sizes(source, args)
+        check(source, sizes)
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     return source, sizes
 
 
@@ -966,11 +950,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     told.add_argument("--img_size", type=int, nargs="+", metavar="PIXELS", help="of images that are no squares")
     told.add_argument("--encoder_num_heads", type=int, help="attention heads")
     told.add_argument("--decoder_num_heads", type=int, help="attention heads of the decoder")
-    told.add_argument(
-        "--norm_pix_loss",
-        action=yes_or_no,
-        help="the decoder predicts normalised patches; those of mae_visualize_vit_*.pth do not",
-    )
+    told.add_argument("--norm_pix_loss", action=yes_or_no, help="the decoder predicts normalised patches")
     told.add_argument("--mean", type=float, nargs="+", help="of the images, in [0, 1] (ImageNet's, or 0.5 each)")
     told.add_argument("--std", type=float, nargs="+", help="of the images, in [0, 1] (ImageNet's, or 0.5 each)")
     told.add_argument("--taps", type=int, nargs=4, help="blocks that a segmenter sees, from 0 (default: by depth)")
@@ -992,11 +972,9 @@ def main(args: argparse.Namespace) -> None:
     source, sizes = open_source(args.source, args)
     converted = convert(source, args.to)
     if converted.left_out and not args.drop:
-        because = f" ({reasons(source)})" if source.left_over else ""
-        raise ValueError(
-            f"{LAYOUTS[args.to].title} layout has no place for {describe_names(converted.left_out)} of "
-            f"{args.source}{because}; add --drop to leave them out"
-        )
+        because, shown = f" ({reasons(source)})" if source.left_over else "", describe_names(converted.left_out)
+        refusal = f"{LAYOUTS[args.to].title} layout has no place for {shown} of {args.source}{because}"
+        raise ValueError(f"{refusal}; add --drop to leave them out")
     files, opening = build_files(source, converted, sizes, args)
     write_target(place, files)
     say("note", *source.notes)
