@@ -327,7 +327,7 @@ def test_a_classifier_of_timms_hub_gives_the_same_logits_and_names(tmp_path, cap
 )
 @pytest.mark.parametrize("told_in", ["global_pool", "model_args"])
 def test_pooling_of_timm_that_ours_lack_is_not_taken_for_another(tmp_path, capsys, arguments, reason, told_in):
-    their_vit(tmp_path / "hub", num_classes=7, **arguments)
+    their_vit(tmp_path / "hub", {"label_names": list("abcdefg")}, num_classes=7, **arguments)
     places = {"global_pool": None, "model_args": {"num_heads": 4}}
     change_json(tmp_path / "hub" / "config.json", **{name: places[name] for name in places if name != told_in})
     with pytest.raises(ValueError, match=rf"no place for (fc_norm, )?head \(\d tensors\) .*{reason}.*--drop"):
@@ -336,8 +336,17 @@ def test_pooling_of_timm_that_ours_lack_is_not_taken_for_another(tmp_path, capsy
     output = capsys.readouterr().out
     assert "timm's encoder" in output and re.search(rf"^no counterpart .*{reason}", output, re.MULTILINE)
     back = convert(tmp_path / "hub", tmp_path / "ours", "ours", "--drop")
+    assert "class_names" not in read_sizes(back)
     expected = load_file(tmp_path / "hub" / "model.safetensors")
     assert_same(weights(back), {key: value for key, value in expected.items() if not key.startswith(("head", "fc_"))})
+
+
+def test_config_of_timms_older_hub_has_no_part_for_the_pretraining(tmp_path):
+    their_vit(tmp_path / "hub", num_classes=7)
+    told = {"architecture": "vit_tiny_patch16_224", "num_classes": 7, "mean": [0.1] * 3, "std": [0.2] * 3}
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(told | {"global_pool": "token"}))
+    record = read_sizes(convert(tmp_path / "hub", tmp_path / "ours", "ours", *TOLD[:2]))
+    assert record["image_mean"] == [0.1] * 3 and record["image_std"] == [0.2] * 3
 
 
 def test_layer_scales_of_timm_act_through_the_layers_before_them(tmp_path):
@@ -720,6 +729,18 @@ def test_a_tensor_under_two_names_is_refused(tmp_path):
     tensors = as_mmseg(build("segmenter with relative positions"))
     torch.save({"state_dict": tensors | {"cls_token": torch.zeros(1, 1, 64)}}, tmp_path / "theirs.pth")
     with pytest.raises(ValueError, match=r"backbone\.cls_token and cls_token are the same tensor"):
+        convert(tmp_path / "theirs.pth", tmp_path / "ours", "ours")
+
+
+def test_positions_of_another_grid_are_refused_without_computing_ours(tmp_path, monkeypatch):
+    """Which has as many entries as tokens squared, while the file may say any number of tokens in few bytes."""
+    tensors = as_mmseg(build("segmenter with relative positions"))
+    tensors["backbone.layers.2.attn.relative_position_index"] = torch.zeros(3, 3, dtype=torch.int64)
+    for layer in (0, 1, 3):
+        del tensors[f"backbone.layers.{layer}.attn.relative_position_index"]
+    torch.save({"state_dict": tensors}, tmp_path / "theirs.pth")
+    monkeypatch.setattr(tool, "relative_position_index", None)
+    with pytest.raises(ValueError, match=r"blocks\.2\.attn\.relative_position_index numbers positions otherwise"):
         convert(tmp_path / "theirs.pth", tmp_path / "ours", "ours")
 
 
@@ -1461,6 +1482,12 @@ def test_inspect_counts_parameters(tmp_path, capsys, kind):
     count = sum(parameter.numel() for parameter in model.parameters())
     assert f"{count:,} in " in output and f"this project's {kind}\n" in output
     assert ("classifying" + " " * 13 + "yes" in output) == (kind != "encoder")
+
+
+def test_the_line_that_opens_ours_is_for_a_shell(tmp_path, capsys):
+    folder = convert(write_ours(tmp_path / "ours", build("segmenter")), tmp_path / "it's ours", "ours")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("opens with"))
+    assert shlex.split(line.removeprefix("opens with")) == ["tools/segment.py", "--checkpoint", str(folder)]
 
 
 # -------------------------------------------------------------------------------- the training scripts refuse
