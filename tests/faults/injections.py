@@ -1,0 +1,233 @@
+"""Faults that are injected from inside a run: each function changes something in its process, before it starts.
+
+`script` is the module that will run. Where there is a `rank`, only that process is changed.
+"""
+
+import functools
+import itertools
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import utils
+
+
+def is_rank(rank: int) -> bool:
+    return int(os.environ.get("RANK", 0)) == rank
+
+
+def before_agreeing(act: Callable[[int], None]) -> None:
+    """Do something with the number of the optimizer step, after each (and before each batch of an evaluation)."""
+    original, calls = utils.Interruptions.agree, itertools.count(1)
+
+    def agree(self) -> int:
+        act(next(calls))
+        return original(self)
+
+    utils.Interruptions.agree = agree
+
+
+def slow(script: ModuleType, seconds: float) -> None:
+    """Make every step longer, so that what comes from outside falls between two of them."""
+    before_agreeing(lambda step: time.sleep(seconds))
+
+
+def die(script: ModuleType, rank: int, step: int) -> None:
+    if is_rank(rank):
+        before_agreeing(lambda now: os.kill(os.getpid(), signal.SIGKILL) if now == step else None)
+
+
+def hang(script: ModuleType, rank: int, step: int) -> None:
+    if is_rank(rank):
+        before_agreeing(lambda now: time.sleep(3600) if now == step else None)
+
+
+def poison(script: ModuleType, rank: int, passes: list[int], value: str = "nan") -> None:
+    """Make the loss of some forward passes of one process, counted from 1, not a number; an empty list means all."""
+    if not is_rank(rank):
+        return
+    original, calls = script.spread_not_finite, itertools.count(1)
+
+    def poisoned(loss):
+        now = next(calls)
+        return original(loss * float(value) if now in passes or not passes else loss)
+
+    script.spread_not_finite = poisoned
+
+
+def limit_saves(script: ModuleType, rank: int, saves: list[int], max_bytes: int) -> None:
+    """Let no file of some saves, counted from 1, become larger than so many bytes, as a quota would."""
+    if not is_rank(rank):
+        return
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    original, calls = utils.Checkpoints.save, itertools.count(1)
+
+    @functools.wraps(original)
+    def save(self, *args, **options) -> bool:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if next(calls) in saves:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, before[1]))
+        try:
+            return original(self, *args, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    utils.Checkpoints.save = script.Checkpoints.save = save
+
+
+def fill_disk(script: ModuleType, file: str, saves: list[int]) -> None:
+    """Fill the disk of `file` before some saves, counted from 1, and empty it again after each."""
+    original, calls = utils.Checkpoints.save, itertools.count(1)
+
+    @functools.wraps(original)
+    def save(self, *args, **options) -> bool:
+        full = next(calls) in saves
+        if full:
+            free = os.statvfs(Path(file).parent).f_bavail * os.statvfs(Path(file).parent).f_frsize
+            Path(file).write_bytes(bytes(free - min(free, 8192)))
+        try:
+            return original(self, *args, **options)
+        finally:
+            if full:
+                Path(file).unlink()
+
+    utils.Checkpoints.save = save
+
+
+def set_wandb_timeout(script: ModuleType, seconds: int) -> None:
+    utils.WANDB_TIMEOUT_S = seconds
+
+
+def end_wandb(script: ModuleType, step: int) -> None:
+    """Kill W&B's own process in the middle of the run."""
+
+    def act(now: int) -> None:
+        if now == step:
+            for stat in Path("/proc").glob("[0-9]*/stat"):
+                name, rest = stat.read_text().rsplit(")", 1)
+                if rest.split()[1] == str(os.getpid()) and "(wandb" in name:
+                    os.kill(int(stat.parent.name), signal.SIGKILL)
+                    print("W&B's process is killed", flush=True)
+
+    before_agreeing(act)
+
+
+def lose_file(script: ModuleType, file: str) -> None:
+    """Delete an image once it is listed."""
+    original = script.list_images
+
+    def list_images(*args, **options):
+        files = original(*args, **options)
+        Path(file).unlink(missing_ok=True)
+        return files
+
+    script.list_images = list_images
+
+
+# ------------------------------------------------------------------------------------------------ points of a save
+
+
+def watch_writes(folder: Path, act: Callable[[str], None]) -> None:
+    """Call `act` before everything that this process does to the names below a folder, and before its syncs.
+
+    Python reports these to audit hooks. What torch and safetensors write from C++ and Rust it does not: `torn` cuts
+    those files short.
+    """
+    busy = False
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal busy
+        if busy or event not in EVENTS:
+            return
+        busy = True
+        try:
+            path = path_of(event, arguments)
+            if path is not None and path.is_relative_to(folder) and path.suffix != ".png":
+                act(f"{event} {path.relative_to(folder)}")
+        finally:
+            busy = False
+
+    sys.addaudithook(hook)
+
+
+EVENTS = {"open", "os.rename", "os.mkdir", "os.symlink", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
+FOLDER_ARGUMENT = {"os.remove": 1, "os.rmdir": 1}  # where the folder that a name is in may stand, as a descriptor
+
+
+def path_of(event: str, arguments: tuple) -> Path | None:
+    """Give what an audited event is about to change or to read from the disk; None where that is nothing."""
+    path = arguments[1] if event == "os.symlink" else arguments[0]
+    if not isinstance(path, (str, os.PathLike)):
+        return None
+    if event == "open" and arguments[1] is not None and not set(arguments[1]) & set("wax+"):
+        return None
+    folder = arguments[FOLDER_ARGUMENT[event]] if event in FOLDER_ARGUMENT else -1
+    return Path(os.readlink(f"/proc/self/fd/{folder}") if folder != -1 else os.getcwd(), path)
+
+
+def photograph_points(script: ModuleType, experiment: str, into: str, first: int, last: int) -> None:
+    """Copy the experiment before every operation on it from save `first` to `last`, counted from 1.
+
+    A copy is what a run that dies there would leave: what a process has handed to the system survives it.
+    """
+    if not is_rank(0):
+        return
+    saves, points = itertools.count(1), itertools.count()
+    within = False
+
+    def act(operation: str) -> None:
+        if within:
+            name = operation.replace("/", "_").replace(" ", "_")
+            shutil.copytree(experiment, Path(into) / f"{next(points):03d}_{name}", symlinks=True)
+
+    original = utils.Checkpoints.save
+
+    @functools.wraps(original)
+    def save(self, *args, **options) -> bool:
+        nonlocal within
+        within = first <= next(saves) <= last
+        try:
+            return original(self, *args, **options)
+        finally:
+            within = False
+
+    utils.Checkpoints.save = save
+    watch_writes(Path(experiment), act)
+
+
+def die_at_point(script: ModuleType, experiment: str, point: int) -> None:
+    """Kill the run, with its workers and the processes beside it, at an operation on the experiment's files."""
+    if not is_rank(0):
+        return
+    points = itertools.count(1)
+
+    def act(operation: str) -> None:
+        if next(points) == point:
+            print(f"dies before {operation}", flush=True)
+            os.killpg(0, signal.SIGKILL)
+
+    watch_writes(Path(experiment), act)
+
+
+def torn(script: ModuleType, file: str, share: float, save: int) -> None:
+    """Die in the middle of writing a file of a save, counted from 1: only this share of it is on the disk."""
+    saves = itertools.count(1)
+    original = utils.Accelerator.save_state
+
+    @functools.wraps(original)
+    def save_state(self, folder, *args, **options):
+        written = original(self, folder, *args, **options)
+        if next(saves) == save:
+            path = Path(folder) / file
+            os.truncate(path, math.floor(share * path.stat().st_size))
+            os.killpg(0, signal.SIGKILL)
+        return written
+
+    utils.Accelerator.save_state = save_state
