@@ -659,6 +659,15 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(leaving, ignore_errors=True)
 
 
+def point_last_checkpoint(folder: Path) -> None:
+    """Make last_checkpoint the link to this one; a folder of that name is set aside."""
+    last, link = (folder.with_name(f"{LAST_CHECKPOINT}{end}") for end in ("", ".tmp"))
+    link.symlink_to(folder.name)
+    if last.is_dir() and not last.is_symlink():
+        os.rename(last, unused_name(last, ""))
+    os.replace(link, last)
+
+
 def tidy(experiment: Path) -> None:
     """Undo what a kill in the middle of a save left: half folders go, and a best checkpoint set aside comes back."""
     for old in experiment.glob("*_checkpoint.old"):
@@ -749,11 +758,7 @@ class Checkpoints:
 
         def make_way() -> None:
             if accelerator.is_main_process:
-                last, link = (self.experiment / f"{LAST_CHECKPOINT}{end}" for end in ("", ".tmp"))
-                link.symlink_to(folder.name)
-                if last.is_dir() and not last.is_symlink():
-                    os.rename(last, unused_name(last, ""))
-                os.replace(link, last)
+                point_last_checkpoint(folder)
                 self.prune()
 
         failure = all_succeed(accelerator, prepare) or all_succeed(accelerator, write)
@@ -1156,6 +1161,9 @@ def start_records(accelerator: Accelerator, start: Start, args: argparse.Namespa
         newest = find_checkpoints(experiment)[-1:]
         if newest and (resume_from is None or checkpoint_order(newest[0]) > checkpoint_order(resume_from)):
             raise BlockingIOError(f"another run has just written {newest[0]}; start this one again")
+        if newest and resume_from.samefile(newest[0]) and CHECKPOINT_NAME.fullmatch(newest[0].name):
+            with going_on_without(experiment / LAST_CHECKPOINT):  # a kill right after the save left the older one
+                point_last_checkpoint(newest[0])
         changes = write_args(experiment, args, resume_from)
         origin = f"from {resume_from.name} on" if resume_from else "from the start"
         print(f"{'experiment':<16}{experiment}, {origin}", flush=True)

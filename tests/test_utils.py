@@ -53,6 +53,7 @@ from utils import (
     set_learning_rate,
     skip_if_not_finite,
     spread_not_finite,
+    start_records,
     tidy,
     write_args,
 )
@@ -145,6 +146,15 @@ def test_open_experiment_refuses_a_checkpoint_beyond_the_last_epoch(tmp_path):
     add_checkpoint(tmp_path, 12)
     with pytest.raises(ValueError, match="has 12 epochs behind it, more than --epochs 10"):
         open_experiment(Accelerator(cpu=True), run_flags(tmp_path, resume_from_checkpoint="latest"))
+
+
+def test_last_checkpoint_is_the_newest_again_after_a_kill_in_between(tmp_path):
+    accelerator, latest = Accelerator(cpu=True), run_flags(tmp_path, resume_from_checkpoint="latest")
+    third, fourth = add_checkpoint(tmp_path, 3), add_checkpoint(tmp_path, 4)
+    (tmp_path / "run" / "last_checkpoint").symlink_to(third.name)
+    latest.log_wandb = False
+    start_records(accelerator, open_experiment(accelerator, latest), latest, 40).close()
+    assert (tmp_path / "run" / "last_checkpoint").resolve() == fourth
 
 
 def test_damaged_checkpoints_are_passed_over_and_never_all_of_them(tmp_path):
