@@ -541,10 +541,10 @@ class Pack:
             self.open_shards[number] = os.open(self.shard_path(number), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         return self.open_shards[number]
 
-    def read_bytes(self, shard: int, offset: int, size: int) -> np.ndarray:
-        """Read bytes into an array; OSError when there are fewer. Unlike a memory map, a failing disk is no crash."""
-        found = np.empty(size, dtype=np.uint8)
-        if os.preadv(self.open_shard(shard), [found], offset) != size:
+    def read_bytes(self, shard: int, offset: int, size: int) -> bytes:
+        """Read a part of a shard; OSError when it is not there. Unlike a memory map, a failing disk is no crash."""
+        found = os.pread(self.open_shard(shard), size, offset)
+        if len(found) != size:
             raise OSError(f"{self.shard_path(shard)} is cut off")
         return found
 
@@ -562,11 +562,11 @@ class Pack:
             raise ValueError(f"{path} cannot be opened ({error.strerror}); pack the folder again") from error
         refuse_unless(size == shard["bytes"] and size >= SHARD_TRAILER.size, f"{size:,} bytes, not {shard['bytes']:,}")
         trailer = self.read_bytes(number, size - SHARD_TRAILER.size, SHARD_TRAILER.size)
-        count, names_size, checksum, magic = SHARD_TRAILER.unpack(trailer.tobytes())
+        count, names_size, checksum, magic = SHARD_TRAILER.unpack(trailer)
         index_size = count * SHARD_TABLE.itemsize + names_size
         end = size - SHARD_TRAILER.size - index_size
         refuse_unless(magic == SHARD_MAGIC and end >= 0 and count == shard["records"], "its trailer")
-        index = self.read_bytes(number, end, index_size).tobytes()
+        index = self.read_bytes(number, end, index_size)
         refuse_unless(zlib.crc32(index) == checksum, "the checksum of its table")
         table = np.frombuffer(index, SHARD_TABLE, count)
         names = index[count * SHARD_TABLE.itemsize :].split(b"\0") if count else []
@@ -588,7 +588,7 @@ class Pack:
     def read(self, record: int) -> NamedBytes:
         """Read a record that is a file; OSError when it is not what was packed."""
         row = self.table[record]
-        data = self.read_bytes(int(self.shards[record]), int(row["offset"]), int(row["size"])).tobytes()
+        data = self.read_bytes(int(self.shards[record]), int(row["offset"]), int(row["size"]))
         if zlib.crc32(data) != row["crc"]:
             raise OSError(f"damaged since it was packed: {self.path(record)}")
         return NamedBytes(data, self.path(record))
@@ -597,8 +597,13 @@ class Pack:
         """Read rows of uncompressed pixels, uint8 (3, count, W), interleaved; their checksum is not looked at."""
         row = self.table[record]
         line = int(row["width"]) * 3
-        data = self.read_bytes(int(self.shards[record]), int(row["offset"]) + top * line, count * line)
-        return torch.from_numpy(data).view(count, -1, 3).permute(2, 0, 1)
+        shard, offset = int(self.shards[record]), int(row["offset"]) + top * line
+        rows = np.empty(
+            (count, int(row["width"]), 3), dtype=np.uint8
+        )  # read into, for there is no checksum to wait for
+        if os.preadv(self.open_shard(shard), [rows], offset) != rows.nbytes:
+            raise OSError(f"{self.shard_path(shard)} is cut off")
+        return torch.from_numpy(rows).permute(2, 0, 1)
 
 
 def is_inner_path(name: bytes) -> bool:

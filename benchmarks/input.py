@@ -250,7 +250,9 @@ def compare_formats(packed: FileList, folder: Path, num_records: int) -> None:
     with pyarrow.OSFile(str(folder / "set.arrow"), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=100)
     arrow = pyarrow.ipc.open_file(pyarrow.memory_map(str(folder / "set.arrow"))).read_all()["jpg"]
-    pyarrow.parquet.write_table(table, folder / "set.parquet", row_group_size=100, compression="none")
+    pyarrow.parquet.write_table(
+        table, folder / "set.parquet", row_group_size=100, compression="none", use_dictionary=False
+    )
     parquet = pyarrow.parquet.ParquetFile(folder / "set.parquet")
 
     def read_tar(i: int) -> bytes:
