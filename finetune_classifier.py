@@ -718,7 +718,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     # The loop
     model.train()
     bar = build_bar(accelerator, total_steps, step)
-    clock = StepClock()
+    clock = StepClock(say)
     sums = torch.zeros(2, device=device)  # of this step: loss, and images whose strongest target was the top answer
     pending = []  # of each step since the last row, and whether it was left out; on the device
     figures: dict[str, float] = {}
@@ -910,6 +910,7 @@ def describe_run(
         else f"RandAugment {args.random_aug_magnitude}, erasing {args.random_erasing:g}, mixup "
         f"{args.mixup_alpha:g}, CutMix {args.cutmix_alpha:g}, smoothing {args.label_smoothing:g}, drop path "
         f"{args.drop_path:g}",
+        "decoder": "Pillow",
         "runs on": describe_processes(accelerator, num_workers, args.num_workers),
     }
     if len(train_files) < sampler.images_per_step:

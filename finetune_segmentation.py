@@ -712,7 +712,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     # The loop
     model.train()
     bar = build_bar(accelerator, total_steps, step)
-    clock = StepClock()
+    clock = StepClock(say)
     sums = torch.zeros(2, device=device)  # of this step: loss of the head, and of the auxiliary head
     pending = []  # of each step since the last row, and whether it was left out; on the device
     figures: dict[str, float] = {}
@@ -885,6 +885,7 @@ def describe_run(
         "schedule": f"{total_steps:,} steps, {sampler.steps_per_epoch:,} an epoch, warmup {warmup_steps:,}",
         "images": f"fit into {args.resize_to[0]} x {args.resize_to[1]}, cropped to "
         f"{model.backbone.config.image_hw[0]} x {model.backbone.config.image_hw[1]}",
+        "decoder": "Pillow",
         "runs on": describe_processes(accelerator, num_workers, args.num_workers),
     }
     if sampler.images_per_step != RECIPE["per_gpu_batch_size"]:

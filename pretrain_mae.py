@@ -443,7 +443,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
     # Loop
     bar = build_bar(accelerator, total_steps, step)
-    clock = StepClock()
+    clock = StepClock(say)
     step_loss = torch.zeros((), device=device)
     pending = []  # loss of each step since the last row, and whether it was left out; on the device
     figures: dict[str, float] = {}

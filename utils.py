@@ -1010,10 +1010,22 @@ def build_bar(accelerator: Accelerator, total_steps: int, step: int) -> tqdm:
     )
 
 
-class StepClock:
-    """Measure images per second and the share of the time that the loop waits for data, between log rows."""
+WAIT_WORTH_A_HINT = 0.2  # share of the time
+DATA_HINT = (
+    "waiting for data takes {:.0%} of the time: give more --num_workers where there are cores, pack the data "
+    "(tools/pack_dataset.py), or pretrain with --repeated_sampling 4"
+)
 
-    def __init__(self):
+
+class StepClock:
+    """Measure images per second and the share of the time that the loop waits for data, between log rows.
+
+    Where that share is high in two readings in a row, `say` is told once what to do; not after the first reading, in
+    which the workers start.
+    """
+
+    def __init__(self, say: Callable[[str], None] | None = None):
+        self.say, self.readings, self.slow_readings = say, 0, 0
         self.restart()
 
     def restart(self) -> None:
@@ -1038,6 +1050,12 @@ class StepClock:
             "images_per_second": self.images * num_processes / elapsed_s,
             "data_wait_fraction": self.waited_s / elapsed_s,
         }
+        self.readings += 1
+        slow = figures["data_wait_fraction"] > WAIT_WORTH_A_HINT and self.readings > 1
+        self.slow_readings = self.slow_readings + 1 if slow else 0
+        if self.slow_readings == 2 and self.say is not None:
+            self.say(DATA_HINT.format(figures["data_wait_fraction"]))
+            self.say = None
         self.restart()
         return figures
 

@@ -13,6 +13,7 @@ import torch
 from conftest import assert_close, launch, rows, weights
 from PIL import Image
 
+import dataset
 import finetune_classifier
 import model as model_module
 import pretrain_mae
@@ -293,6 +294,8 @@ def test_neither_data_nor_demo_is_an_error_that_names_both(capsys):
         ("--img_size 224 224 224", "--img_size takes one number, or height and width"),
         ("--mask_ratio 1.0", "mask_ratio 1.0 keeps 0 of 196 patches"),
         ("--mask_ratio 0", "--mask_ratio 0 removes nothing"),
+        ("--repeated_sampling 3", "--repeated_sampling 3 must divide the 512 images of a forward pass"),
+        ("--repeated_sampling 0", "--repeated_sampling 0 must divide"),
         (
             "--per_gpu_batch_size 10 --gradient_accumulation_steps 4",
             "cannot be cut into --gradient_accumulation_steps 4",
@@ -336,6 +339,7 @@ def interrupted(finished, tmp_path) -> Path:
         ("--encoder_depth 3", r"config\.encoder_depth: 2 in the checkpoint, 3 now"),
         ("--per_gpu_batch_size 4", "effective_batch_size: 8 in the checkpoint, 4 now"),
         ("--seed 1", "seed: 0 in the checkpoint, 1 now"),
+        ("--repeated_sampling 2", "data: '[0-9a-f]{16}' in the checkpoint, '[0-9a-f]{16}, 2 crops each' now"),
     ],
 )
 def test_resume_as_another_run_is_refused_with_the_difference(interrupted, drawn_images, more, message):
@@ -348,6 +352,33 @@ def test_resume_as_another_run_is_refused_with_the_difference(interrupted, drawn
 def test_resume_names_the_flags_that_changed(interrupted, drawn_images, capsys):
     train(drawn_images, interrupted.parent, "--resume_from_checkpoint", "latest", "--mask_ratio", "0.5")
     assert "changed         since the first start: --mask_ratio 0.5 (was 0.75)" in capsys.readouterr().out
+
+
+def test_resume_with_another_decoder_is_the_same_run_and_is_told(
+    finished, interrupted, drawn_images, monkeypatch, capsys
+):
+    monkeypatch.setattr(dataset, "decode_jpeg", None)
+    monkeypatch.setattr(dataset, "load_nvimgcodec", lambda: None)
+    before = json.loads((interrupted / "args.json").read_text())
+    (interrupted / "args.json").write_text(json.dumps(before | {"decoder": "another"}))
+    train(drawn_images, interrupted.parent, "--resume_from_checkpoint", "latest")
+    output = capsys.readouterr().out
+    assert "changed         since the first start: --decoder Pillow" in output and "(was another)" in output
+    assert "\ndecoder         Pillow" in output
+    assert_close(weights(interrupted / "checkpoint_4"), weights(finished / "checkpoint_4"), atol=0)
+
+
+def test_repeated_sampling_run_has_as_many_steps_and_resumes_bit_for_bit(finished, drawn_images, tmp_path, capsys):
+    whole = train(drawn_images, tmp_path / "whole", "--repeated_sampling", "4")
+    assert "sampling        4 crops of each image at once; as many epochs visit all" in capsys.readouterr().out
+    assert [row["step"] for row in rows(whole)] == [row["step"] for row in rows(finished)]
+    part = tmp_path / "part" / "run"
+    shutil.copytree(whole / "checkpoint_2", part / "checkpoint_2")
+    train(drawn_images, part.parent, "--repeated_sampling", "4", "--resume_from_checkpoint", "latest")
+    assert_close(weights(part / "checkpoint_4"), weights(whole / "checkpoint_4"), atol=0)
+    halves = ["--repeated_sampling", "4", "--gradient_accumulation_steps", "2"]
+    accumulated = train(drawn_images, tmp_path / "halves", *halves)
+    assert_close(weights(accumulated / "checkpoint_4"), weights(whole / "checkpoint_4"), atol=1e-5)
 
 
 def test_working_directory_inside_the_training_images_is_refused(image_folder):

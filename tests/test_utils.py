@@ -532,6 +532,22 @@ def test_step_clock_counts_images_and_waiting(monkeypatch):
     assert clock.read(num_processes=2)["images_per_second"] == 0
 
 
+def test_clock_says_once_what_to_do_when_the_loop_waits_for_data():
+    said = []
+    clock = StepClock(said.append)
+
+    def read(waited_s, elapsed_s=10.0):
+        clock.started -= elapsed_s
+        clock.waited_s = waited_s
+        clock.read(1)
+        return len(said)
+
+    assert read(9) == 0  # the workers start
+    assert read(9) == 0 and read(1) == 0 and read(9) == 0  # not twice in a row
+    assert read(5) == 1 and said[0].startswith("waiting for data takes 50% of the time: give more --num_workers")
+    assert read(9) == 1 and read(9) == 1
+
+
 # -------------------------------------------------------------------------------- pictures
 
 

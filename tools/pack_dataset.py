@@ -69,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--raw", action="store_true", help="store pixels uncompressed: ten times the space, no decoding"
     )
     parser.add_argument("--images_per_shard", type=int, default=4096, help="(default: 4096)")
-    parser.add_argument("--num_workers", type=int, default=len(os.sched_getaffinity(0)), help="(default: all cores)")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="(default: all cores)")
     parser.add_argument("--verify", type=Path, metavar="PACK", help="compare a pack with its checksums instead")
     args = parser.parse_args(argv)
     if args.verify is None and (args.source is None or args.output is None):
