@@ -1,0 +1,132 @@
+"""What the benchmarks of the networks share: device, clock, alternation, memory, the device's matrix rate, tables."""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+GPU_MATRIX, CPU_MATRIX = 8192, 2048  # side of the matrices whose product gives the rate
+
+
+def choose_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def describe_machine(device: torch.device) -> str:
+    """Say in one line on what, when and at which commit this was measured."""
+    git = ["git", "-C", str(ROOT)]
+    commit, changes = (
+        subprocess.run([*git, *words], capture_output=True, text=True, check=False).stdout.strip()
+        for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    )
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        name = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
+    return (
+        f"{name}, torch {torch.__version__}, commit {commit or 'unknown'}{' with changes' if changes else ''}, "
+        f"{time.strftime('%Y-%m-%d')}"
+    )
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def read_clock() -> float:
+    """Give seconds: on one CPU thread those that this process computed, so that neighbours on a shared machine do not
+    count; else those of the wall.
+    """
+    alone = not torch.cuda.is_available() and torch.get_num_threads() == 1
+    return time.process_time() if alone else time.perf_counter()
+
+
+def alternate(
+    runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Time every run once a round, in turns, so that what disturbs the machine disturbs all: seconds by name."""
+    for name, run in runs.items():
+        print(f"warming up: {name}", file=sys.stderr, flush=True)
+        for _ in range(warmup):
+            run()
+        synchronize(device)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for index in range(rounds):
+        names = list(runs)
+        for name in names[index % len(names) :] + names[: index % len(names)]:  # nobody always follows the same one
+            started = read_clock()
+            runs[name]()
+            synchronize(device)
+            times[name].append(read_clock() - started)
+        print(f"round {index + 1} of {rounds}", file=sys.stderr, flush=True)
+    return times
+
+
+def ratio(slower: Sequence[float], faster: Sequence[float]) -> str:
+    """Give how many times as fast the second is: the median over the rounds, smallest and largest."""
+    ratios = [a / b for a, b in zip(slower, faster, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
+    """Measure the FLOP/s of a large matrix product, the best of some."""
+    side = GPU_MATRIX if device.type == "cuda" else CPU_MATRIX
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    times = alternate({f"matrix product in {dtype}": lambda: a @ b}, repeats, device, warmup=3)
+    return 2 * side**3 / min(next(iter(times.values())))
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory up to now in GB (1e9 bytes): of the GPU's allocator, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would give that of the process which started this one, where it is higher
+        (peak,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def measure_apart(script: str, flags: Sequence[str]) -> dict | None:
+    """Run a benchmark script in a process of its own and give the JSON of its last line; None if memory ran out."""
+    done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, check=False)
+    if done.returncode:
+        if "out of memory" in done.stderr or done.returncode == -9:
+            return None
+        raise RuntimeError(f"{script} {' '.join(flags)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a Markdown table under its title."""
+    print(f"\n{title}\n")
+    for cells in (header, ["---"] * len(header), *rows):
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def add_flags(parser: argparse.ArgumentParser, device: torch.device, *, cpu_batch: int, gpu_batch: int) -> None:
+    """Add what all network benchmarks can be told."""
+    batch = gpu_batch if device.type == "cuda" else cpu_batch
+    parser.add_argument("--batch_size", type=int, default=batch, help=f"images of a step (default here: {batch})")
+    parser.add_argument("--rounds", type=int, default=5, help="alternations (default: 5)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+
+
+def missing(package: str) -> None:
+    """Say that a peer is left out."""
+    print(f"{package} is not installed, so it is not compared: pip install {package}", flush=True)

@@ -1,0 +1,383 @@
+"""What does an optimizer step of pretraining cost, in time and memory, beside transformers' and lightly's?
+
+    python benchmarks/step.py
+    python benchmarks/step.py --model mae_vit_large_patch16 --tables mask_ratio
+
+Networks of the same sizes, with the same AdamW and clipping, take turns on random images, on the GPU where there is
+one and else on one CPU thread. Peers are `pip install transformers lightly`; what is not installed is left out.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import statistics
+from collections.abc import Callable
+
+import torch
+from measure import (
+    add_flags,
+    alternate,
+    choose_device,
+    describe_machine,
+    matrix_rate,
+    measure_apart,
+    memory_gb,
+    missing,
+    print_table,
+    ratio,
+)
+from torch import Tensor, nn
+
+from model import MODEL_CONFIGS, MAEConfig, ViTMAEForPreTraining, num_kept_patches
+
+TABLES = ("peers", "memory", "mask_ratio", "batch", "image_size", "checkpointing")
+MODES = {
+    "float32 eager": (torch.float32, False),
+    "bfloat16 eager": (torch.bfloat16, False),
+    "bfloat16 compiled": (torch.bfloat16, True),
+}
+MASK_RATIOS = (0.5, 0.75, 0.9)
+OURS, THEIRS = "this project", ("transformers", "lightly")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    device = choose_device()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, device, cpu_batch=8, gpu_batch=128)
+    parser.add_argument("--model", choices=MODEL_CONFIGS, default="mae_vit_base_patch16")
+    parser.add_argument("--mask_ratio", type=float, default=0.75)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the comparison with peers")
+    batches = [64, 128, 256, 512] if device.type == "cuda" else [1, 4, 16]
+    parser.add_argument(
+        "--batch_sizes", type=int, nargs="+", default=batches, help="of the tables of batches and memory"
+    )
+    parser.add_argument("--img_sizes", type=int, nargs="+", default=[160, 224, 320])
+    parser.add_argument("--memory_of", nargs=2, metavar=("NETWORK", "MODE"), help=argparse.SUPPRESS)
+    parser.add_argument("--activation_checkpointing", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+# ------------------------------------------------------------------------------------------------ networks
+
+
+def build_ours(config: MAEConfig, mask_ratio: float) -> nn.Module:
+    class Loss(ViTMAEForPreTraining):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images, mask_ratio).loss
+
+    return Loss(config)
+
+
+def build_transformers(config: MAEConfig, mask_ratio: float) -> nn.Module:
+    import transformers
+
+    sizes = transformers.ViTMAEConfig(
+        image_size=config.img_size,
+        patch_size=config.patch_size,
+        num_channels=config.input_channels,
+        hidden_size=config.encoder_embed_dim,
+        num_hidden_layers=config.encoder_depth,
+        num_attention_heads=config.encoder_num_heads,
+        intermediate_size=int(config.encoder_embed_dim * config.encoder_mlp_ratio),
+        decoder_hidden_size=config.decoder_embed_dim,
+        decoder_num_hidden_layers=config.decoder_depth,
+        decoder_num_attention_heads=config.decoder_num_heads,
+        decoder_intermediate_size=int(config.decoder_embed_dim * config.decoder_mlp_ratio),
+        mask_ratio=mask_ratio,
+        norm_pix_loss=config.norm_pix_loss,
+    )
+
+    class Loss(transformers.ViTMAEForPreTraining):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images).loss
+
+    return Loss(sizes)
+
+
+def build_lightly(config: MAEConfig, mask_ratio: float) -> nn.Module:
+    """Put lightly's parts together as its documentation does: only removed patches are predicted, as plain pixels."""
+    from lightly.models import utils
+    from lightly.models.modules import MaskedVisionTransformerDecoderTIMM, MaskedVisionTransformerTIMM
+    from timm.models.vision_transformer import VisionTransformer
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            vit = VisionTransformer(
+                config.image_hw,
+                config.patch_size,
+                config.input_channels,
+                num_classes=0,
+                embed_dim=config.encoder_embed_dim,
+                depth=config.encoder_depth,
+                num_heads=config.encoder_num_heads,
+                mlp_ratio=config.encoder_mlp_ratio,
+            )
+            self.encoder = MaskedVisionTransformerTIMM(vit)
+            width = config.decoder_embed_dim
+            self.embed = nn.Linear(config.encoder_embed_dim, width)
+            self.decoder = MaskedVisionTransformerDecoderTIMM(
+                config.num_patches, width, config.decoder_depth, config.decoder_num_heads
+            )
+            self.predict = nn.Linear(width, config.patch_dim)
+
+        def forward(self, images: Tensor) -> Tensor:
+            size = len(images), self.encoder.sequence_length
+            keep, removed = utils.random_token_mask(size, mask_ratio, device=images.device)
+            x = self.embed(self.encoder.encode(images, idx_keep=keep))
+            tokens = utils.repeat_token(self.decoder.mask_token, size)
+            tokens = utils.set_at_index(tokens, keep, x.type_as(tokens))
+            pred = self.predict(utils.get_at_index(self.decoder(tokens), removed))
+            target = utils.get_at_index(utils.patchify(images, config.patch_size), removed - 1)
+            return nn.functional.mse_loss(pred, target)
+
+    return Loss()
+
+
+BUILDERS = {OURS: build_ours, "transformers": build_transformers, "lightly": build_lightly}
+
+
+def installed_networks() -> list[str]:
+    """Give this project and the peers that are there; say which are not."""
+    there = [OURS]
+    for package in THEIRS:
+        if importlib.util.find_spec(package):
+            there.append(package)
+        else:
+            missing(package)
+    return there
+
+
+class FullEncoder(ViTMAEForPreTraining):
+    """What masking saves: an encoder that sees every position, removed ones as a mask token (paper, table 1c)."""
+
+    def __init__(self, config: MAEConfig, mask_ratio: float):
+        super().__init__(config)
+        self.mask_ratio = mask_ratio
+        self.encoder_mask_token = nn.Parameter(torch.zeros(1, 1, config.encoder_embed_dim))
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patchify(images)
+        noise = torch.rand(patches.shape[:2], device=images.device)
+        mask = self.random_masking(noise, self.mask_ratio).mask
+        pos_embed = self.positions(images)
+        x = self.embed_patches(patches)
+        x = torch.where(mask[:, :, None].bool(), self.encoder_mask_token.to(x.dtype), x) + pos_embed[:, 1:]
+        x = self.prepend_cls(x, pos_embed)
+        for block in self.blocks:
+            x = block(x)
+        in_order = torch.arange(noise.shape[1], device=images.device).expand_as(noise)
+        pred = self.forward_decoder(self.norm(x), in_order)
+        return self.forward_loss(images, pred, mask)
+
+
+# ------------------------------------------------------------------------------------------------ steps
+
+
+def training_flops(config: MAEConfig, mask_ratio: float) -> float:
+    """Count the FLOPs of the matrix products of one image, forwards and backwards (twice the forward's)."""
+
+    def blocks(depth: int, tokens: int, width: int, mlp_ratio: float) -> float:
+        return depth * (2 * tokens * width**2 * (4 + 2 * mlp_ratio) + 4 * tokens**2 * width)
+
+    kept, patches = num_kept_patches(config.num_patches, mask_ratio), config.num_patches
+    width, decoder_width = config.encoder_embed_dim, config.decoder_embed_dim
+    forward = 2 * kept * config.patch_dim * width
+    forward += blocks(config.encoder_depth, kept + 1, width, config.encoder_mlp_ratio)
+    forward += 2 * (kept + 1) * width * decoder_width
+    forward += blocks(config.decoder_depth, patches + 1, decoder_width, config.decoder_mlp_ratio)
+    forward += 2 * (patches + 1) * decoder_width * config.patch_dim
+    return 3 * forward
+
+
+def build_optimizer(network: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+
+
+def build_step(network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, mode: str) -> Callable[[], None]:
+    """Give one optimizer step: loss, gradients, clipping to a norm of one, AdamW."""
+    dtype, compiled = MODES[mode]
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    compute_loss = torch.compile(network) if compiled else network
+
+    def step() -> None:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = compute_loss(images)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def draw_images(batch_size: int, config: MAEConfig, device: torch.device) -> Tensor:
+    return torch.randn(batch_size, config.input_channels, *config.image_hw, device=device)
+
+
+def measure_memory(args: argparse.Namespace, device: torch.device) -> None:
+    """Print the peak memory of a few steps above what the libraries take, as JSON; this process does nothing else."""
+    name, mode = args.memory_of
+    config = MODEL_CONFIGS[args.model]
+    images = draw_images(args.batch_size, config, device)
+    before = memory_gb(device)
+    network = BUILDERS[name](config, args.mask_ratio).to(device).train()
+    if args.activation_checkpointing:
+        network.activation_checkpointing = True
+    step = build_step(network, build_optimizer(network), images, mode)
+    for _ in range(3):
+        step()
+    print(json.dumps({"gb": memory_gb(device) - before}))
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def compare_peers(args: argparse.Namespace, config: MAEConfig, device: torch.device) -> None:
+    images, steps = draw_images(args.batch_size, config, device), {}
+    names = installed_networks()
+    for name in names:
+        network = BUILDERS[name](config, args.mask_ratio).to(device).train()
+        optimizer = build_optimizer(network)
+        for mode in args.modes:
+            steps[name, mode] = build_step(network, optimizer, images, mode)
+    rates = {dtype: matrix_rate(device, dtype) for dtype in {MODES[mode][0] for mode in args.modes}}
+    times = alternate({", ".join(key): step for key, step in steps.items()}, args.rounds, device, warmup=2)
+    times = {key: times[", ".join(key)] for key in steps}
+    flops = training_flops(config, args.mask_ratio) * args.batch_size
+    rows = []
+    for (name, mode), seconds in times.items():
+        typical = statistics.median(seconds)
+        row = [name, mode, f"{typical:.3f}", f"{args.batch_size / typical:.1f}", f"{flops / typical / 1e12:.3f}"]
+        row.append(f"{flops / typical / rates[MODES[mode][0]]:.0%}")
+        for peer in names[1:]:
+            same = ratio(times[peer, mode], seconds) if name == OURS else ""
+            shipped = ratio(times[peer, args.modes[0]], seconds) if name == OURS else ""
+            row += [same, shipped]
+        rows.append(row)
+    header = ["network", "mode", "s/step", "images/s", "TFLOP/s", "of matrix rate"]
+    for peer in names[1:]:
+        header += [f"times {peer}, same mode", f"times {peer}, {args.modes[0]}"]
+    print_table(
+        f"{args.model}, batch {args.batch_size}, {flops / args.batch_size / 1e9:.1f} GFLOP an image; matrix rate "
+        + ", ".join(f"{rate / 1e12:.2f} TFLOP/s in {str(dtype)[6:]}" for dtype, rate in rates.items()),
+        header,
+        rows,
+    )
+
+
+def compare_memory(args: argparse.Namespace, config: MAEConfig, device: torch.device) -> None:
+    names, rows = installed_networks(), []
+    for batch_size in args.batch_sizes:
+        for mode in args.modes:
+            cells = [find_memory(args, name, mode, batch_size) for name in names]
+            rows.append([str(batch_size), mode, *cells])
+    print_table(f"{args.model}, peak memory of a step in GB", ["batch", "mode", *names], rows)
+
+
+def find_memory(args: argparse.Namespace, name: str, mode: str, batch_size: int, *more: str) -> str:
+    flags = ["--model", args.model, "--memory_of", name, mode, "--batch_size", str(batch_size), *more]
+    found = measure_apart(__file__, [*flags, "--threads", str(args.threads), "--mask_ratio", str(args.mask_ratio)])
+    return f"{found['gb']:.2f}" if found else "out of memory"
+
+
+def compare_mask_ratios(args: argparse.Namespace, config: MAEConfig, device: torch.device) -> None:
+    images, mode = draw_images(args.batch_size, config, device), default_mode(device)
+    networks = {f"{mask_ratio:g} removed": build_ours(config, mask_ratio) for mask_ratio in MASK_RATIOS}
+    everything = f"{args.mask_ratio:g} removed, all encoded with mask tokens"
+    networks[everything] = FullEncoder(config, args.mask_ratio)
+    shared = next(iter(networks.values()))
+    for network in networks.values():  # one set of weights, as there may be no room for four
+        for name, parameter in shared.named_parameters():
+            owner, _, leaf = name.rpartition(".")
+            setattr(network.get_submodule(owner), leaf, parameter)
+        network.to(device).train()
+    steps = {}
+    for name, network in networks.items():
+        steps[name] = build_step(network, build_optimizer(network), images, mode)
+    times = alternate(steps, args.rounds, device)
+    usual = times[f"{args.mask_ratio:g} removed"]
+    rows = [[name, f"{statistics.median(found):.3f}", ratio(found, usual)] for name, found in times.items()]
+    title = f"{args.model}, {mode}, batch {args.batch_size}: cost against the mask ratio"
+    print_table(title, ["patches", "s/step", f"cost / that at {args.mask_ratio:g}"], rows)
+
+
+def default_mode(device: torch.device) -> str:
+    return "bfloat16 eager" if device.type == "cuda" else "float32 eager"
+
+
+def compare_batches(args: argparse.Namespace, config: MAEConfig, device: torch.device) -> None:
+    network, mode = build_ours(config, args.mask_ratio).to(device).train(), default_mode(device)
+    optimizer = build_optimizer(network)
+    steps = {
+        str(size): build_step(network, optimizer, draw_images(size, config, device), mode) for size in args.batch_sizes
+    }
+    times = alternate(steps, args.rounds, device)
+    rows = [
+        [size, f"{statistics.median(found):.3f}", f"{int(size) / statistics.median(found):.2f}"]
+        for size, found in times.items()
+    ]
+    print_table(f"{args.model}, {mode}: batches", ["batch", "s/step", "images/s"], rows)
+
+
+def compare_image_sizes(args: argparse.Namespace, config: MAEConfig, device: torch.device) -> None:
+    network, mode = build_ours(config, args.mask_ratio).to(device).train(), default_mode(device)
+    optimizer, steps, flops = build_optimizer(network), {}, {}
+    for size in args.img_sizes:
+        resized = dataclasses.replace(config, img_size=size)
+        steps[str(size)] = build_step(network, optimizer, draw_images(args.batch_size, resized, device), mode)
+        flops[str(size)] = training_flops(resized, args.mask_ratio) * args.batch_size
+    times = alternate(steps, args.rounds, device)
+    rows = []
+    for size, found in times.items():
+        typical = statistics.median(found)
+        rows.append([size, f"{typical:.3f}", f"{args.batch_size / typical:.2f}", f"{flops[size] / typical / 1e12:.3f}"])
+    title = f"{args.model}, {mode}, batch {args.batch_size}: image sizes"
+    print_table(title, ["pixels", "s/step", "images/s", "TFLOP/s"], rows)
+
+
+def compare_checkpointing(args: argparse.Namespace, config: MAEConfig, device: torch.device) -> None:
+    network, mode = build_ours(config, args.mask_ratio).to(device).train(), default_mode(device)
+    optimizer, images = build_optimizer(network), draw_images(args.batch_size, config, device)
+    plain = build_step(network, optimizer, images, mode)
+
+    def run(checkpointing: bool) -> None:
+        network.activation_checkpointing = checkpointing
+        plain()
+
+    steps = {"kept": lambda: run(False), "computed again": lambda: run(True)}
+    times = alternate(steps, args.rounds, device)
+    cost = ratio(times["computed again"], times["kept"])
+    rows = []
+    for batch_size in args.batch_sizes:
+        kept = find_memory(args, OURS, mode, batch_size)
+        again = find_memory(args, OURS, mode, batch_size, "--activation_checkpointing")
+        rows.append([str(batch_size), kept, again])
+    title = f"{args.model}, {mode}: peak memory of a step in GB; --activation_checkpointing takes {cost} times as long"
+    print_table(title, ["batch", "activations kept", "--activation_checkpointing"], rows)
+
+
+def main(args: argparse.Namespace) -> None:
+    device = choose_device()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    if args.memory_of:
+        measure_memory(args, device)
+        return
+    print(describe_machine(device), flush=True)
+    tables = {
+        "peers": compare_peers,
+        "memory": compare_memory,
+        "mask_ratio": compare_mask_ratios,
+        "batch": compare_batches,
+        "image_size": compare_image_sizes,
+        "checkpointing": compare_checkpointing,
+    }
+    for name in args.tables:
+        tables[name](args, MODEL_CONFIGS[args.model], device)
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,89 @@
+"""The benchmarks of the networks: what they count, and that every network they time trains. Nothing is timed here."""
+
+import importlib.util
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def load_benchmark(name: str, monkeypatch) -> ModuleType:
+    """Import a file of benchmarks/, which is no package."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    return benchmark
+
+
+@pytest.fixture
+def step(monkeypatch) -> ModuleType:
+    return load_benchmark("step", monkeypatch)
+
+
+@pytest.fixture
+def segmentation(monkeypatch) -> ModuleType:
+    return load_benchmark("segmentation", monkeypatch)
+
+
+@pytest.mark.parametrize("mask_ratio", [0.5, 0.75])
+def test_training_flops_are_those_that_torch_counts(step, mask_ratio):
+    """Attention written out, as torch does not count the fused one of the CPU; but for the first layer's backward pass,
+    which needs no gradient of the pixels."""
+    model = step.build_ours(TINY, mask_ratio)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    images = torch.randn(2, 3, 16, 16)
+    with FlopCounterMode(display=False) as counter:
+        model(images).backward()
+    kept = round(16 * (1 - mask_ratio))
+    first_layer = 2 * kept * TINY.patch_dim * TINY.encoder_embed_dim
+    assert counter.get_total_flops() / 2 == step.training_flops(TINY, mask_ratio) - first_layer
+
+
+def test_every_network_takes_steps_that_lower_its_loss(step):
+    builders = {**step.BUILDERS, "all encoded": step.FullEncoder}
+    if importlib.util.find_spec("lightly") is None:
+        del builders["lightly"]
+    for build in builders.values():
+        torch.manual_seed(0)
+        network, images = build(TINY, 0.75).train(), torch.randn(2, 3, 16, 16)
+        run = step.build_step(network, step.build_optimizer(network), images, "float32 eager")
+        with torch.no_grad():
+            before = sum(network(images) for _ in range(20))
+        for _ in range(30):
+            run()
+        with torch.no_grad():
+            assert sum(network(images) for _ in range(20)) < before
+
+
+def test_networks_compared_have_as_many_weights_to_train(step):
+    def count(network: torch.nn.Module) -> int:
+        return sum(p.numel() for name, p in network.named_parameters() if p.requires_grad and "pos" not in name)
+
+    ours = count(step.build_ours(TINY, 0.75))
+    assert count(step.build_transformers(TINY, 0.75)) == ours
+    assert count(step.FullEncoder(TINY, 0.75)) == ours + TINY.encoder_embed_dim
+
+
+def test_heads_compared_give_the_same_loss_and_gradients(segmentation):
+    """The whole step of both, from the same weights and of the same images."""
+    args = segmentation.parse_args(["--model", "mae_vit_tiny_patch16", "--img_size", "64", "--num_classes", "5"])
+    ours, theirs = (segmentation.Segmenter(args, whose).eval() for whose in (segmentation.OURS, segmentation.THEIRS))
+    theirs.load_state_dict(
+        {
+            key.replace(".bn.", ".batch_norm.").replace("conv_seg", "classifier"): value
+            for key, value in ours.state_dict().items()
+        }
+    )
+    images, labels = torch.randn(1, 3, 64, 64), torch.randint(0, 5, (1, 64, 64))
+    labels[:, :9] = segmentation.IGNORED
+    losses = [network(images, labels) for network in (ours, theirs)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    gradients = [
+        torch.autograd.grad(loss, net.neck.parameters()) for loss, net in zip(losses, (ours, theirs), strict=True)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
