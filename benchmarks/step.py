@@ -49,6 +49,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mask_ratio", type=float, default=0.75)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the comparison with peers")
+    parser.add_argument(
+        "--as_shipped",
+        action="store_true",
+        help="the optimizers that peers come with: transformers' Trainer clips and fuses, lightly's example does not",
+    )
     batches = [64, 128, 256, 512] if device.type == "cuda" else [1, 4, 16]
     parser.add_argument(
         "--batch_sizes", type=int, nargs="+", default=batches, help="of the tables of batches and memory"
@@ -192,11 +197,15 @@ def training_flops(config: MAEConfig, mask_ratio: float) -> float:
     return 3 * forward
 
 
-def build_optimizer(network: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+def build_optimizer(network: nn.Module, *, fused: bool = True) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        network.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True if fused else None
+    )
 
 
-def build_step(network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, mode: str) -> Callable[[], None]:
+def build_step(
+    network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, mode: str, *, clip: bool = True
+) -> Callable[[], None]:
     """Give one optimizer step: loss, gradients, clipping to a norm of one, AdamW."""
     dtype, compiled = MODES[mode]
     parameters = [p for p in network.parameters() if p.requires_grad]
@@ -206,7 +215,8 @@ def build_step(network: nn.Module, optimizer: torch.optim.Optimizer, images: Ten
         with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = compute_loss(images)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        if clip:
+            nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -240,9 +250,10 @@ def compare_peers(args: argparse.Namespace, config: MAEConfig, device: torch.dev
     names = installed_networks()
     for name in names:
         network = BUILDERS[name](config, args.mask_ratio).to(device).train()
-        optimizer = build_optimizer(network)
+        bare = args.as_shipped and name == "lightly"
+        optimizer = build_optimizer(network, fused=not bare)
         for mode in args.modes:
-            steps[name, mode] = build_step(network, optimizer, images, mode)
+            steps[name, mode] = build_step(network, optimizer, images, mode, clip=not bare)
     rates = {dtype: matrix_rate(device, dtype) for dtype in {MODES[mode][0] for mode in args.modes}}
     times = alternate({", ".join(key): step for key, step in steps.items()}, args.rounds, device, warmup=2)
     times = {key: times[", ".join(key)] for key in steps}
