@@ -39,10 +39,6 @@ def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also the long forms of tests: hours instead of minutes")
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="tests/faults: as many faults as before a release")
-
-
 @pytest.fixture
 def photographs() -> Path:
     if not PHOTOGRAPHS.is_dir():
