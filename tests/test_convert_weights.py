@@ -172,6 +172,15 @@ def test_heads_come_back_from_the_width_of_tables_of_zeros(tmp_path):
     assert read_sizes(back)["config"]["encoder_num_heads"] == 4
 
 
+def test_tables_of_zeros_stay_in_a_segmenter_of_ours(tmp_path):
+    """Its config.json says that it has relative positions, which are zero before any training."""
+    model = build("segmenter with relative positions")
+    for block in model.backbone.blocks:
+        nn.init.zeros_(block.attn.relative_position_bias_table)
+    back = convert(write_ours(tmp_path / "ours", model), tmp_path / "back", "ours")
+    assert_same(weights(back), model.state_dict())
+
+
 def test_a_ratio_that_gives_no_whole_width_comes_back(tmp_path):
     model = build("masked autoencoder", dataclasses.replace(TINY, encoder_mlp_ratio=2.67, decoder_mlp_ratio=2.3))
     ours = write_ours(tmp_path / "ours", model)
