@@ -21,6 +21,7 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import sys
 import time
 import urllib.parse
@@ -583,7 +584,7 @@ def find_damage(folder: Path) -> str | None:
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
         for name, expected in manifest["files"].items():
-            if Path(name).name != name:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
                 return f"{MANIFEST_FILE} names {name!r}, which is not inside the folder"
             size, checksum = (folder / name).stat().st_size, expected["crc32"]
             if size != expected["bytes"]:
@@ -644,8 +645,11 @@ def sync_to_disk(path: Path) -> None:
 
 def publish(temporary: Path, folder: Path) -> None:
     """Give a folder that was written under another name its own, when all of it is on the disk."""
-    for file in temporary.iterdir():
-        sync_to_disk(file)
+    mode = stat.S_IMODE((temporary / "config.json").stat().st_mode)
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)  # safetensors lets nobody else read
+        sync_to_disk(path)
     sync_to_disk(temporary)
     os.rename(temporary, folder)
     sync_to_disk(folder.parent)
@@ -744,8 +748,9 @@ class Checkpoints:
             if not accelerator.is_main_process:
                 return
             record = {
-                file.name: {"bytes": file.stat().st_size, "crc32": checksum_of(file)}
-                for file in sorted(temporary.iterdir())
+                file.relative_to(temporary).as_posix(): {"bytes": file.stat().st_size, "crc32": checksum_of(file)}
+                for file in sorted(temporary.rglob("*"))
+                if file.is_file()
             }
             write_json(temporary / MANIFEST_FILE, {"files": record})
             self.size = sum(entry["bytes"] for entry in record.values())

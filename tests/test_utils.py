@@ -254,6 +254,7 @@ def test_checkpoint_with_weights_that_are_not_finite_is_not_written(tmp_path):
     assert checkpoints.save(model, {"a": 1}, {"epoch": 1, "step": 5}, epoch_ends=True)
     assert json.loads((tmp_path / "checkpoint_1" / "config.json").read_text()) == {"a": 1}
     assert find_damage(tmp_path / "checkpoint_1") is None
+    assert len({file.stat().st_mode for file in (tmp_path / "checkpoint_1").iterdir()}) == 1  # alike for all readers
     with torch.no_grad():
         model.decoder_pred.bias[0] = math.nan
     with pytest.raises(FloatingPointError, match=r"not finite at step 9, and not saved\. Go on from .*checkpoint_1"):
