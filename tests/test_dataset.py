@@ -332,6 +332,23 @@ def test_samples_and_replacements_are_the_same_with_every_decoder(decoder, image
         assert torch.equal(sample.image, expected.image) and sample.bad_files == expected.bad_files
 
 
+def test_replacement_is_drawn_as_if_no_crop_had_been(image_folder):
+    bad = image_folder / "train" / "cats" / "003.jpg"
+    bad.write_bytes(bad.read_bytes()[:-200])
+    data = build_dataset(image_folder)
+    with seeded(5, 1, 3):
+        torch.rand(16)  # the noise
+        expected = data.transform(read_image(data.files.path(int(torch.randint(24, ())))))
+    assert torch.equal(data[SampleKey(1, 3)].image, expected)
+
+
+def test_pillow_takes_over_where_a_decoder_gives_another_size(monkeypatch):
+    data = encode(draw_picture())
+    monkeypatch.setattr(dataset, "decode_jpeg", lambda *_, **__: torch.zeros(3, 90, 70, dtype=torch.uint8))
+    picture = open_picture(NamedBytes(data, "x")).decoded()
+    assert np.array_equal(picture.pixels.permute(1, 2, 0), read_image(io.BytesIO(data)))
+
+
 def test_decoder_works_in_forked_workers_after_it_was_used(decoder, image_folder):
     data, sampler = build_dataset(image_folder), StepSampler(24, 4)
     expected = [torch.stack([data[key].image for key in keys]) for keys in sampler]

@@ -1,7 +1,7 @@
 """Packs: the same samples, labels and runs as from the folder; stopped, damaged and made-up packs."""
 
 import dataclasses
-import io
+import gc
 import json
 import os
 import pickle
@@ -101,13 +101,13 @@ def test_any_tree_packs_without_classes(tmp_path):
 def test_larger_images_get_the_short_side_and_smaller_ones_keep_theirs(tmp_path, encoding):
     (tmp_path / "images").mkdir()
     generator = np.random.default_rng(0)
-    for name, size in (("wide", (120, 60)), ("tall", (30, 90)), ("small", (20, 16))):
+    for name, size in (("wide.png", (120, 60)), ("tall.jpg", (30, 90)), ("small.png", (20, 16))):
         coarse = Image.fromarray(generator.integers(0, 256, (3, 3, 3), dtype=np.uint8))
-        coarse.resize(size, Image.Resampling.BICUBIC).save(tmp_path / "images" / f"{name}.png")
+        coarse.resize(size, Image.Resampling.BICUBIC).save(tmp_path / "images" / name)
     raw = ["--raw"] if encoding == "raw" else []
     found = list_images(pack(tmp_path / "images", tmp_path / "pack", "--short_side", "24", "--quality", "95", *raw))
-    for index, (name, size) in enumerate((("small", (20, 16)), ("tall", (24, 72)), ("wide", (48, 24)))):
-        expected = read_image(tmp_path / "images" / f"{name}.png").resize(size, Image.Resampling.BICUBIC)
+    for index, (name, size) in enumerate((("small.png", (20, 16)), ("tall.jpg", (24, 72)), ("wide.png", (48, 24)))):
+        expected = read_image(tmp_path / "images" / name).resize(size, Image.Resampling.BICUBIC)
         image = found.read_image(index, 3)
         assert image.size == size
         difference = np.abs(np.asarray(image, dtype=int) - np.asarray(expected, dtype=int))
@@ -132,8 +132,11 @@ def test_rotation_and_transparency_are_settled_when_packing(tmp_path):
 def test_packs_serve_workers_threads_and_other_processes(packed):
     files = list_images(packed / "train")
     data = ImageDataset(files, build_pretraining_transform((16, 16), 0.2), noise_size=4)
-    copy = pickle.loads(pickle.dumps(files))
+    copy = pickle.loads(pickle.dumps(files))  # as for a worker that is no fork
     assert copy.read_image(7, 3).tobytes() == files.read_image(7, 3).tobytes()
+    del copy
+    gc.collect()
+    files.read_image(7, 3)  # its files are its own, and were not closed with the copy's
     sampler = StepSampler(24, 4)
     loader = build_training_loader(data, sampler, 2, pin_memory=False)
     for keys, batch in zip(sampler, loader, strict=True):
@@ -399,9 +402,23 @@ def test_table_that_no_packing_wrote_is_refused(tmp_path, row, name, named):
             list_images(tmp_path / "pack")
 
 
-def test_record_of_a_made_up_pack_is_as_safe_as_a_file(tmp_path, monkeypatch):
-    bomb = io.BytesIO()
-    Image.new("L", (100, 100)).save(bomb, "PNG")
+def test_uncompressed_bombs_are_refused_as_others_are(tmp_path, monkeypatch):
+    make_up_shard(tmp_path / "pack", [(0, 300, 10, 10, -1, 0)], [b"ok.jpg"])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
+    with pytest.raises(ValueError, match="an image's size"):
+        list_images(tmp_path / "pack")
+
+
+def test_changed_name_is_found_by_the_checksum(train_pack):
+    shard = train_pack / "00000.shard"
+    content = shard.read_bytes()
+    assert content.count(b"dogs/004.jpg") == 1
+    shard.write_bytes(content.replace(b"dogs/004.jpg", b"dogs/904.jpg"))
+    with pytest.raises(ValueError, match="the checksum of its table"):
+        list_images(train_pack)
+
+
+def test_record_of_a_made_up_pack_is_as_safe_as_a_file(tmp_path):
     row = (0, 300, 0, 0, -1, zlib.crc32(bytes(300)))
     make_up_shard(tmp_path / "zeros", [row], [b"zeros.jpg"], encoding="jpeg")
     with pytest.raises(DECODE_ERRORS, match=r"cannot identify image file '.*/zeros/zeros\.jpg'"):
