@@ -2,18 +2,21 @@
 
     OMP_NUM_THREADS=1 python benchmarks/input.py --path_to_data PHOTOGRAPHS
     OMP_NUM_THREADS=1 python benchmarks/input.py --path_to_data PHOTOGRAPHS --formats
+    OMP_NUM_THREADS=1 python benchmarks/input.py --path_to_data PHOTOGRAPHS --profile
 
 The ways take turns image by image, in an order drawn anew for each. What counts is the processor time of the process,
 so that other work on the machine disturbs little; a round is all images once, and the table has the median of the
 rounds' ratios with the lowest and highest. The loaders with two workers take turns epoch by epoch, by the clock.
 Packs are made in a temporary folder. --formats compares ways to store a pack instead (it needs lmdb, pyarrow and
-webdataset).
+webdataset), --profile says where the time of each way goes.
 """
 
 import argparse
 import contextlib
+import cProfile
 import gc
 import math
+import pstats
 import random
 import statistics
 import subprocess
@@ -52,6 +55,7 @@ from dataset import (
 ROOT = Path(__file__).resolve().parent.parent
 MIN_CROP_SCALE = 0.2
 SEED = 0
+PROFILED = 8  # functions
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -61,6 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20, help="times that every image is read each way (default: 20)")
     parser.add_argument("--loader_rounds", type=int, default=8, help="epochs of each loader (default: 8)")
     parser.add_argument("--formats", action="store_true", help="compare ways to store a pack instead")
+    parser.add_argument("--profile", action="store_true", help="say where the time goes instead")
     parser.add_argument("--num_records", type=int, default=2000, help="of --formats (default: 2000)")
     return parser.parse_args(argv)
 
@@ -159,6 +164,20 @@ def measure(ways: dict[str, Way], num_images: int, rounds: int) -> dict[str, lis
             for name, way in ways.items():
                 times[name].append(total[name] / num_images / way.crops)
     return times
+
+
+def profile(name: str, way: Way, num_images: int, rounds: int) -> None:
+    """Print the functions in which a way spends most processor time, the profiler's own included."""
+    keys = [SampleKey(epoch, index) for epoch in range(rounds) for index in range(num_images)]
+    profiler = cProfile.Profile(time.process_time)
+    with without(way.absent), profiler:
+        for key in keys:
+            way.read(key)
+    found = pstats.Stats(profiler).stats
+    total = sum(own for _, _, own, _, _ in found.values())
+    print(f"\n{name}: {total / len(keys) / way.crops * 1e6:.0f} microseconds a crop, of which")
+    for (_, _, function), (_, _, own, _, _) in sorted(found.items(), key=lambda item: -item[1][2])[:PROFILED]:
+        print(f"  {own / len(keys) / way.crops * 1e6:6.0f}  {function}")
 
 
 def compare_pixels(files: FileList, img_size: int, absent: tuple[str, ...]) -> tuple[float, float]:
@@ -313,6 +332,10 @@ def main(args: argparse.Namespace) -> None:
         packs = {"packed, 384 px JPEG": large, "packed, 256 px JPEG": jpeg, "packed, 256 px raw": raw}
         ways = build_ways(files, packs, args.img_size)
         print(f"{files.describe()}; here: {dataset.describe_decoder()}")
+        if args.profile:
+            for way_name, way in ways.items():
+                profile(way_name, way, len(files), args.rounds)
+            return
         gc.collect()
         gc.freeze()  # a collection of all that was imported would fall on one of the ways
         times = measure(ways, len(files), args.rounds)
