@@ -264,6 +264,34 @@ def test_resized_cross_entropy_reports_what_is_not_finite():
     assert resized_cross_entropy(scores, torch.zeros(1, 8, 8, dtype=torch.long), 255).isnan()
 
 
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_losses_of_200_steps_equal_those_of_resizing_first(dtype, atol, monkeypatch):
+    """With neck, head and loss: rounding, and in float32 what Adam makes of gradients that are nothing but rounding."""
+    torch.manual_seed(0)
+    maps = [torch.randn(4, 8, 6, 4, dtype=dtype) for _ in range(4)]
+    labels = (maps[0].mean(dim=1).repeat_interleave(8, 1).repeat_interleave(8, 2) > 0).long()
+    labels[:, :3] = 255
+    neck, head = Feature2Pyramid(8).to(dtype), UperNetHead([8] * 4, 16, 2).to(dtype)
+    head.dropout.p = 0.0
+    start = [{k: v.clone() for k, v in module.state_dict().items()} for module in (neck, head)]
+    runs = []
+    for fusion, compute_loss in ((conv3x3_over_resized, resized_cross_entropy), (plain_fusion, plain_loss)):
+        monkeypatch.setattr(upernet, "conv3x3_over_resized", fusion)
+        neck.load_state_dict(start[0])
+        head.load_state_dict(start[1])
+        optimizer = torch.optim.AdamW([*neck.parameters(), *head.parameters()], lr=1e-3)
+        losses = []
+        for _ in range(200):
+            loss = compute_loss(head(neck(maps)), labels, 255) / labels.numel()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        runs.append(torch.stack(losses))
+    assert runs[0][-1] < runs[0][0] / 2  # it learned
+    torch.testing.assert_close(*runs, rtol=0, atol=atol)
+
+
 # -------------------------------------------------------------------------------- sliding windows
 
 
