@@ -305,9 +305,8 @@ def compare_mask_ratios(args: argparse.Namespace, config: MAEConfig, device: tor
             owner, _, leaf = name.rpartition(".")
             setattr(network.get_submodule(owner), leaf, parameter)
         network.to(device).train()
-    steps = {}
-    for name, network in networks.items():
-        steps[name] = build_step(network, build_optimizer(network), images, mode)
+    optimizer = build_optimizer(networks[everything])
+    steps = {name: build_step(network, optimizer, images, mode) for name, network in networks.items()}
     times = alternate(steps, args.rounds, device)
     usual = times[f"{args.mask_ratio:g} removed"]
     rows = [[name, f"{statistics.median(found):.3f}", ratio(found, usual)] for name, found in times.items()]
