@@ -1236,15 +1236,21 @@ def keep_size(image: Image.Image, labels: np.ndarray) -> tuple[Tensor, Tensor]:
     return tvf.pil_to_tensor(image), torch.from_numpy(labels)
 
 
+@functools.cache
+def channel_values(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Put a number for each channel on a device, (1, C, 1, 1): once, because a GPU is waited for when that is done."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
+
+
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Turn uint8 (N, C, H, W) into normalised float32, on the device where it lies."""
-    mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (mean, std))
+    mean, std = (channel_values(tuple(values), images.device) for values in (mean, std))
     return (images.float() / 255 - mean) / std
 
 
 def denormalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Undo `normalize` up to the scale: float (N, C, H, W) with 0 black and 1 white, not clipped."""
-    mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (mean, std))
+    mean, std = (channel_values(tuple(values), images.device) for values in (mean, std))
     return images.float() * std + mean
 
 

@@ -667,6 +667,14 @@ def test_normalize_and_denormalize():
     torch.testing.assert_close(denormalize(normalized, IMAGENET_MEAN, IMAGENET_STD), images / 255)
 
 
+def test_normalizing_puts_its_constants_on_the_device_once(monkeypatch):
+    """Each time would make the host wait for the GPU, at every step."""
+    images, mean, std = torch.zeros(1, 3, 2, 2, dtype=torch.uint8), [0.11, 0.12, 0.13], [0.21, 0.22, 0.23]
+    first = normalize(images, mean, std)
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("a tensor was made of the host's values"))
+    assert torch.equal(normalize(images, tuple(mean), tuple(std)), first)
+
+
 def test_eval_crop_ratio_is_the_original_rule():
     assert eval_crop_ratio((224, 224)) == eval_crop_ratio((64, 64)) == 0.875 and eval_crop_ratio((448, 448)) == 1.0
 

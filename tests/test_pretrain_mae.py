@@ -28,6 +28,7 @@ from dataset import (
     build_pretraining_transform,
     collate,
     list_images,
+    normalize,
     write_demo_data,
 )
 from model import MAEConfig, ViTMAEForPreTraining, load_pretrained_mae
@@ -205,6 +206,26 @@ def test_gradients_averaged_in_bfloat16_are_near_the_exact_ones(drawn_images, tm
     assert found["exact"][0] == found["rounded"][0]
     difference = (found["exact"][-1] - found["rounded"][-1]).norm() / found["exact"][-1].norm()
     assert 0 < difference < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can be waited for")
+def test_training_step_never_waits_for_the_gpu():
+    model = ViTMAEForPreTraining(MAEConfig(img_size=32)).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    images, noise = torch.zeros(2, 3, 32, 32, dtype=torch.uint8).pin_memory(), torch.rand(2, 4).pin_memory()
+    for mode in ("default", "error"):  # the first step puts things in place
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            pixels = normalize(images.to("cuda", non_blocking=True), IMAGENET_MEAN, IMAGENET_STD)
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(pixels, 0.75, noise.to("cuda", non_blocking=True)).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_workers_do_not_change_the_run(finished, drawn_images, tmp_path):
