@@ -14,18 +14,19 @@ from PIL import Image
 from faults.harness import Job, Zygote
 
 SCRIPTS = ("pretrain_mae", "finetune_classifier", "finetune_segmentation")
-# 40 images in steps of 4, three epochs: 30 optimizer steps. States are saved all the time.
-COMMON_FLAGS = """--epochs 3 --gradient_accumulation_steps 1 --num_workers 1 --log_interval 1 --save_checkpoint_interval 2
- --img_size 16 --patch_size 8 --encoder_num_heads 2 --encoder_mlp_ratio 1"""
+# 40 images in steps of 4, three epochs: 30 optimizer steps.
+COMMON_FLAGS = """--epochs 3 --gradient_accumulation_steps 1 --num_workers 1 --log_interval 1 --img_size 16
+ --save_checkpoint_interval 2 --patch_size 8 --encoder_num_heads 2 --encoder_mlp_ratio 1"""
 FLAGS = {
-    "pretrain_mae": """--encoder_embed_dim 16 --encoder_depth 1 --decoder_embed_dim 16 --decoder_depth 1 --decoder_num_heads 2
- --decoder_mlp_ratio 1 --base_learning_rate 0.1 --warmup_epochs 1""",
+    "pretrain_mae": """--encoder_embed_dim 16 --encoder_depth 1 --decoder_embed_dim 16 --decoder_depth 1
+ --decoder_num_heads 2 --decoder_mlp_ratio 1 --base_learning_rate 0.1 --warmup_epochs 1""",
     # Everything random at once: RandAugment, erasing, mixup, CutMix, drop path; and an average with a state of its own.
-    "finetune_classifier": """--encoder_embed_dim 16 --encoder_depth 2 --learning_rate 0.01 --warmup_epochs 1 --drop_path 0.5
- --random_erasing 0.5 --layer_decay 0.75 --ema_decay 0.9""",
-    "finetune_segmentation": """--encoder_embed_dim 64 --encoder_depth 4 --from_scratch --num_classes 3 --channels 64 --norm group
- --learning_rate 0.001 --warmup_iterations 3 --drop_path 0.3 --eval_interval 1""",
+    "finetune_classifier": """--encoder_embed_dim 16 --encoder_depth 2 --learning_rate 0.01 --warmup_epochs 1
+ --drop_path 0.5 --random_erasing 0.5 --layer_decay 0.75 --ema_decay 0.9""",
+    "finetune_segmentation": """--encoder_embed_dim 64 --encoder_depth 4 --from_scratch --num_classes 3 --channels 64
+ --norm group --learning_rate 0.001 --warmup_iterations 3 --drop_path 0.3 --eval_interval 1""",
 }
+NUM_STEPS = 30
 SAVE_OFTEN = "--save_minutes 0.002"
 
 

@@ -23,12 +23,25 @@ def is_rank(rank: int) -> bool:
     return int(os.environ.get("RANK", 0)) == rank
 
 
-def before_agreeing(act: Callable[[int], None]) -> None:
-    """Do something with the number of the optimizer step, after each (and before each batch of an evaluation)."""
-    original, calls = utils.Interruptions.agree, itertools.count(1)
+def count_steps(script: ModuleType) -> Callable[[], int]:
+    """Give a function that tells how many optimizer steps this start has made."""
+    original, made = script.skip_if_not_finite, 0
+
+    def skip_if_not_finite(*args):
+        nonlocal made
+        made += 1
+        return original(*args)
+
+    script.skip_if_not_finite = skip_if_not_finite
+    return lambda: made
+
+
+def before_agreeing(script: ModuleType, act: Callable[[int], None]) -> None:
+    """Do something with the number of steps made, after each of them (and before each batch of an evaluation)."""
+    original, steps = utils.Interruptions.agree, count_steps(script)
 
     def agree(self) -> int:
-        act(next(calls))
+        act(steps())
         return original(self)
 
     utils.Interruptions.agree = agree
@@ -36,17 +49,39 @@ def before_agreeing(act: Callable[[int], None]) -> None:
 
 def slow(script: ModuleType, seconds: float) -> None:
     """Make every step longer, so that what comes from outside falls between two of them."""
-    before_agreeing(lambda step: time.sleep(seconds))
+    before_agreeing(script, lambda step: time.sleep(seconds))
+
+
+def in_double(script: ModuleType) -> None:
+    """Train in float64, where rounding stays too small to be blown up by the norms of a tiny network."""
+    original = script.compile_in_place
+
+    def compile_in_place(accelerator, model) -> None:
+        model.double()
+        model.register_forward_pre_hook(lambda module, inputs: tuple(value.double() for value in inputs))
+        original(accelerator, model)
+
+    script.compile_in_place = compile_in_place
+
+
+def save_at(script: ModuleType, steps: list[int]) -> None:
+    """Ask for a state after these optimizer steps of this start, as the clock would."""
+    original, made = utils.Interruptions.agree, count_steps(script)
+
+    def agree(self) -> int:
+        return max(original(self), utils.SAVE if made() in steps else utils.GO_ON)
+
+    utils.Interruptions.agree = agree
 
 
 def die(script: ModuleType, rank: int, step: int) -> None:
     if is_rank(rank):
-        before_agreeing(lambda now: os.kill(os.getpid(), signal.SIGKILL) if now == step else None)
+        before_agreeing(script, lambda now: os.kill(os.getpid(), signal.SIGKILL) if now == step else None)
 
 
 def hang(script: ModuleType, rank: int, step: int) -> None:
     if is_rank(rank):
-        before_agreeing(lambda now: time.sleep(3600) if now == step else None)
+        before_agreeing(script, lambda now: time.sleep(3600) if now == step else None)
 
 
 def poison(script: ModuleType, rank: int, passes: list[int], value: str = "nan") -> None:
@@ -82,21 +117,21 @@ def limit_saves(script: ModuleType, rank: int, saves: list[int], max_bytes: int)
     utils.Checkpoints.save = script.Checkpoints.save = save
 
 
-def fill_disk(script: ModuleType, file: str, saves: list[int]) -> None:
-    """Fill the disk of `file` before some saves, counted from 1, and empty it again after each."""
+def fill_disk(script: ModuleType, file: str, first: int, last: int) -> None:
+    """Fill the disk of `file` right before save `first`, counted from 1, and make room right after save `last`."""
     original, calls = utils.Checkpoints.save, itertools.count(1)
 
     @functools.wraps(original)
     def save(self, *args, **options) -> bool:
-        full = next(calls) in saves
-        if full:
-            free = os.statvfs(Path(file).parent).f_bavail * os.statvfs(Path(file).parent).f_frsize
-            Path(file).write_bytes(bytes(free - min(free, 8192)))
+        now, filler = next(calls), Path(file)
+        if now == first:
+            disk = os.statvfs(filler.parent)
+            filler.write_bytes(bytes(disk.f_bavail * disk.f_frsize))
         try:
             return original(self, *args, **options)
         finally:
-            if full:
-                Path(file).unlink()
+            if now == last:
+                filler.unlink()
 
     utils.Checkpoints.save = save
 
@@ -116,7 +151,7 @@ def end_wandb(script: ModuleType, step: int) -> None:
                     os.kill(int(stat.parent.name), signal.SIGKILL)
                     print("W&B's process is killed", flush=True)
 
-    before_agreeing(act)
+    before_agreeing(script, act)
 
 
 def lose_file(script: ModuleType, file: str) -> None:
@@ -172,40 +207,37 @@ def path_of(event: str, arguments: tuple) -> Path | None:
     return Path(os.readlink(f"/proc/self/fd/{folder}") if folder != -1 else os.getcwd(), path)
 
 
-def photograph_points(script: ModuleType, experiment: str, into: str, first: int, last: int) -> None:
-    """Copy the experiment before every operation on it from save `first` to `last`, counted from 1.
-
-    A copy is what a run that dies there would leave: what a process has handed to the system survives it.
-    """
-    if not is_rank(0):
-        return
-    saves, points = itertools.count(1), itertools.count()
-    within = False
-
-    def act(operation: str) -> None:
-        if within:
-            name = operation.replace("/", "_").replace(" ", "_")
-            shutil.copytree(experiment, Path(into) / f"{next(points):03d}_{name}", symlinks=True)
-
-    original = utils.Checkpoints.save
+def from_save(step: int, act: Callable[[str], None], folder: Path) -> None:
+    """Watch a folder from the save at a step on, to the end of the run."""
+    original, begun = utils.Checkpoints.save, False
 
     @functools.wraps(original)
-    def save(self, *args, **options) -> bool:
-        nonlocal within
-        within = first <= next(saves) <= last
-        try:
-            return original(self, *args, **options)
-        finally:
-            within = False
+    def save(self, model, config, state, **options) -> bool:
+        nonlocal begun
+        begun = begun or state["step"] == step
+        return original(self, model, config, state, **options)
 
     utils.Checkpoints.save = save
-    watch_writes(Path(experiment), act)
+    watch_writes(folder, lambda operation: act(operation) if begun else None)
 
 
-def die_at_point(script: ModuleType, experiment: str, point: int) -> None:
-    """Kill the run, with its workers and the processes beside it, at an operation on the experiment's files."""
-    if not is_rank(0):
-        return
+def photograph_points(script: ModuleType, experiment: str, into: str, step: int) -> None:
+    """Copy the experiment before every operation on its files from the save at a step on.
+
+    A copy is what a run that dies there leaves: what a process has handed to the system survives the process.
+    """
+    points = itertools.count(1)
+
+    def act(operation: str) -> None:
+        name = operation.replace("/", "_").replace(" ", "_")
+        shutil.copytree(experiment, Path(into) / f"{next(points):03d}_{name}" / "run", symlinks=True)
+
+    if is_rank(0):
+        from_save(step, act, Path(experiment))
+
+
+def die_at_point(script: ModuleType, experiment: str, step: int, point: int) -> None:
+    """Kill the run, with its workers and the processes beside it, at one of these operations, counted from 1."""
     points = itertools.count(1)
 
     def act(operation: str) -> None:
@@ -213,13 +245,13 @@ def die_at_point(script: ModuleType, experiment: str, point: int) -> None:
             print(f"dies before {operation}", flush=True)
             os.killpg(0, signal.SIGKILL)
 
-    watch_writes(Path(experiment), act)
+    if is_rank(0):
+        from_save(step, act, Path(experiment))
 
 
 def torn(script: ModuleType, file: str, share: float, save: int) -> None:
     """Die in the middle of writing a file of a save, counted from 1: only this share of it is on the disk."""
-    saves = itertools.count(1)
-    original = utils.Accelerator.save_state
+    saves, original = itertools.count(1), utils.Accelerator.save_state
 
     @functools.wraps(original)
     def save_state(self, folder, *args, **options):

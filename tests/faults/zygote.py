@@ -5,6 +5,7 @@ with its own session, its own exit, and all that its end entails. With several p
 and watches the others, as a launcher does.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -67,14 +68,17 @@ def launch(count: int, port: int) -> None:
     os._exit(int(failed))
 
 
-def run(request: dict) -> None:
-    from faults import injections
-
+def prepare(request: dict) -> None:
+    """Become the process that the request describes."""
     detach(request["output"])
     os.environ |= request["environment"]
     if request["num_processes"] > 1:
         launch(request["num_processes"], request["port"])
-    script = sys.modules[request["script"]]
+
+
+def run(request: dict) -> None:
+    script = importlib.import_module(request["script"])
+    injections = importlib.import_module("faults.injections")
     for name, options in request["faults"]:
         getattr(injections, name)(script, **options)
     sys.argv = [f"{request['script']}.py", *request["arguments"]]
@@ -83,7 +87,12 @@ def run(request: dict) -> None:
 
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    for module in (*SCRIPTS, "faults.injections"):
-        __import__(module)
-    print(json.dumps("ready"), flush=True)
-    run(serve())
+    if len(sys.argv) > 1:  # a real launcher started this one process, for the request in a file
+        run(json.loads(Path(sys.argv[1]).read_text()))
+    else:
+        for module in (*SCRIPTS, "faults.injections"):
+            importlib.import_module(module)
+        print(json.dumps("ready"), flush=True)
+        mine = serve()
+        prepare(mine)
+        run(mine)
