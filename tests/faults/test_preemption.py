@@ -1,0 +1,178 @@
+"""Rows 5, 6 and 12: signals to any process, launchers that are killed, one process of two that dies or hangs."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from faults.conftest import SCRIPTS
+from faults.harness import FAULTS, LAST_BREATH_S, POLL_S, TIMEOUT_S, Job, check_exact, living_processes
+
+SLOWER = ("slow", {"seconds": 0.02})
+LATEST_SIGNAL = 20  # step; ten more are left to notice it
+NEVER_BY_CLOCK = "--save_minutes 0"
+
+
+def newest_step(job: Job) -> int:
+    return json.loads((job.experiment / "last_checkpoint" / "state.json").read_text())["step"]
+
+
+def check_stopped(job: Job, reason: str, printed: str, asked_at: int) -> None:
+    """A stopped run says so, and has saved the very last step it made."""
+    assert f"stopped         by {reason} at step {job.last_step()}; the same command" in printed, printed
+    assert newest_step(job) == job.last_step() >= asked_at
+
+
+def cases() -> list:
+    signals = ("SIGTERM", "SIGINT", "SIGUSR1")
+    alone = [("pretrain_mae", 1, "all", name) for name in signals]
+    pairs = [("pretrain_mae", 2, "all", name) for name in signals] + [("pretrain_mae", 2, "second", "SIGTERM")]
+    others = [(script, 1, "all", "SIGTERM") for script in SCRIPTS[1:]]
+    return alone + pairs + others + [(script, 2, "second", "SIGTERM") for script in SCRIPTS[1:]]
+
+
+QUICK = {
+    ("pretrain_mae", 1, "all", "SIGINT"),
+    ("pretrain_mae", 2, "second", "SIGTERM"),
+    ("finetune_classifier", 1, "all", "SIGTERM"),
+}
+
+
+@pytest.mark.parametrize(("script", "num_processes", "whom", "name"), cases())
+def test_signal_saves_at_once_and_the_run_goes_on_exactly(
+    script, num_processes, whom, name, job, undisturbed, faults, full, tmp_path
+):
+    if (script, num_processes, whom, name) not in QUICK and not full:
+        pytest.skip("with --full")
+    who = "every process, workers too" if whom == "all" else "the second process"
+    with faults(5, f"{name} to {who}, {script}, {num_processes} process(es)") as count:
+        for seed in range(20 if full else 2 if num_processes == 2 else 1):
+            rng = random.Random(seed)
+            asked = job(script, tmp_path / str(seed), num_processes).with_flags(NEVER_BY_CLOCK)
+            run = asked.start(SLOWER)
+            step = rng.randint(1, LATEST_SIGNAL)
+            assert run.until(lambda asked=asked, step=step: asked.last_step() >= step), run.printed()
+            time.sleep(rng.uniform(0, 0.02))
+            number = signal.Signals[name]
+            run.signal(number) if whom == "all" else os.kill(max(run.ranks()), number)
+            count.injected += 1
+            assert run.wait() == 0, (seed, run.printed())
+            reason = "a signal at another process" if whom == "second" else name
+            check_stopped(asked, reason, run.printed(), asked_at=step)
+            asked.finish()
+            check_exact(asked.experiment, undisturbed(script, num_processes))
+            count.survived += 1
+
+
+# ------------------------------------------------------------------------------------------------ the real launcher
+
+
+class Launched:
+    """A job under `accelerate launch`, in a session of its own."""
+
+    def __init__(self, job: Job, *faults: tuple[str, dict]):
+        job.work.mkdir(parents=True, exist_ok=True)
+        self.job, self.request = job, job.work / "request.json"
+        self.request.write_text(json.dumps({"script": job.script, "arguments": job.arguments(), "faults": faults}))
+        several = ["--multi_gpu"] if job.num_processes > 1 else []
+        command = [sys.executable, "-m", "accelerate.commands.launch", *several]
+        command += ["--num_processes", str(job.num_processes), "--num_machines", "1", "--mixed_precision", "no"]
+        command += ["--dynamo_backend", "no", "--main_process_port", "0", str(FAULTS / "zygote.py"), str(self.request)]
+        self.output = (job.work / "output.txt").open("w")
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            command, stdout=self.output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, start_new_session=True
+        )
+
+    def printed(self) -> str:
+        return Path(self.output.name).read_text(errors="replace")
+
+    def until_step(self, step: int) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while self.job.last_step() < step:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.printed()
+            time.sleep(POLL_S)
+
+    def processes(self) -> list[int]:
+        """Give all that live of it, whoever their parent is: the launcher starts each in its group or session."""
+        found = []
+        for pid, _, _ in living_processes():
+            try:
+                if str(self.request) in Path(f"/proc/{pid}/cmdline").read_text():
+                    found.append(pid)
+            except OSError:  # it has just ended
+                continue
+        return found
+
+    def wait_until_all_ended(self) -> None:
+        deadline = time.monotonic() + LAST_BREATH_S
+        try:
+            while left := self.processes():
+                assert time.monotonic() < deadline, f"{left} live on:\n{self.printed()}"
+                time.sleep(POLL_S)
+        finally:
+            for pid in self.processes():
+                os.kill(pid, signal.SIGKILL)
+            self.process.wait(TIMEOUT_S)
+            self.output.close()
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "num_processes"),
+    [(5, "SIGTERM", 1), (5, "SIGTERM", 2), (5, "SIGUSR1", 2), (6, "SIGKILL", 1), (6, "SIGKILL", 2)],
+)
+def test_run_outlives_its_launcher_only_to_save(row, name, num_processes, job, undisturbed, faults, full, tmp_path):
+    if (name, num_processes) not in (("SIGTERM", 2), ("SIGKILL", 1)) and not full:
+        pytest.skip("with --full")
+    with faults(row, f"{name} to accelerate launch, pretrain_mae, {num_processes} process(es)") as count:
+        for seed in range(5 if full else 1):
+            asked = job("pretrain_mae", tmp_path / str(seed), num_processes).with_flags(NEVER_BY_CLOCK)
+            launched = Launched(asked, SLOWER)
+            step = random.Random(seed).randint(1, LATEST_SIGNAL - 5)
+            launched.until_step(step)
+            os.kill(launched.process.pid, signal.Signals[name])
+            count.injected += 1
+            launched.wait_until_all_ended()
+            check_stopped(asked, "SIGTERM", launched.printed(), asked_at=step)
+            asked.finish()
+            check_exact(asked.experiment, undisturbed("pretrain_mae", num_processes))
+            count.survived += 1
+
+
+# ------------------------------------------------------------------------------------------------ one of two
+
+
+@pytest.mark.parametrize("fault", ["die", "hang"])
+def test_process_that_dies_or_hangs_ends_the_job(fault, job, undisturbed, faults, full, tmp_path):
+    """Under a watch like the launcher's, which ends the others of one that failed."""
+    with faults(12, f"the second of two processes {fault}s, pretrain_mae") as count:
+        for number in range(5 if full else 1):
+            hurt = job("pretrain_mae", tmp_path / str(number), 2).with_flags("--timeout_minutes 0.1 --save_minutes 0")
+            hurt.fail(("save_at", {"steps": [4]}), (fault, {"rank": 1, "step": 7 + number}))
+            count.injected += 1
+            assert newest_step(hurt) == 4
+            hurt.with_flags("--timeout_minutes 30").finish()
+            check_exact(hurt.experiment, undisturbed("pretrain_mae", 2))
+            count.survived += 1
+
+
+def test_launcher_ends_when_one_of_its_processes_dies(job, undisturbed, faults, full, tmp_path):
+    if not full:
+        pytest.skip("with --full")
+    with faults(12, "the second process dies under accelerate launch, pretrain_mae") as count:
+        for number in range(5):
+            hurt = job("pretrain_mae", tmp_path / str(number), 2).with_flags(NEVER_BY_CLOCK)
+            launched = Launched(hurt, ("save_at", {"steps": [4]}), ("die", {"rank": 1, "step": 7 + number}))
+            count.injected += 1
+            assert launched.process.wait(TIMEOUT_S) != 0
+            launched.wait_until_all_ended()
+            hurt.finish()
+            check_exact(hurt.experiment, undisturbed("pretrain_mae", 2))
+            count.survived += 1
