@@ -53,7 +53,7 @@ def test_signal_saves_at_once_and_the_run_goes_on_exactly(
         pytest.skip("with --full")
     who = "every process, workers too" if whom == "all" else "the second process"
     with faults(5, f"{name} to {who}, {script}, {num_processes} process(es)") as count:
-        for seed in range(20 if full else 2 if num_processes == 2 else 1):
+        for seed in range(20 if full else 2):
             rng = random.Random(seed)
             asked = job(script, tmp_path / str(seed), num_processes).with_flags(NEVER_BY_CLOCK)
             run = asked.start(SLOWER)
