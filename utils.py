@@ -265,6 +265,7 @@ def build_accelerator(
     accelerator = Accelerator(
         gradient_accumulation_steps=gradient_accumulation_steps,
         kwargs_handlers=[
+            # No static_graph: with it, torch's reducer fails on passes that are accumulated without a reduction.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook),
             InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=timeout_minutes)),
         ],
