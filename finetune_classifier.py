@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors.torch import load_file
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import Lars, param_groups_layer_decay
 from timm.utils import ModelEmaV3
@@ -683,12 +682,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     }
     first_epoch, step, best, row = 0, 0, -1.0, {}
     if start.resume_from is not None:
-        state = resume(accelerator, start.resume_from, config_record, identity)
+        state = resume(accelerator, start.resume_from, config_record, identity, average and average.module)
         first_epoch, step, row = state["epoch"], state["step"], state["row"]
         if (experiment / BEST_CHECKPOINT).exists():  # else the run goes on under another name, without the best so far
             best = state["best"]
-        if average is not None:
-            average.module.load_state_dict(load_file(start.resume_from / "ema.safetensors"))
     total_steps = args.epochs * sampler.steps_per_epoch
 
     # Records: one run at a time in this folder

@@ -1024,7 +1024,10 @@ def load_pretrained_mae(path: str | Path, *, norm_pix_loss: bool = True) -> ViTM
     record = read_config(file)
     config = MAEConfig(**record["config"]) if record else infer_config(state_dict, path, norm_pix_loss)
     model = ViTMAEForPreTraining(config)
-    model.load_state_dict(state_dict)
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise ValueError(f"{file} does not fit a masked autoencoder of {config}: {error}") from error
     return model
 
 

@@ -46,7 +46,7 @@ from accelerate.utils import (
 )
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -524,7 +524,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 CHECKPOINT_NAME = re.compile(r"checkpoint_(\d+)(?:_step_(\d+))?")  # epochs behind it, and the step within the next
 LAST_CHECKPOINT, BEST_CHECKPOINT = "last_checkpoint", "best_checkpoint"  # a link to the newest, and weights alone
-STATE_FILE, MANIFEST_FILE, DONE_FILE = "state.json", "manifest.json", "DONE"
+STATE_FILE, MANIFEST_FILE, DONE_FILE, AVERAGE_FILE = "state.json", "manifest.json", "DONE", "ema.safetensors"
 CHUNK_BYTES = 1 << 24
 MAX_FAILED_SAVES = 3  # in a row, then the run stops
 SPACE_FACTOR = 1.2  # free space that a save wants, in sizes of the one before
@@ -741,7 +741,7 @@ class Checkpoints:
             accelerator.save_state(temporary)
             if accelerator.is_main_process:
                 if average is not None:
-                    save_file(average.state_dict(), temporary / "ema.safetensors")
+                    save_file(average.state_dict(), temporary / AVERAGE_FILE)
                 write_json(temporary / "config.json", config)
                 write_json(temporary / STATE_FILE, {**state, "for_good": for_good})
 
@@ -829,8 +829,12 @@ def write_json(file: Path, content: Mapping) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def resume(accelerator: Accelerator, folder: Path, config: Mapping, identity: Mapping) -> dict:
-    """Load a checkpoint into everything that was prepared, and give its state; every process calls this.
+def resume(
+    accelerator: Accelerator, folder: Path, config: Mapping, identity: Mapping, average: nn.Module | None = None
+) -> dict:
+    """Load a checkpoint into everything that was prepared, and into `average`; every process calls this.
+
+    Gives its state.
 
     ValueError names every difference in the sizes or in `identity` that would make the run go on as another one.
     """
@@ -843,6 +847,8 @@ def resume(accelerator: Accelerator, folder: Path, config: Mapping, identity: Ma
         raise ValueError(f"cannot resume from {folder}, because this run differs:\n" + "\n".join(lines))
     try:
         accelerator.load_state(folder)
+        if average is not None:
+            average.load_state_dict(load_file(folder / AVERAGE_FILE))
     except LOAD_ERRORS as error:
         reason = str(error).splitlines()[0].split(". ")[0] if str(error) else ""
         raise ValueError(f"{folder} cannot be loaded ({type(error).__name__}: {reason})") from error

@@ -6,6 +6,7 @@ file outside FOLDER) is looked at by an audit hook and is written down as a viol
 """
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -162,11 +163,14 @@ def checkpoint_cases(draw: random.Random, folder: Path) -> Iterator[tuple[str, C
     model(torch.zeros(1, 3, 16, 16)).loss.backward()
     optimizer.step()
     model, optimizer = accelerator.prepare(model, optimizer)
+    average = copy.deepcopy(model)
     sound = folder / "sound"
     sound.mkdir()
     checkpoints = Checkpoints(accelerator, sound, 2)
     for epoch in (1, 2):
-        checkpoints.save(model, record, IDENTITY | {"epoch": epoch, "step": epoch, "row": {}}, epoch_ends=True)
+        checkpoints.save(
+            model, record, IDENTITY | {"epoch": epoch, "step": epoch, "row": {}}, epoch_ends=True, average=average
+        )
     files = sorted(file.name for file in (sound / "checkpoint_2").iterdir())
     contents = {name: (sound / "checkpoint_2" / name).read_bytes() for name in files}
     while True:
@@ -191,7 +195,7 @@ def checkpoint_cases(draw: random.Random, folder: Path) -> Iterator[tuple[str, C
             try:
                 load_pretrained_mae(newest)
             finally:
-                resume(accelerator, chosen, record, IDENTITY)
+                resume(accelerator, chosen, record, IDENTITY, average)
 
         yield f"checkpoint {name}{', manifest made to fit' if fits else ''}", read
 
