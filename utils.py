@@ -446,7 +446,9 @@ def lock_experiment(experiment: Path) -> TextIO:
     experiment.mkdir(parents=True, exist_ok=True)
     lock = (experiment / ".lock").open("w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A record lock, which is this process's alone: data workers that outlive a killed run for seconds would
+        # hold one of flock's, and the next start would be refused.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
         raise BlockingIOError(f"another run is training in {experiment}; choose another --experiment_name") from error

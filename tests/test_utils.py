@@ -210,12 +210,37 @@ def test_find_checkpoint_takes_a_name_a_folder_and_the_link(tmp_path):
         find_checkpoint(tmp_path / "run", "checkpoint_4")
 
 
-def test_lock_lets_one_run_into_an_experiment(tmp_path):
+def try_lock(experiment) -> str:
+    """Try to hold an experiment's folder from another process."""
+    code = f"from pathlib import Path; import utils; utils.lock_experiment(Path({str(experiment)!r})); print('held')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def test_lock_lets_one_run_into_an_experiment_and_goes_with_its_process(tmp_path):
     lock = lock_experiment(tmp_path / "run")
-    with pytest.raises(BlockingIOError, match="another run is training in"):
-        lock_experiment(tmp_path / "run")
+    assert "BlockingIOError: another run is training in" in try_lock(tmp_path / "run")
     lock.close()
-    lock_experiment(tmp_path / "run").close()
+    # A data worker that outlives its killed run has what it inherited still open, and must not keep the next one out.
+    code = f"""
+import os, signal, time
+from pathlib import Path
+import utils
+lock = utils.lock_experiment(Path({str(tmp_path / "run")!r}))
+worker = os.fork()
+if worker == 0:
+    time.sleep(60)
+print(worker, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as killed:
+        worker = int(killed.stdout.readline())
+        killed.wait()
+        try:
+            os.kill(worker, 0)  # it lives
+            assert "held" in try_lock(tmp_path / "run")
+        finally:
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_write_args_keeps_the_first_file_and_names_what_changed(tmp_path):
