@@ -116,7 +116,7 @@ def measure_seeding(args: argparse.Namespace) -> None:
             data[key]
 
     def read_unseeded() -> None:
-        dataset.seeded = lambda *_: contextlib.nullcontext()
+        dataset.seeded = lambda *_, **__: contextlib.nullcontext()
         try:
             read()
         finally:
@@ -124,7 +124,7 @@ def measure_seeding(args: argparse.Namespace) -> None:
 
     def seed() -> None:
         for key in keys:
-            with seeded(0, *key):
+            with seeded(0, *key, torch_only=data.cuts_first):
                 pass
 
     times = in_turn(args.rounds, seeded=read, unseeded=read_unseeded, seeds=seed)

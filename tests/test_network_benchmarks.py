@@ -8,6 +8,8 @@ import torch
 from conftest import ROOT, TINY
 from torch.utils.flop_counter import FlopCounterMode
 
+import dataset
+
 
 def load_benchmark(name: str, monkeypatch) -> ModuleType:
     """Import a file of benchmarks/, which is no package."""
@@ -87,3 +89,14 @@ def test_heads_compared_give_the_same_loss_and_gradients(segmentation):
         torch.autograd.grad(loss, net.neck.parameters()) for loss, net in zip(losses, (ours, theirs), strict=True)
     ]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_seeding_is_timed_beside_the_samples_it_is_for(drawn_images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dataset, "get_worker_info", dataset.get_worker_info)  # the benchmark's own is taken back
+    reliability = load_benchmark("reliability", monkeypatch)
+    flags = ["--path_to_images", str(drawn_images / "train"), "--working_directory", str(tmp_path), "--rounds", "1"]
+    seeded = dataset.seeded
+    reliability.measure_seeding(reliability.parse_args(flags))
+    printed = capsys.readouterr().out
+    assert "24 photographs" in printed and "share of seeding, percent" in printed
+    assert dataset.seeded is seeded
