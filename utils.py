@@ -758,7 +758,7 @@ class Checkpoints:
             write_json(temporary / MANIFEST_FILE, {"files": record})
             self.size = sum(entry["bytes"] for entry in record.values())
             if folder.exists() and find_damage(folder) is None:  # of this very step, and so the same
-                remove_folder(temporary)
+                shutil.rmtree(temporary)
                 return
             if folder.exists():
                 os.rename(folder, unused_name(folder, ".damaged"))
@@ -836,9 +836,8 @@ def resume(
 ) -> dict:
     """Load a checkpoint into everything that was prepared, and into `average`; every process calls this.
 
-    Gives its state.
-
-    ValueError names every difference in the sizes or in `identity` that would make the run go on as another one.
+    Gives its state. ValueError names every difference in the sizes or in `identity` that would make the run go on as
+    another one.
     """
     state = read_state(folder)
     saved = json.loads((folder / "config.json").read_text()) | {key: state.get(key) for key in identity}
