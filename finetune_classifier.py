@@ -654,6 +654,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         peak_learning_rate = scaled_lr(args.base_learning_rate, sampler.images_per_step)
     describe_run(accelerator, args, model, sampler, peak_learning_rate, train_files, val_files, num_workers, origin)
     optimizer = build_optimizer(model, peak_learning_rate, args)
+    if device.type == "cpu" and accelerator.mixed_precision == "bf16":
+        model.unfuse_attention()
     average = ModelEmaV3(model.to(device), decay=args.ema_decay) if args.ema_decay else None
     model.activation_checkpointing = args.activation_checkpointing
     compile_in_place(accelerator, model)
@@ -682,7 +684,14 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     }
     first_epoch, step, best, row = 0, 0, -1.0, {}
     if start.resume_from is not None:
-        state = resume(accelerator, start.resume_from, config_record, identity, average and average.module)
+        state = resume(
+            accelerator,
+            start.resume_from,
+            config_record,
+            identity,
+            average=average and average.module,
+            keeps_best=True,
+        )
         first_epoch, step, row = state["epoch"], state["step"], state["row"]
         if (experiment / BEST_CHECKPOINT).exists():  # else the run goes on under another name, without the best so far
             best = state["best"]
@@ -812,10 +821,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             row |= figures
             for prefix, candidate in candidates.items():
                 if figures[f"{prefix}_top1_acc"] > best:
-                    best = figures[f"{prefix}_top1_acc"]
                     kept = {key: figures[f"{prefix}_{key}"] for key in ("loss", "top1_acc", "top5_acc")}
                     record = config_record | {"epoch": epoch + 1, "moving_average": prefix != "testing"}
-                    checkpoints.save_weights(candidate, BEST_CHECKPOINT, record | {"testing": kept})
+                    if checkpoints.save_weights(candidate, BEST_CHECKPOINT, record | {"testing": kept}):
+                        best = kept["top1_acc"]
         log.write(row)
         if saves:
             picture = experiment / "predictions" / f"epoch_{epoch + 1}.png"

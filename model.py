@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.layers import DropPath, PatchEmbed
+from timm.layers import Attention, DropPath, PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -335,6 +335,15 @@ class VisionTransformer(nn.Module):
             else:
                 x = self.run_block(block, x)
             yield x
+
+    def unfuse_attention(self) -> None:
+        """Attend by matrix products and a softmax, which a CPU in bfloat16 does faster than torch's fused kernel.
+
+        That keeps a weight for every pair of tokens for the backward pass, so it is for short sequences.
+        """
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.fused_attn = False
 
     def run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """Run one block, (N, l, D) -> (N, l, D); with `activation_checkpointing` only its input is kept."""

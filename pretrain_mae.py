@@ -285,6 +285,7 @@ def probe(
     model: ViTMAEForPreTraining,
     loaders: tuple[DataLoader, DataLoader],
     args: argparse.Namespace,
+    watch: Callable[[DataLoader], Iterable[Batch]] = iter,
 ) -> dict[str, float]:
     """Classify held-out images by the labels of the nearest training images, in the encoder's features, in percent."""
 
@@ -293,7 +294,9 @@ def probe(
             return model.forward_pooled(normalize(images, args.mean, args.std))
 
     model.eval()
-    (bank, bank_labels), (queries, labels) = (collect_features(accelerator, loader, encode) for loader in loaders)
+    (bank, bank_labels), (queries, labels) = (
+        collect_features(accelerator, loader, encode, watch) for loader in loaders
+    )
     model.train()
     ranked = knn_classify(bank, bank_labels, queries, len(loaders[0].dataset.files.classes))
     return {"knn_top1_acc": accuracy(ranked, labels)}
@@ -403,6 +406,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=peak_learning_rate, betas=ADAM_BETAS, fused=True)
     model.activation_checkpointing = args.activation_checkpointing
+    if device.type == "cpu" and accelerator.mixed_precision == "bf16":
+        model.unfuse_attention()
     compile_in_place(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
     bare_model = accelerator.unwrap_model(model)
@@ -520,15 +525,15 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         # The epoch is complete
         if saves or probes:
             check_weights(accelerator, model, experiment, step)
-        if saves and eval_loader:
-            try:
+        try:
+            if saves and eval_loader:
                 figures = evaluate(accelerator, bare_model, eval_loader, bad_files, args, interruptions.watch)
-            except Interrupted:
-                interruptions.leave(log, bar, save(epoch, row), step)
-                return {}
-            row |= figures
-        if probes:
-            row |= probe(accelerator, bare_model, probe_loaders, args)
+                row |= figures
+            if probes:
+                row |= probe(accelerator, bare_model, probe_loaders, args, interruptions.watch)
+        except Interrupted:
+            interruptions.leave(log, bar, save(epoch, row), step)
+            return {}
         log.write(row)
         if saves:
             picture = experiment / "reconstructions" / f"epoch_{epoch + 1}.png"

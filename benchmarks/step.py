@@ -144,6 +144,15 @@ def build_lightly(config: MAEConfig, mask_ratio: float) -> nn.Module:
 BUILDERS = {OURS: build_ours, "transformers": build_transformers, "lightly": build_lightly}
 
 
+def build_network(
+    name: str, mode: str, args: argparse.Namespace, config: MAEConfig, device: torch.device
+) -> nn.Module:
+    network = BUILDERS[name](config, args.mask_ratio).to(device).train()
+    if name == OURS and device.type == "cpu" and MODES[mode][0] == torch.bfloat16:
+        network.unfuse_attention()  # as pretrain_mae.py does
+    return network
+
+
 def installed_networks() -> list[str]:
     """Give this project and the peers that are there; say which are not."""
     there = [OURS]
@@ -233,7 +242,7 @@ def measure_memory(args: argparse.Namespace, device: torch.device) -> None:
     config = MODEL_CONFIGS[args.model]
     images = draw_images(args.batch_size, config, device)
     before = memory_gb(device)
-    network = BUILDERS[name](config, args.mask_ratio).to(device).train()
+    network = build_network(name, mode, args, config, device)
     if args.activation_checkpointing:
         network.activation_checkpointing = True
     step = build_step(network, build_optimizer(network), images, mode)
@@ -249,10 +258,10 @@ def compare_peers(args: argparse.Namespace, config: MAEConfig, device: torch.dev
     images, steps = draw_images(args.batch_size, config, device), {}
     names = installed_networks()
     for name in names:
-        network = BUILDERS[name](config, args.mask_ratio).to(device).train()
         bare = args.as_shipped and name == "lightly"
-        optimizer = build_optimizer(network, fused=not bare)
         for mode in args.modes:
+            network = build_network(name, mode, args, config, device)
+            optimizer = build_optimizer(network, fused=not bare)
             steps[name, mode] = build_step(network, optimizer, images, mode, clip=not bare)
     rates = {dtype: matrix_rate(device, dtype) for dtype in {MODES[mode][0] for mode in args.modes}}
     times = alternate({", ".join(key): step for key, step in steps.items()}, args.rounds, device, warmup=2)

@@ -350,6 +350,22 @@ def test_norm_pix_of_a_constant_image_has_a_target_of_zeros():
     assert loss.item() == 0.0
 
 
+def test_attention_by_products_gives_what_the_fused_kernel_gives():
+    model, images, noise = random_model(TINY), torch.rand(2, 3, 16, 16), torch.rand(2, 16)
+    results = []
+    for unfused in (False, True):
+        if unfused:
+            model.unfuse_attention()
+        model.zero_grad()
+        output = model(images, noise=noise)
+        output.loss.backward()
+        results.append([output.pred.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+        fused = [block.attn.fused_attn for block in (*model.blocks, *model.decoder_blocks)]
+        assert fused == [not unfused] * len(fused)
+    for fused, products in zip(*results, strict=True):
+        torch.testing.assert_close(products, fused, rtol=1e-4, atol=1e-6)
+
+
 def test_loss_is_float32_under_bfloat16():
     model = random_model(TINY)
     with torch.autocast("cpu", dtype=torch.bfloat16):
