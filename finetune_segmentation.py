@@ -690,7 +690,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     }
     first_epoch, step, best, row = 0, 0, -1.0, {}
     if start.resume_from is not None:
-        state = resume(accelerator, start.resume_from, config_record, identity)
+        state = resume(accelerator, start.resume_from, config_record, identity, keeps_best=True)
         first_epoch, step, row = state["epoch"], state["step"], state["row"]
         if (experiment / BEST_CHECKPOINT).exists():  # else the run goes on under another name, without the best so far
             best = state["best"]
@@ -800,11 +800,11 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             draw_predictions(accelerator, bare_model, val_data, args, picture)
             log.picture("predictions", picture, step)
             if figures["testing_miou"] > best:
-                best = figures["testing_miou"]
                 record = config_record | {"epoch": epoch + 1, "testing": figures}
-                checkpoints.save_weights(bare_model, BEST_CHECKPOINT, record)
-                if accelerator.is_main_process:
-                    write_table(confusion, args.class_names, experiment / BEST_CHECKPOINT / "per_class.tsv")
+                if checkpoints.save_weights(bare_model, BEST_CHECKPOINT, record):
+                    best = figures["testing_miou"]
+                    if accelerator.is_main_process:
+                        write_table(confusion, args.class_names, experiment / BEST_CHECKPOINT / "per_class.tsv")
             if accelerator.is_main_process:
                 write_table(confusion, args.class_names, picture.with_suffix(".tsv"))
         log.write(row)

@@ -611,13 +611,21 @@ def checksum_of(file: Path) -> str:
     return f"{checksum:08x}"
 
 
+def read_record(file: Path) -> dict:
+    """Read a JSON file of a checkpoint; ValueError names it when it holds no entries by name."""
+    try:
+        record = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{file} holds a {type(record).__name__}, not entries by name")
+    return record
+
+
 def read_state(folder: Path) -> dict:
     """Read how far a checkpoint is; ValueError names the file when it is no such record."""
-    try:
-        state = json.loads((folder / STATE_FILE).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{folder / STATE_FILE} is no JSON: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(state.get(name), int) for name in ("epoch", "step")):
+    state = read_record(folder / STATE_FILE)
+    if not all(type(state.get(name)) is int for name in ("epoch", "step")):
         raise ValueError(f"{folder / STATE_FILE} does not hold an epoch and a step")
     return state
 
@@ -800,8 +808,11 @@ class Checkpoints:
             if not kept and CHECKPOINT_NAME.fullmatch(folder.name):
                 remove_folder(folder)
 
-    def save_weights(self, model: nn.Module, name: str, config: Mapping) -> None:
-        """Write weights to hand on, model.safetensors and config.json, in the place of older ones."""
+    def save_weights(self, model: nn.Module, name: str, config: Mapping) -> bool:
+        """Write weights to hand on, model.safetensors and config.json, in the place of older ones.
+
+        False when the disk refused, and the older ones are still there; the run goes on.
+        """
         folder, temporary, old = (self.experiment / f"{name}{end}" for end in ("", ".tmp", ".old"))
         state_dict = self.accelerator.get_state_dict(model)
 
@@ -820,6 +831,7 @@ class Checkpoints:
         failure = all_succeed(self.accelerator, write)
         if failure is not None:
             self.accelerator.print(f"{folder} could not be written ({failure}); the run goes on")
+        return failure is None
 
     def finish(self, step: int) -> None:
         """Leave the file that tells a scheduler that nothing is left to do."""
@@ -832,15 +844,24 @@ def write_json(file: Path, content: Mapping) -> None:
 
 
 def resume(
-    accelerator: Accelerator, folder: Path, config: Mapping, identity: Mapping, average: nn.Module | None = None
+    accelerator: Accelerator,
+    folder: Path,
+    config: Mapping,
+    identity: Mapping,
+    *,
+    average: nn.Module | None = None,
+    keeps_best: bool = False,
 ) -> dict:
     """Load a checkpoint into everything that was prepared, and into `average`; every process calls this.
 
-    Gives its state. ValueError names every difference in the sizes or in `identity` that would make the run go on as
-    another one.
+    Gives its state: `epoch`, `step`, the `row` that waits for an evaluation, and the `best` figure so far where the
+    script `keeps_best`. ValueError names every difference in the sizes or in `identity` that would make the run go on
+    as another one.
     """
     state = read_state(folder)
-    saved = json.loads((folder / "config.json").read_text()) | {key: state.get(key) for key in identity}
+    if not isinstance(state.get("row"), dict) or (keeps_best and not isinstance(state.get("best"), int | float)):
+        raise ValueError(f"{folder / STATE_FILE} does not hold the row that waits and the best figure of a run")
+    saved = read_record(folder / "config.json") | {key: state.get(key) for key in identity}
     current = json.loads(json.dumps({**config, **identity}))
     differences = sorted(flat_differences(saved, current))
     if differences:
@@ -1383,14 +1404,17 @@ KNN_CHUNK = 1024  # queries at a time: memory is this times the number of traini
 
 
 def collect_features(
-    accelerator: Accelerator, loader: DataLoader, encode: Callable[[Tensor], Tensor]
+    accelerator: Accelerator,
+    loader: DataLoader,
+    encode: Callable[[Tensor], Tensor],
+    watch: Callable[[DataLoader], Iterable] = iter,
 ) -> tuple[Tensor, Tensor]:
     """Encode a whole data set, (total, D) unit-length float32 and labels (total,), in its order on every process."""
     total = len(loader.dataset)
     if total < share_of(accelerator)[1]:
         raise ValueError(f"{total} images are fewer than {accelerator.num_processes} processes; start fewer")
     features, labels = [], []
-    for batch in loader:
+    for batch in watch(loader):
         features.append(F.normalize(encode(batch.images.to(accelerator.device)).float(), dim=1))
         labels.append(batch.labels.to(accelerator.device))
     return gather_shares(accelerator, torch.cat(features), total), gather_shares(accelerator, torch.cat(labels), total)

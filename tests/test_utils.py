@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import errno
 import functools
 import json
 import math
@@ -363,7 +364,7 @@ def test_best_weights_take_the_place_of_older_ones_whenever_the_run_dies(tmp_pat
     checkpoints, model = Checkpoints(accelerator, tmp_path, 2), torch.nn.Linear(2, 2)
     for value in (1.0, 2.0):
         torch.nn.init.constant_(model.weight, value)
-        checkpoints.save_weights(model, "best_checkpoint", {})
+        assert checkpoints.save_weights(model, "best_checkpoint", {})
         assert [entry.name for entry in tmp_path.iterdir()] == ["best_checkpoint"]
         assert load_file(tmp_path / "best_checkpoint" / "model.safetensors")["weight"].unique().item() == value
     (tmp_path / "best_checkpoint").rename(tmp_path / "best_checkpoint.old")  # as a kill between two renames leaves it
@@ -372,11 +373,29 @@ def test_best_weights_take_the_place_of_older_ones_whenever_the_run_dies(tmp_pat
     assert [entry.name for entry in tmp_path.iterdir()] == ["best_checkpoint"]
 
 
+def test_best_weights_that_a_disk_refuses_leave_the_older_ones_and_are_reported(tmp_path, monkeypatch, capsys):
+    checkpoints, model = Checkpoints(Accelerator(cpu=True), tmp_path, 2), torch.nn.Linear(2, 2)
+    checkpoints.save_weights(model, "best_checkpoint", {"epoch": 1})
+    written = (tmp_path / "best_checkpoint" / "model.safetensors").read_bytes()
+
+    def refuse(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    torch.nn.init.zeros_(model.weight)
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "save_file", refuse)
+        assert not checkpoints.save_weights(model, "best_checkpoint", {"epoch": 2})
+    assert "best_checkpoint could not be written" in capsys.readouterr().out
+    assert (tmp_path / "best_checkpoint" / "model.safetensors").read_bytes() == written
+    assert checkpoints.save_weights(model, "best_checkpoint", {"epoch": 3})  # what was left half-written is no obstacle
+    assert load_file(tmp_path / "best_checkpoint" / "model.safetensors")["weight"].count_nonzero() == 0
+
+
 def test_resume_restores_what_was_saved_and_names_every_difference(tmp_path):
     accelerator = Accelerator(cpu=True)
     model = accelerator.prepare(ViTMAEForPreTraining(TINY))
     config, identity = {"config": {"depth": 3, "width": 8}, "image_mean": (0.5,)}, {"seed": 0}
-    state = {**identity, "epoch": 2, "step": 7}
+    state = {**identity, "epoch": 2, "step": 7, "row": {}}
     Checkpoints(accelerator, tmp_path, 2).save(model, config, state, epoch_ends=True)
     saved = model.decoder_pred.bias.detach().clone()
     with torch.no_grad():
@@ -387,6 +406,26 @@ def test_resume_restores_what_was_saved_and_names_every_difference(tmp_path):
     message = r"(?s)config\.depth: 3 in the checkpoint, 4 now.*seed: 0 in the checkpoint, 1 now"
     with pytest.raises(ValueError, match=message):
         resume(accelerator, tmp_path / "checkpoint_2", config, {"seed": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"{", r"config\.json is no JSON"),
+        ("config.json", b"[" * 100_000, r"config\.json is no JSON"),
+        ("config.json", b"[]", r"config\.json holds a list"),
+        ("state.json", b"\xff", r"state\.json is no JSON"),
+        ("state.json", b'{"epoch": 1, "step": true}', r"state\.json does not hold an epoch and a step"),
+        ("state.json", b'{"epoch": 1, "step": 1, "best": 5.0}', r"state\.json does not hold the row that waits"),
+        ("state.json", b'{"epoch": 1, "step": 1, "row": {}}', r"state\.json does not hold .* the best figure"),
+    ],
+)
+def test_resume_names_a_record_that_is_none(name, content, message, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "state.json").write_text('{"epoch": 1, "step": 1, "row": {}, "best": 5.0}')
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        resume(Accelerator(cpu=True), tmp_path, {}, {}, keeps_best=True)
 
 
 # -------------------------------------------------------------------------------- interruptions

@@ -168,9 +168,8 @@ def checkpoint_cases(draw: random.Random, folder: Path) -> Iterator[tuple[str, C
     sound.mkdir()
     checkpoints = Checkpoints(accelerator, sound, 2)
     for epoch in (1, 2):
-        checkpoints.save(
-            model, record, IDENTITY | {"epoch": epoch, "step": epoch, "row": {}}, epoch_ends=True, average=average
-        )
+        state = IDENTITY | {"epoch": epoch, "step": epoch, "best": 50.0, "row": {}}
+        checkpoints.save(model, record, state, epoch_ends=True, average=average)
     files = sorted(file.name for file in (sound / "checkpoint_2").iterdir())
     contents = {name: (sound / "checkpoint_2" / name).read_bytes() for name in files}
     while True:
@@ -195,7 +194,7 @@ def checkpoint_cases(draw: random.Random, folder: Path) -> Iterator[tuple[str, C
             try:
                 load_pretrained_mae(newest)
             finally:
-                resume(accelerator, chosen, record, IDENTITY, average)
+                resume(accelerator, chosen, record, IDENTITY, average=average, keeps_best=True)
 
         yield f"checkpoint {name}{', manifest made to fit' if fits else ''}", read
 

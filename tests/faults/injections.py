@@ -74,6 +74,18 @@ def save_at(script: ModuleType, steps: list[int]) -> None:
     utils.Interruptions.agree = agree
 
 
+def stop_within(script: ModuleType, function: str, call: int) -> None:
+    """Ask this process to stop right before a call, counted from 1, of one of the script's functions."""
+    original, calls = getattr(script, function), itertools.count(1)
+
+    def stopped(*args, **options):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **options)
+
+    setattr(script, function, stopped)
+
+
 def die(script: ModuleType, rank: int, step: int) -> None:
     if is_rank(rank):
         before_agreeing(script, lambda now: os.kill(os.getpid(), signal.SIGKILL) if now == step else None)

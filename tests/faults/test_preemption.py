@@ -73,6 +73,22 @@ def test_signal_saves_at_once_and_the_run_goes_on_exactly(
             count.survived += 1
 
 
+@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("call", [1, 2])  # the second comes after an evaluation
+def test_signal_within_the_online_view_saves_at_once(call, num_processes, job, faults, tmp_path):
+    whole = job("pretrain_mae", tmp_path / "whole", num_processes).with_flags(f"--probe_every 1 {NEVER_BY_CLOCK}")
+    whole.finish()
+    with faults(5, f"SIGTERM within the nearest neighbours' vote, pretrain_mae, {num_processes} process(es)") as count:
+        asked, count.injected = whole.inside(tmp_path / "asked"), 1
+        run = asked.start(("stop_within", {"function": "probe", "call": call}))
+        assert run.wait() == 0, run.printed()
+        check_stopped(asked, "SIGTERM", run.printed(), asked_at=10 * call)
+        assert (newest_step(asked), asked.last_step()) == (10 * call, 10 * call - 1)
+        asked.finish()
+        check_exact(asked.experiment, whole.experiment)
+        count.survived = 1
+
+
 # ------------------------------------------------------------------------------------------------ the real launcher
 
 
