@@ -144,9 +144,7 @@ def build_lightly(config: MAEConfig, mask_ratio: float) -> nn.Module:
 BUILDERS = {OURS: build_ours, "transformers": build_transformers, "lightly": build_lightly}
 
 
-def build_network(
-    name: str, mode: str, args: argparse.Namespace, config: MAEConfig, device: torch.device
-) -> nn.Module:
+def build_network(name: str, mode: str, args: argparse.Namespace, config: MAEConfig, device: torch.device) -> nn.Module:
     network = BUILDERS[name](config, args.mask_ratio).to(device).train()
     if name == OURS and device.type == "cpu" and MODES[mode][0] == torch.bfloat16:
         network.unfuse_attention()  # as pretrain_mae.py does
