@@ -859,14 +859,14 @@ def resume(
     as another one.
     """
     state = read_state(folder)
-    if not isinstance(state.get("row"), dict) or (keeps_best and not isinstance(state.get("best"), int | float)):
-        raise ValueError(f"{folder / STATE_FILE} does not hold the row that waits and the best figure of a run")
     saved = read_record(folder / "config.json") | {key: state.get(key) for key in identity}
     current = json.loads(json.dumps({**config, **identity}))
     differences = sorted(flat_differences(saved, current))
     if differences:
         lines = [f"  {key}: {old!r} in the checkpoint, {new!r} now" for key, old, new in differences]
         raise ValueError(f"cannot resume from {folder}, because this run differs:\n" + "\n".join(lines))
+    if not isinstance(state.get("row"), dict) or (keeps_best and not isinstance(state.get("best"), int | float)):
+        raise ValueError(f"{folder / STATE_FILE} does not hold the row that waits and the best figure of a run")
     try:
         accelerator.load_state(folder)
         if average is not None:
