@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from model import MODEL_CONFIGS, MAEConfig, ViTMAEForPreTraining, num_kept_patches
 
-TABLES = ("peers", "memory", "mask_ratio", "batch", "image_size", "checkpointing")
+TABLES = ("peers", "memory", "attention", "mask_ratio", "batch", "image_size", "checkpointing")
 MODES = {
     "float32 eager": (torch.float32, False),
     "bfloat16 eager": (torch.bfloat16, False),
@@ -301,6 +301,23 @@ def find_memory(args: argparse.Namespace, name: str, mode: str, batch_size: int,
     return f"{found['gb']:.2f}" if found else "out of memory"
 
 
+def compare_attention(args: argparse.Namespace, config: MAEConfig, device: torch.device) -> None:
+    images, steps = draw_images(args.batch_size, config, device), {}
+    for mode in args.modes:
+        for way in ("fused", "by products"):
+            network = build_ours(config, args.mask_ratio).to(device).train()
+            if way == "by products":
+                network.unfuse_attention()
+            steps[f"{mode}, {way}"] = build_step(network, build_optimizer(network), images, mode)
+    times = alternate(steps, args.rounds, device, warmup=2)
+    rows = []
+    for mode in args.modes:
+        fused, products = (times[f"{mode}, {way}"] for way in ("fused", "by products"))
+        rows.append([mode, *(f"{statistics.median(found):.3f}" for found in (fused, products)), ratio(fused, products)])
+    title = f"{args.model}, batch {args.batch_size}: attention by torch's fused kernel, or by matrix products"
+    print_table(title, ["mode", "s/step fused", "s/step by products", "times as fast by products"], rows)
+
+
 def compare_mask_ratios(args: argparse.Namespace, config: MAEConfig, device: torch.device) -> None:
     images, mode = draw_images(args.batch_size, config, device), default_mode(device)
     networks = {f"{mask_ratio:g} removed": build_ours(config, mask_ratio) for mask_ratio in MASK_RATIOS}
@@ -387,6 +404,7 @@ def main(args: argparse.Namespace) -> None:
     tables = {
         "peers": compare_peers,
         "memory": compare_memory,
+        "attention": compare_attention,
         "mask_ratio": compare_mask_ratios,
         "batch": compare_batches,
         "image_size": compare_image_sizes,
