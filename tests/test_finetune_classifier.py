@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from timm.optim import Lars
 
 import finetune_classifier
+import model as model_module
 import pretrain_mae
 from dataset import (
     IMAGENET_MEAN,
@@ -93,6 +94,28 @@ def test_run_leaves_checkpoints_log_and_pictures(finished):
     assert_close(weights(finished / "last_checkpoint"), weights(finished / "checkpoint_4"), atol=0)
     with Image.open(finished / "predictions" / "epoch_4.png") as picture:
         assert picture.width > 8 * 128
+
+
+def test_activation_checkpointing_does_not_change_the_run(finished, drawn_images, pretrained, tmp_path, monkeypatch):
+    calls, checkpoint = [], model_module.checkpoint
+    monkeypatch.setattr(model_module, "checkpoint", lambda *a, **k: calls.append(a) or checkpoint(*a, **k))
+    experiment = train(drawn_images, tmp_path, pretrained, f"{STRONG} --activation_checkpointing")
+    assert_close(weights(experiment / "checkpoint_4"), weights(finished / "checkpoint_4"), atol=0)
+    assert len(calls) == 12 * TINY.encoder_depth  # once a step and block, never at evaluation
+
+
+def test_bfloat16_run_attends_by_products_and_is_near_the_exact_one(
+    finished, drawn_images, pretrained, tmp_path, monkeypatch
+):
+    built, unfuse = [], ViTMAEForImageClassification.unfuse_attention
+    monkeypatch.setattr(
+        ViTMAEForImageClassification, "unfuse_attention", lambda model: built.append(model) or unfuse(model)
+    )
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    losses = [row["training_loss"] for row in rows(train(drawn_images, tmp_path, pretrained, STRONG))]
+    assert not any(block.attn.fused_attn for model in built for block in model.blocks)
+    exact = [row["training_loss"] for row in rows(finished)]
+    assert len(built) == 1 and losses != exact and losses == pytest.approx(exact, rel=0.05)
 
 
 def test_best_checkpoint_is_the_best_and_says_what_it_is(finished):

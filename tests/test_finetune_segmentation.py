@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torchvision.transforms.v2 import functional as tvf
 
 import finetune_segmentation
+import model as model_module
 import pretrain_mae
 from dataset import (
     IGNORE_INDEX,
@@ -101,6 +102,14 @@ def test_run_leaves_checkpoints_log_and_pictures(finished):
     assert len(ious) == 4 and sum(ious) / 4 == pytest.approx(best, abs=0.01)
     with Image.open(finished / "predictions" / "epoch_4.png") as picture:
         assert picture.width > 4 * 256 and picture.height > 3 * 256
+
+
+def test_activation_checkpointing_does_not_change_the_run(finished, drawn_pairs, pretrained, tmp_path, monkeypatch):
+    calls, checkpoint = [], model_module.checkpoint
+    monkeypatch.setattr(model_module, "checkpoint", lambda *a, **k: calls.append(a) or checkpoint(*a, **k))
+    experiment = train(drawn_pairs, tmp_path, pretrained, "--activation_checkpointing")
+    assert_close(weights(experiment / "checkpoint_4"), weights(finished / "checkpoint_4"), atol=0)
+    assert len(calls) == 8 * 4  # once a step and block, never at evaluation
 
 
 @pytest.mark.parametrize("more", ["--no-rel_pos_bias", "--rel_pos_bias"])

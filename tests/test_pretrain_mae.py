@@ -195,6 +195,16 @@ def test_activation_checkpointing_does_not_change_the_run(finished, drawn_images
     assert len(calls) == 12 * (2 + 1)  # once a step and block, never at evaluation
 
 
+def test_bfloat16_run_attends_by_products_and_is_near_the_exact_one(finished, drawn_images, tmp_path, monkeypatch):
+    built, unfuse = [], ViTMAEForPreTraining.unfuse_attention
+    monkeypatch.setattr(ViTMAEForPreTraining, "unfuse_attention", lambda model: built.append(model) or unfuse(model))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    losses = [row["training_loss"] for row in rows(train(drawn_images, tmp_path))]
+    assert not any(block.attn.fused_attn for model in built for block in (*model.blocks, *model.decoder_blocks))
+    exact = [row["training_loss"] for row in rows(finished)]
+    assert len(built) == 1 and losses != exact and losses == pytest.approx(exact, rel=0.02)
+
+
 def test_gradients_averaged_in_bfloat16_are_near_the_exact_ones(drawn_images, tmp_path):
     """The first loss is the same, what three steps lead to differs, by the rounding of eight bits."""
     more = ("--per_gpu_batch_size", "4", "--epochs", "1", "--warmup_epochs", "0")
