@@ -53,9 +53,8 @@ def test_run_that_dies_anywhere_in_its_last_saves_is_never_lost(script, job, und
             count.survived += 1
 
     if full:
-        times = 5 if script == "pretrain_mae" else 1
-        with faults(2, f"the same by kill -9 of the whole tree, {times} times, {script}") as count:
-            for point in [point for point in range(1, len(points) + 1) for _ in range(times)]:
+        with faults(2, f"the same by kill -9 of the whole tree, 5 times, {script}") as count:
+            for point in [point for point in range(1, len(points) + 1) for _ in range(5)]:
                 killed = job(script, tmp_path / "killed")
                 where["experiment"] = str(killed.experiment)
                 assert killed.start(SAVE, ("die_at_point", where | {"point": point})).wait() == -9
