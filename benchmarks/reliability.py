@@ -2,8 +2,8 @@
 
     python benchmarks/reliability.py --path_to_images FOLDER --working_directory DISK
 
-Each cost is measured in turn with the work that it is a part of. The checkpoint goes to
---working_directory, so that is the disk it tells about.
+Each cost is measured in turn with the work that it is a part of. The checkpoint goes to --working_directory, so that is
+the disk it tells about.
 """
 
 import argparse
