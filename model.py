@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import Attention, DropPath, PatchEmbed
-from timm.models.vision_transformer import Block
+from timm.models import vision_transformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -166,6 +166,22 @@ class SampleDropPath(DropPath):
             return super().forward(x)
         keep = (self.noise >= self.drop_prob).to(x.dtype) / (1 - self.drop_prob)  # (N,)
         return x * keep.view(-1, *[1] * (x.ndim - 1))
+
+
+class Block(vision_transformer.Block):
+    """timm's pre-norm block, which can leave out the MLP of tokens that nothing asks for afterwards."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, only: Tensor | None = None) -> Tensor:
+        """Give all tokens, (N, l, D) -> (N, l, D), or those at the indices `only` (N, m): (N, l, D) -> (N, m, D)."""
+        x = x + self.drop_path1(self.attn(self.norm1(x), attn_mask=attn_mask))
+        if only is not None:
+            x = take_tokens(x, only)
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+def take_tokens(x: Tensor, ids: Tensor) -> Tensor:
+    """Gather tokens, each image its own: (N, l, D) and indices (N, m) -> (N, m, D)."""
+    return torch.gather(x, 1, ids[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def build_blocks(dim: int, depth: int, num_heads: int, mlp_ratio: float, drop_path_rate: float = 0.0) -> nn.ModuleList:
@@ -345,11 +361,11 @@ class VisionTransformer(nn.Module):
             if isinstance(module, Attention):
                 module.fused_attn = False
 
-    def run_block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def run_block(self, block: Block, x: Tensor, **more: Tensor | None) -> Tensor:
         """Run one block, (N, l, D) -> (N, l, D); with `activation_checkpointing` only its input is kept."""
         if self.activation_checkpointing and self.training:
-            return checkpoint(block, x, attn_mask=attn_mask, use_reentrant=False)
-        return block(x, attn_mask=attn_mask)
+            return checkpoint(block, x, use_reentrant=False, **more)
+        return block(x, **more)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Encode whole images: (N, C, H, W) -> (N, 1 + L, D), cls token first, after the final norm."""
@@ -468,15 +484,24 @@ class ViTMAEForPreTraining(VisionTransformer):
                 f"noise has shape {tuple(noise.shape)}, but the images have {tuple(patches.shape[:2])} patches"
             )
         ids_keep, ids_restore, mask = self.random_masking(noise, mask_ratio)
-        visible = torch.gather(patches, 1, ids_keep[:, :, None].expand(-1, -1, patches.shape[2]))
+        visible = take_tokens(patches, ids_keep)  #                        (N, kept, P*P*C)
         x = self.embed_patches(visible) + pos_embed[0, 1:][ids_keep]  #    (N, kept, D)
         x = self.prepend_cls(x, pos_embed)  #                              (N, 1 + kept, D)
         for block in self.blocks:
             x = self.run_block(block, x)
         return self.norm(x), mask, ids_restore
 
-    def forward_decoder(self, latent: Tensor, ids_restore: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
-        """Predict every patch from the visible ones: (N, 1 + kept, D) -> (N, L, P*P*C). The cls token takes part."""
+    def forward_decoder(
+        self,
+        latent: Tensor,
+        ids_restore: Tensor,
+        grid_size: tuple[int, int] | None = None,
+        only: Tensor | None = None,
+    ) -> Tensor:
+        """Predict every patch from the visible ones, or those at the indices `only` (N, m). The cls token takes part.
+
+        (N, 1 + kept, D) -> (N, L, P*P*C) or (N, m, P*P*C).
+        """
         pos_embed = resample_pos_embed(
             self.decoder_pos_embed, self.config.grid_size, grid_size or self.config.grid_size
         )
@@ -485,11 +510,13 @@ class ViTMAEForPreTraining(VisionTransformer):
         num_removed = ids_restore.shape[1] - visible.shape[1]
         mask_tokens = self.mask_token.to(x.dtype).expand(len(x), num_removed, -1)
         x = torch.cat([visible, mask_tokens], dim=1)  #                    (N, L, D'), shuffled
-        x = torch.gather(x, 1, ids_restore[:, :, None].expand_as(x))  #    (N, L, D'), in grid order
+        x = take_tokens(x, ids_restore)  #                                 (N, L, D'), in grid order
         x = torch.cat([cls_token, x], dim=1) + pos_embed  #                (N, 1 + L, D')
-        for block in self.decoder_blocks:
+        *blocks, last = self.decoder_blocks
+        for block in blocks:
             x = self.run_block(block, x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]  #           (N, L, P*P*C)
+        x = self.run_block(last, x)[:, 1:] if only is None else self.run_block(last, x, only=1 + only)
+        return self.decoder_pred(self.decoder_norm(x))  #                  (N, L or m, P*P*C)
 
     def forward_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Mean squared error on the removed patches, float32 scalar (paper, section 3 and table 1d)."""
@@ -501,10 +528,28 @@ class ViTMAEForPreTraining(VisionTransformer):
             loss = (pred.float() - target).square().mean(dim=2)  #         (N, L)
             return (loss * mask).sum() / mask.sum()
 
-    def forward(self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None) -> MAEOutput:
-        """Mask, encode, decode and compare (N, C, H, W) normalised images; `noise` (N, L), smallest kept."""
+    def forward(
+        self,
+        images: Tensor,
+        mask_ratio: float = 0.75,
+        noise: Tensor | None = None,
+        *,
+        predict_visible: bool = True,
+    ) -> MAEOutput:
+        """Mask, encode, decode and compare (N, C, H, W) normalised images; `noise` (N, L), smallest kept.
+
+        The loss never looks at predictions of visible patches: without `predict_visible` they are zeros, and what leads
+        to them alone is not computed.
+        """
         latent, mask, ids_restore = self.forward_encoder(images, mask_ratio, noise)
-        pred = self.forward_decoder(latent, ids_restore, self.grid_of(images))
+        grid = self.grid_of(images)
+        if predict_visible:
+            pred = self.forward_decoder(latent, ids_restore, grid)
+        else:
+            removed = torch.argsort(ids_restore, dim=1)[:, latent.shape[1] - 1 :]  # (N, L - kept)
+            found = self.forward_decoder(latent, ids_restore, grid, removed)
+            places = removed[:, :, None].expand_as(found)
+            pred = found.new_zeros(*mask.shape, found.shape[2]).scatter(1, places, found)
         return MAEOutput(self.forward_loss(images, pred, mask), pred, mask)
 
     @torch.no_grad()

@@ -470,7 +470,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             )
             set_learning_rate(optimizer, learning_rate)
             with accelerator.accumulate(model):
-                loss = model(images, args.mask_ratio, noise).loss
+                loss = model(images, args.mask_ratio, noise, predict_visible=False).loss
                 accelerator.backward(spread_not_finite(loss))
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)

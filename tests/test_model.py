@@ -350,8 +350,9 @@ def test_norm_pix_of_a_constant_image_has_a_target_of_zeros():
     assert loss.item() == 0.0
 
 
+@pytest.mark.parametrize("change", ["attention by products", "visible patches not predicted"])
 @pytest.mark.parametrize(("precision", "atol"), [(torch.float64, 1e-8), (torch.bfloat16, 2e-2)])
-def test_losses_of_200_steps_equal_those_of_fused_attention(precision, atol, monkeypatch):
+def test_losses_of_200_steps_are_those_without_the_change(change, precision, atol, monkeypatch):
     """Up to rounding, of 1e-16 in double precision and 4e-3 in bfloat16, which 200 steps of Adam blow up."""
     torch.manual_seed(0)
     dtype = torch.float32
@@ -360,9 +361,10 @@ def test_losses_of_200_steps_equal_those_of_fused_attention(precision, atol, mon
         monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     images, noise = torch.rand(8, 3, 16, 16, dtype=dtype), torch.rand(8, 16)
     runs = []
-    for unfused in (False, True):
+    for changed in (False, True):
         torch.manual_seed(1)
         model = ViTMAEForPreTraining(TINY).to(dtype)
+        unfused = changed and change == "attention by products"
         if unfused:
             model.unfuse_attention()
         fused = [block.attn.fused_attn for block in (*model.blocks, *model.decoder_blocks)]
@@ -371,7 +373,7 @@ def test_losses_of_200_steps_equal_those_of_fused_attention(precision, atol, mon
         losses = []
         for _ in range(200):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-                loss = model(images, noise=noise).loss
+                loss = model(images, noise=noise, predict_visible=not changed or unfused).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -379,6 +381,29 @@ def test_losses_of_200_steps_equal_those_of_fused_attention(precision, atol, mon
         runs.append(torch.stack(losses))
     assert runs[0][-1] < runs[0][0] / 2  # it learned
     torch.testing.assert_close(*runs, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("decoder_depth", [1, 3])
+def test_predictions_of_removed_patches_alone_are_the_same(checkpointing, decoder_depth, monkeypatch):
+    """Also the gradients of all weights; visible patches are zeros then, and their MLP is not computed."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    model = random_model(dataclasses.replace(TINY, decoder_depth=decoder_depth)).double().train()
+    model.activation_checkpointing = checkpointing
+    images, noise = torch.randn(2, 3, 16, 16, dtype=torch.float64), torch.rand(2, 16)
+    widths, outputs, gradients, mlp = [], [], [], model.decoder_blocks[-1].mlp
+    mlp.register_forward_hook(lambda _module, inputs, _output: widths.append(inputs[0].shape[1]))
+    for predict_visible in (True, False):
+        outputs.append(model(images, noise=noise, predict_visible=predict_visible))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        gradients.append(torch.autograd.grad(outputs[-1].loss, trained))
+    (loss, pred, mask), (same_loss, removed, same_mask) = outputs
+    removed_only = mask[:, :, None].bool().expand_as(pred)
+    torch.testing.assert_close((same_loss, same_mask), (loss, mask), rtol=0, atol=1e-14)
+    torch.testing.assert_close(removed[removed_only], pred[removed_only], rtol=0, atol=1e-12)
+    assert not removed[~removed_only].any() and pred[~removed_only].any()
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+    assert sorted(set(widths)) == [12, 17]
 
 
 def test_loss_is_float32_under_bfloat16():
