@@ -250,6 +250,7 @@ def check_run_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 # ------------------------------------------------------------------------------------------------ run set-up
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 def build_accelerator(
@@ -281,7 +282,21 @@ def build_accelerator(
             f"the launcher started {launched} processes, but this one sees {accelerator.num_processes}: they would all "
             "train alone in one folder. Without a GPU, set ACCELERATE_USE_CPU=true; with one, check its driver"
         )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     return accelerator
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, unless MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_MAX_ are set.
+
+    A step on the CPU allocates and frees the same tensors as the one before. By default glibc gives large ones back to
+    Linux, which hands them out again page by page, zeroed. Other C libraries are left as they are.
+    """
+    chosen = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_"} & os.environ.keys()
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt") and not chosen:
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
 
 
 def die_with_parent(number: signal.Signals) -> None:

@@ -56,6 +56,14 @@ def read_clock() -> float:
     return time.process_time() if alone else time.perf_counter()
 
 
+def time_run(run: Callable[[], object], device: torch.device) -> float:
+    """Give the seconds that a run takes."""
+    started = read_clock()
+    run()
+    synchronize(device)
+    return read_clock() - started
+
+
 def alternate(
     runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 1
 ) -> dict[str, list[float]]:
@@ -69,10 +77,7 @@ def alternate(
     for index in range(rounds):
         names = list(runs)
         for name in names[index % len(names) :] + names[: index % len(names)]:  # nobody always follows the same one
-            started = read_clock()
-            runs[name]()
-            synchronize(device)
-            times[name].append(read_clock() - started)
+            times[name].append(time_run(runs[name], device))
         print(f"round {index + 1} of {rounds}", file=sys.stderr, flush=True)
     return times
 

@@ -12,7 +12,8 @@ import dataclasses
 import importlib.util
 import json
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 
 import torch
 from measure import (
@@ -26,10 +27,12 @@ from measure import (
     missing,
     print_table,
     ratio,
+    time_run,
 )
 from torch import Tensor, nn
 
 from model import MODEL_CONFIGS, MAEConfig, ViTMAEForPreTraining, num_kept_patches
+from utils import keep_freed_memory
 
 TABLES = ("peers", "memory", "attention", "mask_ratio", "batch", "image_size", "checkpointing")
 MODES = {
@@ -52,14 +55,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--as_shipped",
         action="store_true",
-        help="the optimizers that peers come with: transformers' Trainer clips and fuses, lightly's example does not",
+        help="the optimizers that peers come with: transformers' Trainer clips and fuses, lightly's example does not; "
+        "on a CPU also the memory that only this project keeps, so each step is taken in a process of its own",
     )
     batches = [64, 128, 256, 512] if device.type == "cuda" else [1, 4, 16]
     parser.add_argument(
         "--batch_sizes", type=int, nargs="+", default=batches, help="of the tables of batches and memory"
     )
     parser.add_argument("--img_sizes", type=int, nargs="+", default=[160, 224, 320])
-    parser.add_argument("--memory_of", nargs=2, metavar=("NETWORK", "MODE"), help=argparse.SUPPRESS)
+    parser.add_argument("--step_of", nargs=2, metavar=("NETWORK", "MODE"), help=argparse.SUPPRESS)
     parser.add_argument("--activation_checkpointing", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -70,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def build_ours(config: MAEConfig, mask_ratio: float) -> nn.Module:
     class Loss(ViTMAEForPreTraining):
         def forward(self, images: Tensor) -> Tensor:
-            return super().forward(images, mask_ratio).loss
+            return super().forward(images, mask_ratio, predict_visible=False).loss
 
     return Loss(config)
 
@@ -198,7 +202,7 @@ def training_flops(config: MAEConfig, mask_ratio: float) -> float:
     forward += blocks(config.encoder_depth, kept + 1, width, config.encoder_mlp_ratio)
     forward += 2 * (kept + 1) * width * decoder_width
     forward += blocks(config.decoder_depth, patches + 1, decoder_width, config.decoder_mlp_ratio)
-    forward += 2 * (patches + 1) * decoder_width * config.patch_dim
+    forward += 2 * patches * decoder_width * config.patch_dim
     return 3 * forward
 
 
@@ -232,44 +236,53 @@ def draw_images(batch_size: int, config: MAEConfig, device: torch.device) -> Ten
     return torch.randn(batch_size, config.input_channels, *config.image_hw, device=device)
 
 
-def measure_memory(args: argparse.Namespace, device: torch.device) -> None:
-    """Print the peak memory of a few steps above what the libraries take, as JSON; this process does nothing else."""
-    name, mode = args.memory_of
-    config = MODEL_CONFIGS[args.model]
-    images = draw_images(args.batch_size, config, device)
-    before = memory_gb(device)
-    network = BUILDERS[name](config, args.mask_ratio).to(device).train()
-    if attends_by_products(name, mode, device):
+def build_steps(
+    args: argparse.Namespace, config: MAEConfig, name: str, modes: Sequence[str], images: Tensor
+) -> dict[str, Callable[[], None]]:
+    """Build one network and its steps by mode; they share it, as there may be no room for one apiece."""
+    bare = args.as_shipped and name == "lightly"
+    network = BUILDERS[name](config, args.mask_ratio).to(images.device).train()
+    if attends_by_products(name, modes[0], images.device):
         network.unfuse_attention()
     if args.activation_checkpointing:
         network.activation_checkpointing = True
-    step = build_step(network, build_optimizer(network), images, mode)
-    for _ in range(3):
+    optimizer = build_optimizer(network, fused=not bare)
+    return {mode: build_step(network, optimizer, images, mode, clip=not bare) for mode in modes}
+
+
+def measure_step(args: argparse.Namespace, device: torch.device) -> None:
+    """Print peak memory of a few steps above what the libraries take, and seconds; this process does nothing else."""
+    name, mode = args.step_of
+    if name == OURS and device.type == "cpu":
+        keep_freed_memory()
+    config = MODEL_CONFIGS[args.model]
+    images = draw_images(args.batch_size, config, device)
+    before = memory_gb(device)
+    step = build_steps(args, config, name, [mode], images)[mode]
+    for _ in range(2):
         step()
-    print(json.dumps({"gb": memory_gb(device) - before}))
+    seconds = statistics.median(time_run(step, device) for _ in range(3))
+    print(json.dumps({"gb": memory_gb(device) - before, "seconds": seconds}))
 
 
 # ------------------------------------------------------------------------------------------------ tables
 
 
 def compare_peers(args: argparse.Namespace, config: MAEConfig, device: torch.device) -> None:
-    images, steps = draw_images(args.batch_size, config, device), {}
     names = installed_networks()
-    for name in names:
-        bare = args.as_shipped and name == "lightly"
-        for products in (False, True):  # the modes of each share a network: there may be no room for one apiece
-            modes = [mode for mode in args.modes if attends_by_products(name, mode, device) == products]
-            if not modes:
-                continue
-            network = BUILDERS[name](config, args.mask_ratio).to(device).train()
-            if products:
-                network.unfuse_attention()
-            optimizer = build_optimizer(network, fused=not bare)
-            for mode in modes:
-                steps[name, mode] = build_step(network, optimizer, images, mode, clip=not bare)
+    if args.as_shipped and device.type == "cpu":
+        times = time_apart(args, [(name, mode) for name in names for mode in args.modes])
+    else:
+        images, steps = draw_images(args.batch_size, config, device), {}
+        for name in names:
+            for products in (False, True):
+                modes = [mode for mode in args.modes if attends_by_products(name, mode, device) == products]
+                if modes:
+                    built = build_steps(args, config, name, modes, images)
+                    steps.update({(name, mode): step for mode, step in built.items()})
+        times = alternate({", ".join(key): step for key, step in steps.items()}, args.rounds, device, warmup=2)
+        times = {key: times[", ".join(key)] for key in steps}
     rates = {dtype: matrix_rate(device, dtype) for dtype in {MODES[mode][0] for mode in args.modes}}
-    times = alternate({", ".join(key): step for key, step in steps.items()}, args.rounds, device, warmup=2)
-    times = {key: times[", ".join(key)] for key in steps}
     flops = training_flops(config, args.mask_ratio) * args.batch_size
     rows = []
     for (name, mode), seconds in times.items():
@@ -292,6 +305,25 @@ def compare_peers(args: argparse.Namespace, config: MAEConfig, device: torch.dev
     )
 
 
+def time_apart(args: argparse.Namespace, keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], list[float]]:
+    """Time steps in turns, each round in new processes: where their memory happens to lie changes the time, too."""
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
+    for index in range(args.rounds):
+        for key in keys[index % len(keys) :] + keys[: index % len(keys)]:
+            found = run_apart(args, *key, args.batch_size, "--as_shipped")
+            if found is None:
+                raise MemoryError(f"no memory for a step of {key[0]} at batch {args.batch_size}; try a smaller one")
+            times[key].append(found["seconds"])
+        print(f"round {index + 1} of {args.rounds}", file=sys.stderr, flush=True)
+    return times
+
+
+def run_apart(args: argparse.Namespace, name: str, mode: str, batch_size: int, *more: str) -> dict | None:
+    """Measure a step in a process of its own: peak memory and seconds, None when memory runs out."""
+    flags = ["--model", args.model, "--step_of", name, mode, "--batch_size", str(batch_size), *more]
+    return measure_apart(__file__, [*flags, "--threads", str(args.threads), "--mask_ratio", str(args.mask_ratio)])
+
+
 def compare_memory(args: argparse.Namespace, config: MAEConfig, device: torch.device) -> None:
     names, rows = installed_networks(), []
     for batch_size in args.batch_sizes:
@@ -302,8 +334,7 @@ def compare_memory(args: argparse.Namespace, config: MAEConfig, device: torch.de
 
 
 def find_memory(args: argparse.Namespace, name: str, mode: str, batch_size: int, *more: str) -> str:
-    flags = ["--model", args.model, "--memory_of", name, mode, "--batch_size", str(batch_size), *more]
-    found = measure_apart(__file__, [*flags, "--threads", str(args.threads), "--mask_ratio", str(args.mask_ratio)])
+    found = run_apart(args, name, mode, batch_size, *more)
     return f"{found['gb']:.2f}" if found else "out of memory"
 
 
@@ -403,8 +434,8 @@ def main(args: argparse.Namespace) -> None:
     device = choose_device()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    if args.memory_of:
-        measure_memory(args, device)
+    if args.step_of:
+        measure_step(args, device)
         return
     print(describe_machine(device), flush=True)
     tables = {

@@ -1,6 +1,8 @@
 """The benchmarks of the networks: what they count, and that every network they time trains. Nothing is timed here."""
 
 import importlib.util
+import subprocess
+import sys
 from types import ModuleType
 
 import pytest
@@ -9,6 +11,7 @@ from conftest import ROOT, TINY
 from torch.utils.flop_counter import FlopCounterMode
 
 import dataset
+from model import ViTMAEForPreTraining
 
 
 def load_benchmark(name: str, monkeypatch) -> ModuleType:
@@ -34,16 +37,28 @@ def segmentation(monkeypatch) -> ModuleType:
 def test_training_flops_are_those_that_torch_counts(step, mask_ratio):
     """Attention written out, as torch does not count the fused one of the CPU; but for the first layer's backward pass,
     which needs no gradient of the pixels."""
-    model = step.build_ours(TINY, mask_ratio)
+    model = ViTMAEForPreTraining(TINY)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
     images = torch.randn(2, 3, 16, 16)
     with FlopCounterMode(display=False) as counter:
-        model(images).backward()
+        model(images, mask_ratio).loss.backward()
     kept = round(16 * (1 - mask_ratio))
     first_layer = 2 * kept * TINY.patch_dim * TINY.encoder_embed_dim
     assert counter.get_total_flops() / 2 == step.training_flops(TINY, mask_ratio) - first_layer
+
+
+def test_fewer_flops_are_made_than_counted(step):
+    """The count is the mathematics' own; this project leaves out what the loss never looks at."""
+    with FlopCounterMode(display=False) as counter:
+        step.build_ours(TINY, 0.75)(torch.randn(2, 3, 16, 16)).backward()
+    whole = step.training_flops(TINY, 0.75)
+    width, visible = TINY.decoder_embed_dim, 5  # the cls token among them
+    unseen = 3 * 2 * width * (2 * visible * int(width * TINY.decoder_mlp_ratio) + (visible - 1) * TINY.patch_dim)
+    fused = 3 * 4 * (TINY.encoder_depth * 5**2 * TINY.encoder_embed_dim + TINY.decoder_depth * 17**2 * width)
+    first_layer = 2 * 4 * TINY.patch_dim * TINY.encoder_embed_dim
+    assert counter.get_total_flops() / 2 == whole - unseen - fused - first_layer
 
 
 def test_every_network_takes_steps_that_lower_its_loss(step):
@@ -89,6 +104,20 @@ def test_heads_compared_give_the_same_loss_and_gradients(segmentation):
         torch.autograd.grad(loss, net.neck.parameters()) for loss, net in zip(losses, (ours, theirs), strict=True)
     ]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_steps_as_shipped_are_taken_in_processes_of_their_own():
+    flags = ["--tables", "peers", "--modes", "float32 eager", "--rounds", "1", "--batch_size", "1"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "step.py", "--as_shipped", "--model", "mae_vit_tiny_patch16", *flags],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
+    ours, theirs = (next(row for row in rows if row[0] == name) for name in ("this project", "transformers"))
+    assert float(ours[2]) > 0 and float(theirs[2]) > 0
+    assert float(ours[6].split()[0]) == pytest.approx(float(theirs[2]) / float(ours[2]), rel=0.1)
 
 
 def test_seeding_is_timed_beside_the_samples_it_is_for(drawn_images, tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -268,6 +269,26 @@ def test_world_of_separate_processes_is_refused(monkeypatch):
     monkeypatch.setattr(utils, "Accelerator", lambda **_: alone)
     with pytest.raises(RuntimeError, match="ACCELERATE_USE_CPU=true"):
         utils.build_accelerator(1)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc is left as it is")
+@pytest.mark.parametrize(("environment", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
+def test_freed_memory_is_kept_on_the_cpu_unless_the_environment_chooses(environment, kept):
+    """A tensor of 64 MB, freed and made again and again: in the end without a page fault where memory is kept."""
+    script = (
+        "import resource, torch, utils\n"
+        "utils.build_accelerator(1)\n"
+        "for _ in range(30):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.zeros(1 << 24)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    ours = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_")
+    outer = {name: value for name, value in os.environ.items() if name not in ours} | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=outer | environment, capture_output=True, text=True, check=True
+    )
+    assert (int(done.stdout) < 16) == kept
 
 
 # -------------------------------------------------------------------------------- checkpoints
