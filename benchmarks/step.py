@@ -71,10 +71,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------ networks
 
 
-def build_ours(config: MAEConfig, mask_ratio: float) -> nn.Module:
+def build_ours(config: MAEConfig, mask_ratio: float, *, predict_visible: bool = False) -> nn.Module:
     class Loss(ViTMAEForPreTraining):
         def forward(self, images: Tensor) -> Tensor:
-            return super().forward(images, mask_ratio, predict_visible=False).loss
+            return super().forward(images, mask_ratio, predict_visible=predict_visible).loss
 
     return Loss(config)
 
@@ -357,7 +357,9 @@ def compare_attention(args: argparse.Namespace, config: MAEConfig, device: torch
 
 def compare_mask_ratios(args: argparse.Namespace, config: MAEConfig, device: torch.device) -> None:
     images, mode = draw_images(args.batch_size, config, device), default_mode(device)
-    networks = {f"{mask_ratio:g} removed": build_ours(config, mask_ratio) for mask_ratio in MASK_RATIOS}
+    networks = {  # all predict every patch, so that only what is encoded differs
+        f"{mask_ratio:g} removed": build_ours(config, mask_ratio, predict_visible=True) for mask_ratio in MASK_RATIOS
+    }
     everything = f"{args.mask_ratio:g} removed, all encoded with mask tokens"
     networks[everything] = FullEncoder(config, args.mask_ratio)
     shared = next(iter(networks.values()))
