@@ -362,7 +362,7 @@ class VisionTransformer(nn.Module):
                 module.fused_attn = False
 
     def run_block(self, block: Block, x: Tensor, **more: Tensor | None) -> Tensor:
-        """Run one block, (N, l, D) -> (N, l, D); with `activation_checkpointing` only its input is kept."""
+        """Run one block as `Block.forward` says; with `activation_checkpointing` only its input is kept."""
         if self.activation_checkpointing and self.training:
             return checkpoint(block, x, use_reentrant=False, **more)
         return block(x, **more)

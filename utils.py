@@ -288,15 +288,17 @@ def build_accelerator(
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, unless MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_MAX_ are set.
+    """Let this process keep the memory that it frees, unless MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_MAX_ is set.
 
     A step on the CPU allocates and frees the same tensors as the one before. By default glibc gives large ones back to
     Linux, which hands them out again page by page, zeroed. Other C libraries are left as they are.
     """
-    chosen = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_"} & os.environ.keys()
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt") and not chosen:
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
-        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+    if sys.platform != "linux" or {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_"} & os.environ.keys():
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.mallopt(M_MMAP_MAX, 0)
 
 
 def die_with_parent(number: signal.Signals) -> None:

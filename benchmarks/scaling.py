@@ -64,7 +64,7 @@ def work(args: argparse.Namespace) -> None:
         accelerator.gradient_accumulation_steps, accelerator.step = passes, 0
         for _ in range(passes):
             with accelerator.accumulate(network):
-                accelerator.backward(network(images).loss)
+                accelerator.backward(network(images, predict_visible=False).loss)
                 if accelerator.sync_gradients:
                     nn.utils.clip_grad_norm_(bare_model.parameters(), 1.0)
                 optimizer.step()

@@ -310,7 +310,7 @@ def time_apart(args: argparse.Namespace, keys: Sequence[tuple[str, str]]) -> dic
     times: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
     for index in range(args.rounds):
         for key in keys[index % len(keys) :] + keys[: index % len(keys)]:
-            found = run_apart(args, *key, args.batch_size, "--as_shipped")
+            found = run_apart(args, *key, args.batch_size)
             if found is None:
                 raise MemoryError(f"no memory for a step of {key[0]} at batch {args.batch_size}; try a smaller one")
             times[key].append(found["seconds"])
@@ -321,6 +321,7 @@ def time_apart(args: argparse.Namespace, keys: Sequence[tuple[str, str]]) -> dic
 def run_apart(args: argparse.Namespace, name: str, mode: str, batch_size: int, *more: str) -> dict | None:
     """Measure a step in a process of its own: peak memory and seconds, None when memory runs out."""
     flags = ["--model", args.model, "--step_of", name, mode, "--batch_size", str(batch_size), *more]
+    flags += ["--as_shipped"] if args.as_shipped else []
     return measure_apart(__file__, [*flags, "--threads", str(args.threads), "--mask_ratio", str(args.mask_ratio)])
 
 
