@@ -16,18 +16,21 @@ import importlib.util
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
 import struct
+import sys
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.context import ForkContext, ForkProcess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1512,6 +1515,42 @@ class StepSampler(Sampler):
 
 
 PROTECTED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+WORKER_START_S = 30  # a fork takes milliseconds
+MAX_FORKS = 5
+
+
+class WorkerProcess(ForkProcess):
+    """A forked data worker that is killed and forked again where it does not come up.
+
+    A child of a process with threads may have a lock that another thread held at that moment, and that nobody will
+    ever release. Earlier releases of Python 3.11 have one that the threads of gloo take
+    (github.com/python/cpython/issues/112275). RuntimeError after `MAX_FORKS`.
+    """
+
+    def run(self) -> None:
+        self.came_up.send(True)
+        super().run()
+
+    @staticmethod
+    def _Popen(process: "WorkerProcess"):  # noqa: N802, what multiprocessing calls to fork
+        for _ in range(MAX_FORKS):
+            receiver, process.came_up = multiprocessing.Pipe(duplex=False)
+            child = ForkProcess._Popen(process)
+            process.came_up.close()  # the child has the other end; when it dies, the wait is over as well
+            with receiver:
+                if receiver.poll(WORKER_START_S):
+                    return child
+            child.kill()
+            child.wait()
+            child.close()
+            print(f"a data worker that did not start in {WORKER_START_S} s is replaced", file=sys.stderr)
+        raise RuntimeError(
+            f"a data worker did not start in {WORKER_START_S} s, {MAX_FORKS} times in a row; try --num_workers 0"
+        )
+
+
+class WorkerContext(ForkContext):
+    Process = WorkerProcess
 
 
 class Loader(DataLoader):
@@ -1525,6 +1564,8 @@ class Loader(DataLoader):
     def __init__(self, *args, **options):
         leaving = torch.zeros(1).share_memory_()  # 1 when this process is at its end; its workers see it
         atexit.register(leaving.fill_, 1)  # before multiprocessing sends the workers SIGTERM and waits for them
+        if sys.platform == "linux" and options["num_workers"] > 0:
+            options["multiprocessing_context"] = WorkerContext()
         super().__init__(*args, worker_init_fn=functools.partial(protect_worker, leaving), **options)
 
     def __iter__(self):

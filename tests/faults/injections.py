@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import dataset
 import utils
 
 
@@ -94,6 +95,19 @@ def die(script: ModuleType, rank: int, step: int) -> None:
 def hang(script: ModuleType, rank: int, step: int) -> None:
     if is_rank(rank):
         before_agreeing(script, lambda now: time.sleep(3600) if now == step else None)
+
+
+def hang_forks(script: ModuleType, rank: int, forks: list[int], patience_s: float) -> None:
+    """Let some of the processes that this one forks, counted from 1, hang before they run any code of theirs."""
+    if not is_rank(rank):
+        return
+    dataset.WORKER_START_S, made = patience_s, 0
+
+    def count() -> None:
+        nonlocal made
+        made += 1
+
+    os.register_at_fork(before=count, after_in_child=lambda: time.sleep(3600) if made in forks else None)
 
 
 def poison(script: ModuleType, rank: int, passes: list[int], value: str = "nan") -> None:

@@ -195,3 +195,24 @@ def test_launcher_ends_when_one_of_its_processes_dies(job, undisturbed, faults, 
             hurt.finish()
             check_exact(hurt.experiment, undisturbed("pretrain_mae", 2))
             count.survived += 1
+
+
+@pytest.mark.parametrize(("script", "num_processes"), [("pretrain_mae", 2), ("finetune_segmentation", 1)])
+def test_data_worker_that_hangs_as_it_is_forked_is_replaced(script, num_processes, job, undisturbed, faults, tmp_path):
+    rank = num_processes - 1
+    with faults(12, f"data workers hang at their fork, {script}, {num_processes} process(es)") as count:
+        hurt = job(script, tmp_path / "some", num_processes).with_flags("--save_minutes 0")
+        count.injected += 3  # of the training loader and of an evaluation's
+        printed = hurt.finish(("hang_forks", {"rank": rank, "forks": [1, 2, 4], "patience_s": 1}))
+        assert printed.count("a data worker that did not start in 1 s is replaced") == 3, printed
+        check_exact(hurt.experiment, undisturbed(script, num_processes))
+        count.survived += 3
+
+
+def test_run_whose_data_workers_never_start_says_so(job, faults, tmp_path):
+    with faults(12, "every data worker hangs at its fork, finetune_classifier") as count:
+        count.injected += 1
+        hurt = job("finetune_classifier", tmp_path)
+        printed = hurt.fail(("hang_forks", {"rank": 0, "forks": [1, 2, 3, 4, 5], "patience_s": 0.2}))
+        assert "RuntimeError: a data worker did not start in 0.2 s, 5 times in a row; try --num_workers 0" in printed
+        count.survived += 1
