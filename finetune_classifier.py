@@ -32,7 +32,6 @@ from torch.utils.data import DataLoader
 from dataset import (
     EVAL_EPOCH,
     Batch,
-    FileList,
     ImageDataset,
     PairMixing,
     ResizeCenterCrop,
@@ -42,14 +41,9 @@ from dataset import (
     build_finetuning_transform,
     build_probing_transform,
     build_training_loader,
-    check_same_classes,
     denormalize,
     eval_crop_ratio,
-    find_splits,
-    find_validation,
-    list_images,
     normalize,
-    write_demo_data,
 )
 from model import (
     MODEL_CONFIGS,
@@ -61,57 +55,40 @@ from model import (
     load_classifier,
     load_pretrained_encoder,
     read_sizes,
-    read_state_dict,
 )
-from utils import (
-    BEST_CHECKPOINT,
-    GO_ON,
-    KNN_NEIGHBOURS,
-    LAST_CHECKPOINT,
+from storage.demo import write_demo_data
+from storage.files import rename_aside, write_json
+from storage.lists import FileList, check_same_classes, find_splits, find_validation, list_images
+from storage.weights import read_state_dict
+from training.checkpoints import BEST_CHECKPOINT, LAST_CHECKPOINT, Checkpoints, check_weights, find_checkpoints, resume
+from training.flags import HelpFormatter, add_run_flags, check_run_flags, micro_batch_size
+from training.process import (
     SHARDING,
-    STOP,
-    BadFiles,
-    Checkpoints,
-    ConfusionMatrix,
-    HelpFormatter,
-    Interrupted,
-    Interruptions,
-    SkippedSteps,
-    StepClock,
-    accuracy,
-    add_run_flags,
+    broadcast_buffers,
     build_accelerator,
-    build_bar,
     cap_workers,
-    check_run_flags,
-    check_weights,
     choose_kernels,
     collect_features,
     compile_in_place,
+    describe_processes,
+    gather_slices,
+    process_slice,
+)
+from training.records import BadFiles, SkippedSteps, StepClock, build_bar, peak_memory_gb, save_picture
+from training.run import open_experiment, refuse_inside, repetition_note, report, start_records
+from training.signals import GO_ON, STOP, Interrupted, Interruptions
+from utils import (
+    KNN_NEIGHBOURS,
+    ConfusionMatrix,
+    accuracy,
     cosine_lr,
     describe_class,
-    describe_processes,
     draw_rows,
-    find_checkpoints,
-    gather_shares,
     knn_classify,
-    micro_batch_size,
-    open_experiment,
-    peak_memory_gb,
-    refuse_inside,
-    repetition_note,
-    report,
-    resume,
-    save_picture,
+    nan_guard,
     scaled_lr,
-    set_aside,
     set_learning_rate,
-    share_buffers,
-    share_of,
-    skip_if_not_finite,
-    spread_not_finite,
-    start_records,
-    write_json,
+    skip_nonfinite,
 )
 
 # The tutorial's, as its command has it; it decays no learning rate by depth, drops no path and erases nothing.
@@ -409,7 +386,7 @@ def evaluate(
     model.train(was_training)
     empty = torch.zeros(0, 1 + min(TOP, model.num_classes), device=accelerator.device)
     share = torch.cat([empty, *results])  # a process may have no image at all
-    table = gather_shares(accelerator, share, total).cpu()  #          (M, 1 + 5)
+    table = gather_slices(accelerator, share, total).cpu()  #          (M, 1 + 5)
     labels = torch.from_numpy(loader.dataset.files.labels).long()
     return Evaluation(table[:, 0], table[:, 1:].long(), labels)
 
@@ -424,7 +401,7 @@ def write_evaluation(
     confusion = ConfusionMatrix(len(class_names))
     confusion.update(evaluation.labels, evaluation.top[:, 0])
     for name in EVALUATION_FILES:
-        set_aside(folder / name)
+        rename_aside(folder / name)
     figures_file, table_file, picture_file = (folder / name for name in EVALUATION_FILES)
     write_json(figures_file, record)
 
@@ -465,7 +442,7 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
         if number not in (None, model.num_classes):
             raise ValueError(f"{weights} tells {model.num_classes} classes apart, but {what} has {number}")
     data = build_eval_data(files, build_config(args), args)
-    loader = build_eval_loader(data, micro_batch_size(args), cap_workers(args.num_workers), *share_of(accelerator))
+    loader = build_eval_loader(data, micro_batch_size(args), cap_workers(args.num_workers), *process_slice(accelerator))
     accelerator.print(f"{'evaluating':<16}{weights} on {files.describe()}")
     evaluation = evaluate(accelerator, model.to(accelerator.device), loader, args)
     figures = evaluation.figures()
@@ -501,7 +478,9 @@ def run_knn(args: argparse.Namespace) -> dict[str, float]:
     for files in (train_files, val_files):
         accelerator.print(f"{'encoding':<16}{files.describe()}")
         data = build_eval_data(files, config, args)
-        loader = build_eval_loader(data, micro_batch_size(args), cap_workers(args.num_workers), *share_of(accelerator))
+        loader = build_eval_loader(
+            data, micro_batch_size(args), cap_workers(args.num_workers), *process_slice(accelerator)
+        )
         features.append(collect_features(accelerator, loader, encode))
     (bank, bank_labels), (queries, labels) = features
     ranked = knn_classify(bank, bank_labels, queries, len(train_files.classes))
@@ -646,7 +625,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     )
     num_workers = cap_workers(args.num_workers)
     loader = build_training_loader(train_data, sampler, num_workers, device.type == "cuda", mixing)
-    eval_loader = build_eval_loader(eval_data, micro_batch_size(args), num_workers, *share_of(accelerator))
+    eval_loader = build_eval_loader(eval_data, micro_batch_size(args), num_workers, *process_slice(accelerator))
 
     # Optimizer
     peak_learning_rate = args.learning_rate
@@ -749,10 +728,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             with accelerator.accumulate(model):
                 scores = model(images, noise)  #                      (N, K)
                 loss = compute_loss(scores.float(), targets)
-                accelerator.backward(spread_not_finite(loss))
+                accelerator.backward(nan_guard(loss))
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-                    skipped = skip_if_not_finite(optimizer, grad_norm)
+                    skipped = skip_nonfinite(optimizer, grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             hits = (scores.argmax(dim=1) == targets.argmax(dim=1)).float().mean()
@@ -812,7 +791,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             try:
                 figures = {}
                 for prefix, candidate in candidates.items():
-                    share_buffers(accelerator, candidate)
+                    broadcast_buffers(accelerator, candidate)
                     evaluation = evaluate(accelerator, candidate, eval_loader, args, interruptions.watch)
                     figures |= evaluation.figures(prefix)
             except Interrupted:

@@ -29,29 +29,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dataset import (
-    ADE20K_CLASS_NAMES,
-    ADE20K_NUM_CLASSES,
-    DEMO_LABEL_NAMES,
     EVAL_EPOCH,
-    IGNORE_INDEX,
-    LABEL_COLOURS,
     ADE20KDataset,
     Batch,
-    PairList,
     SampleKey,
     SegmentationTransform,
     StepSampler,
     build_eval_loader,
     build_training_loader,
-    check_pairs,
     collate_lists,
     fit_within,
     keep_size,
-    label_table,
-    list_pairs,
     normalize,
     resize_image,
-    write_demo_data,
 )
 from model import (
     MODEL_CONFIGS,
@@ -63,51 +53,51 @@ from model import (
     load_segmenter,
     read_sizes,
 )
-from upernet import NORMS, resize, resized_cross_entropy, slide_inference
-from utils import (
-    BEST_CHECKPOINT,
-    GO_ON,
-    LAST_CHECKPOINT,
+from storage.demo import DEMO_LABEL_NAMES, write_demo_data
+from storage.files import rename_aside, write_json
+from storage.pairs import (
+    ADE20K_CLASS_NAMES,
+    ADE20K_NUM_CLASSES,
+    IGNORE_INDEX,
+    LABEL_COLOURS,
+    PairList,
+    check_pairs,
+    label_table,
+    list_pairs,
+)
+from training.checkpoints import BEST_CHECKPOINT, LAST_CHECKPOINT, Checkpoints, check_weights, find_checkpoints, resume
+from training.flags import HelpFormatter, add_run_flags, check_run_flags, micro_batch_size
+from training.process import (
     SHARDING,
-    STOP,
-    BadFiles,
-    Checkpoints,
-    ConfusionMatrix,
-    HelpFormatter,
-    Interrupted,
-    Interruptions,
-    SkippedSteps,
-    StepClock,
-    add_run_flags,
+    broadcast_buffers,
     build_accelerator,
-    build_bar,
     cap_workers,
-    check_run_flags,
-    check_weights,
     choose_kernels,
-    colour_classes,
     compile_in_place,
     describe_processes,
+    process_slice,
+)
+from training.records import (
+    BadFiles,
+    SkippedSteps,
+    StepClock,
+    build_bar,
+    optional_write,
+    peak_memory_gb,
+    save_picture,
+)
+from training.run import open_experiment, repetition_note, report, start_records
+from training.signals import GO_ON, STOP, Interrupted, Interruptions
+from upernet import NORMS, resize, resized_cross_entropy, slide_inference
+from utils import (
+    ConfusionMatrix,
+    colour_classes,
     draw_legend,
     draw_rows,
-    find_checkpoints,
-    going_on_without,
-    micro_batch_size,
-    open_experiment,
-    peak_memory_gb,
+    nan_guard,
     poly_lr,
-    repetition_note,
-    report,
-    resume,
-    save_picture,
-    set_aside,
     set_learning_rate,
-    share_buffers,
-    share_of,
-    skip_if_not_finite,
-    spread_not_finite,
-    start_records,
-    write_json,
+    skip_nonfinite,
 )
 
 # MMSegmentation's recipe for MAE and UperNet on ADE20K, which is the paper's.
@@ -466,21 +456,21 @@ def evaluate(
         for labels, answer in zip(batch.labels, answers, strict=True):
             confusion.update(labels, answer)
     model.train(was_training)
-    if share_of(accelerator)[1] > 1:
+    if process_slice(accelerator)[1] > 1:
         confusion.reduce(accelerator)
     return confusion
 
 
 def write_table(confusion: ConfusionMatrix, names: list[str], file: Path) -> None:
     """Write a row for each class: its share of the pixels and its scores in percent."""
-    set_aside(file)
+    rename_aside(file)
     counts, scores = confusion.counts.cpu(), confusion.per_class()
     shares = 100 * counts.sum(dim=1).double() / counts.sum()
     lines = ["class\tname\tpixels_percent\tiou\tacc\tdice"]
     for index, name in enumerate(names):
         cells = [f"{values[index].item():.2f}" for values in (shares, *scores.values())]
         lines.append("\t".join([str(index), name, *cells]))
-    with going_on_without(file):
+    with optional_write(file):
         file.write_text("\n".join(lines) + "\n")
 
 
@@ -540,7 +530,7 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
     pairs = list_checked_pairs(accelerator, args, "validation")
     data = build_val_data(pairs, args)
     num_workers = cap_workers(args.num_workers)
-    loader = build_eval_loader(data, micro_batch_size(args), num_workers, *share_of(accelerator), collate_lists)
+    loader = build_eval_loader(data, micro_batch_size(args), num_workers, *process_slice(accelerator), collate_lists)
     accelerator.print(f"{'evaluating':<16}{weights} on {pairs.describe()}")
     confusion = evaluate(accelerator, model.to(accelerator.device), loader, args)
     figures = confusion.figures()
@@ -548,7 +538,7 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
         files = [weights.parent / name for name in ("evaluation.json", "per_class.tsv")]
         how = {name: getattr(args, name) for name in ("path_to_data", "slide", "multi_scale", "flip", "resize_to")}
         how |= {"weights": str(weights), "num_images": len(data), "precision": accelerator.mixed_precision}
-        set_aside(files[0])
+        rename_aside(files[0])
         write_json(files[0], figures | how)
         write_table(confusion, args.class_names, files[1])
         accelerator.print(f"{'written':<16}{', '.join(file.name for file in files)} in {weights.parent}")
@@ -642,7 +632,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     num_workers = cap_workers(args.num_workers)
     loader = build_training_loader(train_data, sampler, num_workers, device.type == "cuda")
     eval_batch_size = micro_batch_size(args)
-    val_loader = build_eval_loader(val_data, eval_batch_size, num_workers, *share_of(accelerator), collate_lists)
+    val_loader = build_eval_loader(val_data, eval_batch_size, num_workers, *process_slice(accelerator), collate_lists)
     total_steps = args.iterations if args.epochs is None else args.epochs * sampler.steps_per_epoch
     num_epochs = math.ceil(total_steps / sampler.steps_per_epoch)
     warmup_steps = choose_warmup(args, sampler.steps_per_epoch, total_steps)
@@ -732,10 +722,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             with accelerator.accumulate(model):
                 logits, auxiliary = model(images, noise)
                 losses = torch.stack([compute_loss(logits, labels), compute_loss(auxiliary, labels)])
-                accelerator.backward(spread_not_finite(losses[0] + args.auxiliary_weight * losses[1]))
+                accelerator.backward(nan_guard(losses[0] + args.auxiliary_weight * losses[1]))
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-                    skipped = skip_if_not_finite(optimizer, grad_norm)
+                    skipped = skip_nonfinite(optimizer, grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             sums += losses.detach() / args.gradient_accumulation_steps
@@ -788,7 +778,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         # The epoch is complete
         if evaluates:
             check_weights(accelerator, model, experiment, step)
-            share_buffers(accelerator, bare_model)
+            broadcast_buffers(accelerator, bare_model)
             try:
                 confusion = evaluate(accelerator, bare_model, val_loader, args, interruptions.watch)
             except Interrupted:

@@ -8,18 +8,13 @@ Shapes   N batch   L patches   D width   P patch size   C channels   H W image  
 Masks    1 = removed, 0 = kept
 """
 
-import argparse
 import dataclasses
 import functools
-import json
 import math
-import pickle
 import re
-import reprlib
 import shlex
 import statistics
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,17 +22,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.layers import Attention, DropPath, PatchEmbed
 from timm.models import vision_transformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from storage.files import check_entries, read_json
+from storage.weights import count_blocks, mlp_width, read_state_dict
 from upernet import FCNHead, Feature2Pyramid, UperNetHead
 
 LAYER_NORM_EPS = 1e-6
+
+
 NORM_PIX_EPS = 1e-6
+
 
 # ------------------------------------------------------------------------------------------------ sizes
 
@@ -117,6 +115,7 @@ MODEL_CONFIGS = {
     "mae_vit_large_patch16": MAEConfig(encoder_embed_dim=1024, encoder_depth=24, encoder_num_heads=16),
     "mae_vit_huge_patch14": MAEConfig(patch_size=14, encoder_embed_dim=1280, encoder_depth=32, encoder_num_heads=16),
 }
+
 
 # ------------------------------------------------------------------------------------------------ positions
 
@@ -575,7 +574,11 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------ classifier
 
 HEAD_INIT_STD = 2e-5  # so small that finetuning starts from even scores
+
+
 PROBE_INIT_STD = 0.01
+
+
 PROBE_NORM_EPS = 1e-6
 
 
@@ -747,181 +750,13 @@ class ViTMAEForSegmentation(nn.Module):
         return SegmentationOutput(logits, self.auxiliary_head(maps[2]))  #  (N, K, h, w)
 
 
-# ------------------------------------------------------------------------------------------------ weight files
-
-
-WRAPPERS = ("model", "state_dict", "module")
-PREFIXES = ("module.", "_orig_mod.", "model.")
-# Objects of logs and arguments that trainings save beside the weights; `Inert` is built in their place.
-BESIDE_WEIGHTS = (
-    "mmengine.logging.history_buffer.HistoryBuffer",
-    "numpy.ndarray",
-    "numpy.dtype",
-    *(f"{module}.getattr" for module in ("builtins", "__builtin__")),  # of a HistoryBuffer's methods, and not called
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    *(f"{module}.{name}Path" for module in ("pathlib", "pathlib._local") for name in ("Posix", "Windows")),
-)
-# What torch raises for files that are cut short or no weights at all
-DAMAGED = (
-    RuntimeError,
-    EOFError,
-    LookupError,
-    UnicodeDecodeError,
-    struct.error,
-    AssertionError,
-    AttributeError,
-    TypeError,
-)
-
-
-class Inert:
-    """Stand for an object that is not looked at; it ignores all that a file says of it."""
-
-    def __new__(cls, *_):
-        return super().__new__(cls)
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-def read_json(file: Path) -> dict:
-    """Read a JSON file; what is not there is empty, and ValueError names a file that is no table in JSON."""
-    try:
-        content = json.loads(file.read_text()) if file.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, not entries by name")
-    return content
-
-
-def is_whole(value: object, least: int = 1) -> bool:
-    return type(value) is int and value >= least
-
-
-def is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def is_list(value: object, check: Callable[[object], bool]) -> bool:
-    return isinstance(value, list) and all(check(item) for item in value)
-
-
-def is_numbered(value: object) -> bool:
-    """Say whether this is a table of texts by "0", "1" and so on, in any order."""
-    return (
-        isinstance(value, dict)
-        and value.keys() == set(map(str, range(len(value))))
-        and all(map(is_text, value.values()))
-    )
-
-
-CHECKS = {
-    "a whole number above 0": is_whole,
-    "a whole number above 0, or null": lambda value: value is None or is_whole(value),
-    "a number of at least 0": lambda value: is_number(value) and value >= 0,
-    "true or false": lambda value: isinstance(value, bool),
-    "a text": is_text,
-    "gelu, as in all models here": lambda value: value == "gelu",
-    "a table": lambda value: isinstance(value, dict),
-    "a table of texts": lambda value: isinstance(value, dict) and is_list(list(value.values()), is_text),
-    "a list of texts": lambda value: is_list(value, is_text),
-    "texts by number from 0": lambda value: is_list(value, is_text) or is_numbered(value),
-    "a list of numbers": lambda value: is_list(value, is_number),
-    "a list of whole numbers": lambda value: is_list(value, lambda item: is_whole(item, 0)),
-    "one or two whole numbers above 0": lambda value: is_whole(value) or (is_list(value, is_whole) and len(value) == 2),
-}
-# What entries of config.json and the like have to be, here, in transformers and in timm
-ENTRIES = {
-    "one or two whole numbers above 0": "img_size image_size",
-    "a whole number above 0": "patch_size input_channels encoder_embed_dim encoder_depth encoder_num_heads "
-    "decoder_embed_dim decoder_depth decoder_num_heads num_channels hidden_size num_hidden_layers num_attention_heads "
-    "decoder_hidden_size decoder_num_hidden_layers decoder_num_attention_heads num_heads",
-    "a whole number above 0, or null": "channels",  # of a segmenter, null is the encoder's width
-    "a number of at least 0": "encoder_mlp_ratio decoder_mlp_ratio layer_norm_eps mask_ratio",
-    "true or false": "norm_pix_loss rel_pos_bias ignore_zero",
-    "a text": "architecture global_pool norm",
-    "gelu, as in all models here": "hidden_act act_layer",
-    "a table": "config pretrained_cfg model_args",
-    "a table of texts": "weight_map",
-    "a list of texts": "class_names",
-    "texts by number from 0": "id2label label_names",
-    "a list of numbers": "image_mean image_std mean std",
-    "a list of whole numbers": "taps resize_to",
-}
-
-
-def check_entries(file: Path, entries: Mapping[str, object]) -> None:
-    """Raise ValueError, naming file and entry, where an entry of a JSON file is not of the kind it has to be."""
-    for kind, names in ENTRIES.items():
-        for name in names.split():
-            if name in entries and not CHECKS[kind](entries[name]):
-                raise ValueError(f"{name} in {file} has to be {kind}, not {reprlib.repr(entries[name])}")
-            if kind == "a table" and name in entries:
-                check_entries(file, entries[name])
-
-
-def read_file(file: Path) -> dict:
-    """Read a safetensors or pickled file, told apart by content, without executing anything in it.
-
-    ValueError says what is wrong with it.
-    """
-    with file.open("rb") as opened:
-        start = opened.read(9)
-    try:
-        if start[8:] == b"{":  # the 8 bytes before are the length of this header
-            return load_file(file)
-        if not start.startswith((b"PK", b"\x80")):
-            raise ValueError(f"{file} is damaged, or no file of weights: it begins as none does")
-        let_in = [argparse.Namespace, *((Inert, name) for name in BESIDE_WEIGHTS)]
-        with torch.serialization.safe_globals(let_in), file.open("rb") as opened:  # a path's ending torch would believe
-            content = torch.load(opened, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from error
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it wants {found[1]} called or built when opened" if found else "it is no file of weights"
-        raise ValueError(f"{file} is not opened: {reason}, and only tensors and plain values are let in") from error
-    except DAMAGED as error:
-        reason = re.split(r"\. |\n", str(error))[0]
-        if "weights_only" in reason:  # torch's advice on it would be to execute the file
-            reason = "it is a program of TorchScript, or older than torch 0.2"
-        raise ValueError(f"{file} is damaged, or no file of weights: {reason}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, not weights by name")
-    return content
-
-
-def unwrap(content: dict, file: Path) -> dict[str, Tensor]:
-    """Take the tensors out of what trainings wrap around them; ValueError where there is something else among them."""
-    for _ in WRAPPERS:  # no deeper, as a file may wrap itself
-        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
-        content = content[wrapper] if wrapper else content
-    if not content:
-        raise ValueError(f"{file} is not weights by name: it is empty")
-    for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            found = "an object that is not opened" if isinstance(value, Inert) else f"a {type(value).__name__}"
-            raise ValueError(f"{file} is not weights by name: {key!r} is {found}")
-        if value.is_meta or value.is_nested or value.layout != torch.strided or 0 in value.shape:
-            raise ValueError(f"{file} is not weights by name: {key} holds no values, or not as a plain array")
-    while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in content)), None):
-        content = {key.removeprefix(prefix): value for key, value in content.items()}
-    return content
-
-
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the weights of a .safetensors or pickled file, whatever a training wrapped around them; see `read_file`."""
-    return unwrap(read_file(Path(path)), Path(path))
-
-
 # Blocks and pyramids of BEiT's kind, which have our names and more; and what other projects have and ours never do.
 BEIT_ONLY = r"\.(ls[12]\.gamma|gamma_[12]|attn\.(q_bias|v_bias|relative_position_index))$|^(backbone\.)?fpn[12]\."
+
+
 NO_COUNTERPART = r"(^|\.)(pooler|embeddings\.mask_token|embed2image|dec_pos_embed|upernet)(\.|$)"
+
+
 TABLE = "relative_position_bias_table"
 
 
@@ -1046,21 +881,6 @@ def infer_config(state_dict: dict[str, Tensor], path: str | Path, norm_pix_loss:
     return MAEConfig(**sizes, **heads, norm_pix_loss=norm_pix_loss)
 
 
-def count_blocks(state_dict: dict[str, Tensor], name: str) -> int:
-    """Count the blocks of a list; ValueError where their numbers leave one out, before any of them is built."""
-    numbers = {int(match[1]) for key in state_dict if (match := re.match(rf"{name}\.([0-9]{{1,9}})\.", key))}
-    absent = sorted(set(range(len(numbers))) - numbers)
-    if absent:
-        raise ValueError(f"{name} are numbered up to {max(numbers)}, but there is no {name}.{absent[0]}")
-    return len(numbers)
-
-
-def mlp_width(state_dict: dict[str, Tensor], name: str) -> int:
-    """Give the width of most blocks' MLPs, so that a block with another one is what is reported not to fit."""
-    keys = [key for key in state_dict if re.fullmatch(rf"{name}\.\d+\.mlp\.fc1\.weight", key)]
-    return statistics.mode(len(state_dict[key]) for key in keys or [f"{name}.0.mlp.fc1.weight"])
-
-
 def load_pretrained_mae(path: str | Path, *, norm_pix_loss: bool = True) -> ViTMAEForPreTraining:
     """Load a whole masked autoencoder, decoder included, from a checkpoint folder or a weight file.
 
@@ -1160,6 +980,8 @@ def load_segmenter(path: str | Path) -> tuple[ViTMAEForSegmentation, dict]:
 
 
 MAY_BE_MISSING = ("head.", "fc_norm.")  # new in finetuning
+
+
 MAY_BE_UNEXPECTED = ("decoder_", "mask_token", "norm.", "head.")  # of pretraining, and heads for other classes
 
 

@@ -27,7 +27,6 @@ from torch.utils.data import DataLoader
 from dataset import (
     EVAL_EPOCH,
     Batch,
-    FileList,
     ImageDataset,
     ResizeCenterCrop,
     SampleKey,
@@ -35,55 +34,39 @@ from dataset import (
     build_eval_loader,
     build_pretraining_transform,
     build_training_loader,
-    check_same_classes,
     collate,
     denormalize,
-    describe_decoder,
     eval_crop_ratio,
-    find_splits,
-    list_images,
     normalize,
-    write_demo_data,
 )
 from model import MODEL_CONFIGS, MAEConfig, ViTMAEForPreTraining, num_kept_patches
-from utils import (
-    GO_ON,
-    STOP,
-    BadFiles,
-    Checkpoints,
-    HelpFormatter,
-    Interrupted,
-    Interruptions,
-    SkippedSteps,
-    StepClock,
-    accuracy,
-    add_run_flags,
+from storage.decoding import describe_decoder
+from storage.demo import write_demo_data
+from storage.lists import FileList, check_same_classes, find_splits, list_images
+from training.checkpoints import Checkpoints, check_weights, resume
+from training.flags import HelpFormatter, add_run_flags, check_run_flags, micro_batch_size
+from training.process import (
     build_accelerator,
-    build_bar,
     cap_workers,
-    check_run_flags,
-    check_weights,
     choose_kernels,
     collect_features,
     compile_in_place,
-    cosine_lr,
     describe_processes,
+    process_slice,
+)
+from training.records import BadFiles, SkippedSteps, StepClock, build_bar, peak_memory_gb, save_picture
+from training.run import open_experiment, refuse_inside, repetition_note, start_records
+from training.signals import GO_ON, STOP, Interrupted, Interruptions
+from utils import (
+    accuracy,
+    cosine_lr,
     draw_rows,
     knn_classify,
-    micro_batch_size,
-    open_experiment,
-    peak_memory_gb,
+    nan_guard,
     reconstruction_titles,
-    refuse_inside,
-    repetition_note,
-    resume,
-    save_picture,
     scaled_lr,
     set_learning_rate,
-    share_of,
-    skip_if_not_finite,
-    spread_not_finite,
-    start_records,
+    skip_nonfinite,
 )
 
 # The paper's recipe (table 8), in the batches of the project's command.
@@ -320,10 +303,10 @@ def build_probe_loaders(
     fit = ResizeCenterCrop(config.image_hw, eval_crop_ratio(config.image_hw))
     return tuple(
         build_eval_loader(
-            ImageDataset(files.thinned(args.probe_images), fit, channels=args.input_channels),
+            ImageDataset(files.subsample(args.probe_images), fit, channels=args.input_channels),
             micro_batch_size(args),
             num_workers,
-            *share_of(accelerator),
+            *process_slice(accelerator),
         )
         for files in lists
     )
@@ -392,7 +375,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     num_workers = cap_workers(args.num_workers)
     loader = build_training_loader(train_data, sampler, num_workers, device.type == "cuda")
     eval_loader = (
-        build_eval_loader(eval_data, micro_batch_size(args), num_workers, *share_of(accelerator)) if val_files else None
+        build_eval_loader(eval_data, micro_batch_size(args), num_workers, *process_slice(accelerator))
+        if val_files
+        else None
     )
     probe_loaders = build_probe_loaders(accelerator, config, num_workers, args) if args.probe_every else None
     spacing = max(1, len(eval_data) // NUM_PICTURES)
@@ -471,10 +456,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             set_learning_rate(optimizer, learning_rate)
             with accelerator.accumulate(model):
                 loss = model(images, args.mask_ratio, noise, predict_visible=False).loss
-                accelerator.backward(spread_not_finite(loss))
+                accelerator.backward(nan_guard(loss))
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-                    skipped = skip_if_not_finite(optimizer, grad_norm)
+                    skipped = skip_nonfinite(optimizer, grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             step_loss += loss.detach() / args.gradient_accumulation_steps

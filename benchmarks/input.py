@@ -42,15 +42,15 @@ import dataset
 from dataset import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    FileList,
     ImageDataset,
     SampleKey,
     StepSampler,
     build_pretraining_transform,
     build_training_loader,
-    list_images,
     seeded,
 )
+from storage import decoding
+from storage.lists import FileList, list_images
 
 ROOT = Path(__file__).resolve().parent.parent
 MIN_CROP_SCALE = 0.2
@@ -128,10 +128,10 @@ def build_ways(files: FileList, packs: dict[str, FileList], img_size: int) -> di
         "Pillow pipeline": Way(PillowDataset(files, img_size).__getitem__),
         "ours, Pillow decodes": Way(ours(files, img_size), 1, ("torchcodec", "nvimgcodec")),
     }
-    if dataset.decode_jpeg is not None:
+    if decoding.decode_jpeg is not None:
         ways["ours (default: torchcodec)"] = Way(ours(files, img_size), 1, ("nvimgcodec",))
         ways["ours, 4 crops of each"] = Way(ours(files, img_size, 4), 4, ("nvimgcodec",))
-    if dataset.load_nvimgcodec() is not None:
+    if decoding.load_nvimgcodec() is not None:
         ways["ours, crop region decoded"] = Way(ours(files, img_size))
     for name, packed in packs.items():
         ways[name] = Way(ours(packed, img_size))
@@ -331,7 +331,7 @@ def main(args: argparse.Namespace) -> None:
         large = pack(args.path_to_data, folder / "large", "--short_side", "384")
         packs = {"packed, 384 px JPEG": large, "packed, 256 px JPEG": jpeg, "packed, 256 px raw": raw}
         ways = build_ways(files, packs, args.img_size)
-        print(f"{files.describe()}; here: {dataset.describe_decoder()}")
+        print(f"{files.describe()}; here: {decoding.describe_decoder()}")
         if args.profile:
             for way_name, way in ways.items():
                 profile(way_name, way, len(files), args.rounds)

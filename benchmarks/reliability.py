@@ -21,9 +21,12 @@ from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataset
-from dataset import ImageDataset, SampleKey, build_pretraining_transform, list_images
+from dataset import ImageDataset, SampleKey, build_pretraining_transform
 from model import MODEL_CONFIGS, ViTMAEForPreTraining
-from utils import Checkpoints, Interruptions, checksum_of, find_damage, sync_to_disk
+from storage.files import checksum_of, sync_to_disk
+from storage.lists import list_images
+from training.checkpoints import Checkpoints, find_damage
+from training.signals import Interruptions
 
 NO_CONFIG = {"architecture": "ViTMAEForPreTraining"}
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from model import MODEL_CONFIGS, ViTMAEForPreTraining
-from utils import build_accelerator
+from training.process import build_accelerator
 
 PROCESSES = 2
 

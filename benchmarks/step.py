@@ -32,7 +32,7 @@ from measure import (
 from torch import Tensor, nn
 
 from model import MODEL_CONFIGS, MAEConfig, ViTMAEForPreTraining, num_kept_patches
-from utils import keep_freed_memory
+from training.process import keep_freed_memory
 
 TABLES = ("peers", "memory", "attention", "mask_ratio", "batch", "image_size", "checkpointing")
 MODES = {

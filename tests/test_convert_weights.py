@@ -25,7 +25,6 @@ from safetensors.torch import load_file, save_file
 from timm.layers import gen_relative_position_index
 from torch import nn
 
-from dataset import ADE20K_CLASS_NAMES
 from model import (
     MODEL_CONFIGS,
     MAEConfig,
@@ -41,6 +40,7 @@ from model import (
     read_sizes,
     relative_position_index,
 )
+from storage.pairs import ADE20K_CLASS_NAMES
 
 tool = load_tool("convert_weights")
 

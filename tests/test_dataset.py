@@ -19,20 +19,11 @@ from torchvision.transforms import InterpolationMode, v2
 
 import dataset
 from dataset import (
-    ADE20K_CLASS_NAMES,
-    ADE20K_NUM_CLASSES,
-    ADE20K_PALETTE,
-    DECODE_ERRORS,
-    DEMO_KINDS,
     EVAL_EPOCH,
-    IGNORE_INDEX,
     IMAGENET_MEAN,
     IMAGENET_STD,
     ADE20KDataset,
-    Area,
     ImageDataset,
-    JPEGPicture,
-    NamedBytes,
     PairMixing,
     ResizeCenterCrop,
     Sample,
@@ -45,26 +36,27 @@ from dataset import (
     build_pretraining_transform,
     build_probing_transform,
     build_training_loader,
-    check_pairs,
-    check_same_classes,
     denormalize,
-    describe_decoder,
     distort_colours,
-    draw_demo_scene,
     eval_crop_ratio,
-    find_splits,
     fit_within,
     keep_size,
-    label_table,
-    list_images,
-    list_pairs,
     normalize,
-    open_picture,
-    read_image,
-    read_label_map,
-    scan_images,
     seeded,
-    write_demo_data,
+)
+from storage import decoding, files
+from storage.decoding import DECODE_ERRORS, Area, JPEGPicture, NamedBytes, describe_decoder, open_picture, read_image
+from storage.demo import DEMO_KINDS, draw_demo_scene, write_demo_data
+from storage.lists import check_same_classes, find_splits, list_images, scan_images
+from storage.pairs import (
+    ADE20K_CLASS_NAMES,
+    ADE20K_NUM_CLASSES,
+    ADE20K_PALETTE,
+    IGNORE_INDEX,
+    check_pairs,
+    label_table,
+    list_pairs,
+    read_label_map,
 )
 
 # -------------------------------------------------------------------------------- decoding
@@ -179,9 +171,9 @@ def test_every_awkward_file_decodes_or_is_refused_as_its_manifest_says(photograp
 @pytest.fixture(params=["nvimgcodec", "torchcodec", "Pillow"])
 def decoder(request, monkeypatch):
     """What decodes training crops, where it is installed."""
-    if request.param == "nvimgcodec" and dataset.load_nvimgcodec() is None:
+    if request.param == "nvimgcodec" and decoding.load_nvimgcodec() is None:
         pytest.skip("nvimgcodec is not installed")
-    if request.param == "torchcodec" and dataset.decode_jpeg is None:
+    if request.param == "torchcodec" and decoding.decode_jpeg is None:
         pytest.skip("torchcodec is not installed")
     if request.param != "nvimgcodec":
         monkeypatch.setattr(dataset, "load_nvimgcodec", lambda: None)
@@ -361,7 +353,7 @@ def test_decoder_works_in_forked_workers_after_it_was_used(decoder, image_folder
 
 
 def test_without_torchcodec_pillow_decodes():
-    program = "import sys; sys.modules['torchcodec'] = None; import dataset; print(dataset.describe_decoder())"
+    program = "import sys; sys.modules['torchcodec'] = None; import dataset; print(decoding.describe_decoder())"
     environment = {**os.environ, "PYTHONPATH": str(Path(dataset.__file__).parent)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert "Pillow (faster with: pip install torchcodec)" in done.stdout
@@ -795,8 +787,8 @@ def test_classes_that_differ_are_refused_with_the_difference(tmp_path):
 
 def test_thinned_list_keeps_every_class(image_folder):
     files = list_images(image_folder / "train")
-    few = files.thinned(6)
-    assert len(few) == 6 and np.bincount(few.labels).tolist() == [3, 3] and files.thinned(100) is files
+    few = files.subsample(6)
+    assert len(few) == 6 and np.bincount(few.labels).tolist() == [3, 3] and files.subsample(100) is files
     assert {few.path(i) for i in range(6)} <= {files.path(i) for i in range(24)}
 
 
@@ -890,7 +882,7 @@ def test_checked_pairs_are_remembered_until_a_file_changes(pairs_root, tmp_path,
     pairs, table = list_pairs(pairs_root, "training"), label_table(150, True)
     check_pairs(pairs, table, 1, tmp_path / "cache")
     calls = []
-    monkeypatch.setattr(dataset, "check_pair", lambda *args: calls.append(args) or dataset.PairCheck(None, True))
+    monkeypatch.setattr(dataset, "check_pair", lambda *args: calls.append(args) or pairs.PairCheck(None, True))
     check_pairs(pairs, table, 1, tmp_path / "cache")
     assert calls == []
     check_pairs(pairs, label_table(2, True), 1, tmp_path / "cache")  # other classes: not the same question
@@ -1083,7 +1075,7 @@ def test_repeated_sampling_visits_all_images_in_as_many_epochs():
 def test_one_crop_of_each_image_is_the_order_of_before():
     sampler = StepSampler(10, 4, seed=3)
     sampler.set_epoch(2)
-    generator = torch.Generator().manual_seed(dataset.random_key(3, 2, "order"))
+    generator = torch.Generator().manual_seed(files.random_key(3, 2, "order"))
     assert sampler.order() == torch.randperm(10, generator=generator)[:8].tolist()
 
 

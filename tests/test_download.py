@@ -25,7 +25,8 @@ from conftest import ROOT, load_tool
 from PIL import Image
 from torchvision.datasets import Imagenette, OxfordIIITPet
 
-from dataset import IGNORE_INDEX, check_pairs, find_splits, label_table, list_images, list_pairs, read_label_map
+from storage.lists import find_splits, list_images
+from storage.pairs import IGNORE_INDEX, check_pairs, label_table, list_pairs, read_label_map
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 

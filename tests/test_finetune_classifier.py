@@ -22,19 +22,12 @@ from timm.optim import Lars
 import finetune_classifier
 import model as model_module
 import pretrain_mae
-from dataset import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ResizeCenterCrop,
-    SampleKey,
-    StepSampler,
-    list_images,
-    normalize,
-    read_image,
-    write_demo_data,
-)
+from dataset import IMAGENET_MEAN, IMAGENET_STD, ResizeCenterCrop, SampleKey, StepSampler, normalize
 from finetune_classifier import Evaluation, build_optimizer, build_training_data, compare_with_scratch, main, parse_args
 from model import MAEConfig, ViTMAEForImageClassification, ViTMAEForPreTraining, load_classifier
+from storage.decoding import read_image
+from storage.demo import write_demo_data
+from storage.lists import list_images
 
 RUN_FLAGS = """--experiment_name run --epochs 4 --warmup_epochs 1 --per_gpu_batch_size 8 --learning_rate 0.01
  --save_checkpoint_interval 2 --num_workers 0 --log_interval 2"""

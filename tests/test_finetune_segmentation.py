@@ -22,7 +22,6 @@ import finetune_segmentation
 import model as model_module
 import pretrain_mae
 from dataset import (
-    IGNORE_INDEX,
     IMAGENET_MEAN,
     IMAGENET_STD,
     ADE20KDataset,
@@ -30,15 +29,13 @@ from dataset import (
     SegmentationTransform,
     StepSampler,
     collate,
-    label_table,
-    list_pairs,
     normalize,
-    read_label_map,
     resize_labels,
-    write_demo_data,
 )
 from finetune_segmentation import build_config, choose_warmup, compute_loss, label_pixels, main, parse_args, predict
 from model import MAEConfig, ViTMAEForPreTraining, ViTMAEForSegmentation, load_segmenter
+from storage.demo import write_demo_data
+from storage.pairs import IGNORE_INDEX, label_table, list_pairs, read_label_map
 from utils import ConfusionMatrix
 
 ENCODER = dataclasses.replace(TINY, encoder_embed_dim=64, encoder_depth=4, encoder_num_heads=2)

@@ -35,12 +35,12 @@ from model import (
     load_segmenter,
     num_kept_patches,
     read_sizes,
-    read_state_dict,
     relative_position_index,
     resample_pos_embed,
     resample_relative_positions,
 )
-from utils import Checkpoints
+from storage.weights import read_state_dict
+from training.checkpoints import Checkpoints
 
 TINY_PIXELS = dataclasses.replace(TINY, norm_pix_loss=False)
 

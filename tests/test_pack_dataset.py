@@ -22,30 +22,21 @@ import finetune_classifier
 import finetune_segmentation
 import pretrain_mae
 from dataset import (
-    DECODE_ERRORS,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    PACK_FILE,
-    SHARD_MAGIC,
-    SHARD_TABLE,
-    SHARD_TRAILER,
     ADE20KDataset,
-    Area,
     ImageDataset,
-    Pack,
     SampleKey,
     StepSampler,
     build_pretraining_transform,
     build_training_loader,
-    check_pairs,
-    find_splits,
     keep_size,
-    label_table,
-    list_images,
-    list_pairs,
-    read_image,
 )
 from model import ViTMAEForPreTraining
+from storage.decoding import DECODE_ERRORS, Area, read_image
+from storage.lists import find_splits, list_images
+from storage.packs import PACK_FILE, SHARD_MAGIC, SHARD_TABLE, SHARD_TRAILER, Pack
+from storage.pairs import check_pairs, label_table, list_pairs
 
 pack_dataset = load_tool("pack_dataset")
 sys.modules["pack_dataset"] = pack_dataset  # where its worker processes look for its functions
@@ -145,7 +136,7 @@ def test_packs_serve_workers_threads_and_other_processes(packed):
 
 def test_thinned_packs_keep_images_and_labels_together(packed):
     files = list_images(packed / "train")
-    few = files.thinned(5)
+    few = files.subsample(5)
     for index, place in enumerate([0, 6, 12, 17, 23]):
         assert few.paths[index] == files.paths[place] and few.labels[index] == files.labels[place]
         assert few.read_image(index, 3).tobytes() == files.read_image(place, 3).tobytes()

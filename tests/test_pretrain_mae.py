@@ -27,12 +27,12 @@ from dataset import (
     StepSampler,
     build_pretraining_transform,
     collate,
-    list_images,
     normalize,
-    write_demo_data,
 )
 from model import MAEConfig, ViTMAEForPreTraining, load_pretrained_mae
 from pretrain_mae import build_config, main, parse_args, trivial_answers
+from storage.demo import write_demo_data
+from storage.lists import list_images
 
 TINY_FLAGS = """--experiment_name run --img_size 16 --patch_size 4 --encoder_embed_dim 32 --encoder_depth 2
  --encoder_num_heads 4 --decoder_embed_dim 16 --decoder_depth 1 --decoder_num_heads 2 --epochs 4 --warmup_epochs 1

@@ -23,41 +23,36 @@ from timm.scheduler import CosineLRScheduler
 
 import utils
 from model import ViTMAEForPreTraining
-from utils import (
-    GO_ON,
-    SAVE,
-    STOP,
-    BadFiles,
+from storage.files import checksum_of
+from training import process, records, signals
+from training.checkpoints import (
     Checkpoints,
-    ConfusionMatrix,
-    Interruptions,
-    RunLog,
-    SkippedSteps,
-    StepClock,
-    accuracy,
-    build_bar,
-    cap_workers,
     check_weights,
-    checksum_of,
-    cosine_lr,
-    describe_class,
-    draw_rows,
     find_checkpoint,
     find_checkpoints,
     find_damage,
-    knn_classify,
     lock_experiment,
-    open_experiment,
-    poly_lr,
-    reconstruction_titles,
     resume,
-    scaled_lr,
-    set_learning_rate,
-    skip_if_not_finite,
-    spread_not_finite,
-    start_records,
     tidy,
     write_args,
+)
+from training.process import cap_workers
+from training.records import BadFiles, RunLog, SkippedSteps, StepClock, build_bar
+from training.run import open_experiment, start_records
+from training.signals import GO_ON, SAVE, STOP, Interruptions
+from utils import (
+    ConfusionMatrix,
+    accuracy,
+    cosine_lr,
+    describe_class,
+    draw_rows,
+    knn_classify,
+    nan_guard,
+    poly_lr,
+    reconstruction_titles,
+    scaled_lr,
+    set_learning_rate,
+    skip_nonfinite,
 )
 
 # -------------------------------------------------------------------------------- optimisation
@@ -106,7 +101,7 @@ def test_set_learning_rate_multiplies_the_scale_of_a_group():
 
 
 def test_cap_workers_shares_the_cores(monkeypatch):
-    monkeypatch.setattr(utils.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(process.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     assert cap_workers(32) == 8 and cap_workers(3) == 3 and cap_workers(0) == 0
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert cap_workers(32) == 2
@@ -214,7 +209,10 @@ def test_find_checkpoint_takes_a_name_a_folder_and_the_link(tmp_path):
 
 def try_lock(experiment) -> str:
     """Try to hold an experiment's folder from another process."""
-    code = f"from pathlib import Path; import utils; utils.lock_experiment(Path({str(experiment)!r})); print('held')"
+    code = (
+        "from pathlib import Path; from training import checkpoints; "
+        f"checkpoints.lock_experiment(Path({str(experiment)!r})); print('held')"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
 
@@ -227,8 +225,8 @@ def test_lock_lets_one_run_into_an_experiment_and_goes_with_its_process(tmp_path
     code = f"""
 import os, signal, time
 from pathlib import Path
-import utils
-lock = utils.lock_experiment(Path({str(tmp_path / "run")!r}))
+from training import checkpoints
+lock = checkpoints.lock_experiment(Path({str(tmp_path / "run")!r}))
 worker = os.fork()
 if worker == 0:
     time.sleep(60)
@@ -260,15 +258,15 @@ def test_write_args_keeps_the_first_file_and_names_what_changed(tmp_path):
 def test_accumulation_set_by_the_launcher_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     with pytest.raises(RuntimeError, match="sets 2 gradient accumulation steps, this script 1"):
-        utils.build_accelerator(1)
+        process.build_accelerator(1)
 
 
 def test_world_of_separate_processes_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     alone = argparse.Namespace(num_processes=1, gradient_accumulation_steps=1)
-    monkeypatch.setattr(utils, "Accelerator", lambda **_: alone)
+    monkeypatch.setattr(process, "Accelerator", lambda **_: alone)
     with pytest.raises(RuntimeError, match="ACCELERATE_USE_CPU=true"):
-        utils.build_accelerator(1)
+        process.build_accelerator(1)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc is left as it is")
@@ -276,8 +274,9 @@ def test_world_of_separate_processes_is_refused(monkeypatch):
 def test_freed_memory_is_kept_on_the_cpu_unless_the_environment_chooses(environment, kept):
     """A tensor of 64 MB, freed and made again and again: in the end without a page fault where memory is kept."""
     script = (
-        "import resource, torch, utils\n"
-        "utils.build_accelerator(1)\n"
+        "import resource, torch\n"
+        "from training import process\n"
+        "process.build_accelerator(1)\n"
         "for _ in range(30):\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    torch.zeros(1 << 24)\n"
@@ -360,7 +359,7 @@ def test_save_wants_more_free_space_than_the_one_before_took(tmp_path, monkeypat
     checkpoints = Checkpoints(accelerator, tmp_path, 2)
     assert checkpoints.save(model, {}, {"epoch": 1, "step": 1}, epoch_ends=True)
     usage = argparse.Namespace(free=checkpoints.size)
-    monkeypatch.setattr(utils.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr("training.checkpoints.shutil.disk_usage", lambda _: usage)
     assert not checkpoints.save(model, {}, {"epoch": 2, "step": 2}, epoch_ends=True)
     assert "GB are free" in capsys.readouterr().out
 
@@ -404,7 +403,7 @@ def test_best_weights_that_a_disk_refuses_leave_the_older_ones_and_are_reported(
 
     torch.nn.init.zeros_(model.weight)
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "save_file", refuse)
+        patch.setattr("training.checkpoints.save_file", refuse)
         assert not checkpoints.save_weights(model, "best_checkpoint", {"epoch": 2})
     assert "best_checkpoint could not be written" in capsys.readouterr().out
     assert (tmp_path / "best_checkpoint" / "model.safetensors").read_bytes() == written
@@ -455,7 +454,7 @@ def test_resume_names_a_record_that_is_none(name, content, message, tmp_path):
 def test_signals_and_the_clock_ask_to_stop_and_to_save(tmp_path):
     accelerator = Accelerator(cpu=True)
     checkpoints = Checkpoints(accelerator, tmp_path, 2)
-    handlers = [signal.getsignal(number) for number in utils.STOP_SIGNALS]
+    handlers = [signal.getsignal(number) for number in signals.STOP_SIGNALS]
     interruptions = Interruptions(accelerator, checkpoints, save_minutes=1)
     assert interruptions.agree() == GO_ON
     checkpoints.saved_at -= 61
@@ -464,7 +463,7 @@ def test_signals_and_the_clock_ask_to_stop_and_to_save(tmp_path):
     os.kill(os.getpid(), signal.SIGTERM)  # passed on a second time: still one request
     assert interruptions.agree() == STOP and interruptions.name == "SIGUSR1"
     interruptions.close()
-    assert [signal.getsignal(number) for number in utils.STOP_SIGNALS] == handlers
+    assert [signal.getsignal(number) for number in signals.STOP_SIGNALS] == handlers
 
 
 def test_second_signal_ends_the_process_at_once(tmp_path):
@@ -472,11 +471,11 @@ def test_second_signal_ends_the_process_at_once(tmp_path):
 import os, signal, time
 from pathlib import Path
 from accelerate import Accelerator
-import utils
+from training import checkpoints, signals
 accelerator = Accelerator(cpu=True)
-interruptions = utils.Interruptions(accelerator, utils.Checkpoints(accelerator, Path({str(tmp_path)!r}), 2), 0)
+interruptions = signals.Interruptions(accelerator, checkpoints.Checkpoints(accelerator, Path({str(tmp_path)!r}), 2), 0)
 os.kill(os.getpid(), signal.SIGTERM)
-interruptions.asked_at -= 2 * utils.ONE_REQUEST_S
+interruptions.asked_at -= 2 * signals.ONE_REQUEST_S
 print("asked", flush=True)
 os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(10)
@@ -501,9 +500,9 @@ def test_step_with_a_gradient_that_is_not_finite_changes_nothing(build):
     for step, poison in enumerate((1.0, math.nan, math.inf, 1.0)):
         inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
         loss = model(inputs).square().mean() + (poison - 1)  # a constant, so that the gradient itself stays finite
-        spread_not_finite(loss).backward()
+        nan_guard(loss).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
-        assert skip_if_not_finite(optimizer, norm).item() == (not math.isfinite(poison))
+        assert skip_nonfinite(optimizer, norm).item() == (not math.isfinite(poison))
         optimizer.step()
         optimizer.zero_grad()
         if math.isfinite(poison):
@@ -556,7 +555,7 @@ def test_missing_wandb_costs_a_message_and_nothing_else(tmp_path, monkeypatch, c
     def refuse(name):
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr(utils.importlib, "import_module", refuse)
+    monkeypatch.setattr(records.importlib, "import_module", refuse)
     log = RunLog(tmp_path, enabled=True)
     log.start_wandb(argparse.Namespace(experiment_name="run", wandb_run_name=None))
     log.write({"step": 1})
@@ -602,7 +601,7 @@ def test_bad_files_that_were_repaired_count_no_more(tmp_path):
 
 def test_step_clock_counts_images_and_waiting(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(utils.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(records.time, "perf_counter", lambda: now[0])
 
     def loader():
         for _ in range(3):

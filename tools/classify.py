@@ -12,16 +12,9 @@ from torchvision.models import ViT_B_16_Weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset import (
-    DECODE_ERRORS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ResizeCenterCrop,
-    eval_crop_ratio,
-    normalize,
-    read_image,
-)
+from dataset import IMAGENET_MEAN, IMAGENET_STD, ResizeCenterCrop, eval_crop_ratio, normalize
 from model import load_classifier
+from storage.decoding import DECODE_ERRORS, read_image
 from utils import describe_class
 
 TOP = 5

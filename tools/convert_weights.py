@@ -30,30 +30,26 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset import ADE20K_CLASS_NAMES, ADE20K_NUM_CLASSES, IMAGENET_MEAN, IMAGENET_STD, LABEL_COLOURS
+from dataset import IMAGENET_MEAN, IMAGENET_STD
 from model import (
     LAYER_NORM_EPS,
     MODEL_CONFIGS,
-    WRAPPERS,
     MAEConfig,
     VisionTransformer,
     ViTMAEForImageClassification,
     ViTMAEForPreTraining,
     ViTMAEForSegmentation,
-    check_entries,
     convert_command,
-    count_blocks,
     default_taps,
     named_heads,
     read_config,
-    read_file,
-    read_json,
     read_sizes,
     relative_position_index,
     sizes_from_shapes,
-    unwrap,
 )
-from utils import write_json
+from storage.files import check_entries, read_json, write_json
+from storage.pairs import ADE20K_CLASS_NAMES, ADE20K_NUM_CLASSES, LABEL_COLOURS
+from storage.weights import WRAPPERS, count_blocks, read_file, unwrap
 
 # ------------------------------------------------------------------------------------------------ the map
 
@@ -464,7 +460,7 @@ def add_facts(source: Source, folder: Path, content: dict) -> None:
     The config.json of another layout than the weights' happens to lie in the same folder, and says nothing.
     """
     file = folder / "config.json"
-    config = read_json(file)
+    config = read_json(file) if file.is_file() else {}
     if source.layout in ("huggingface", "beit") and "model_type" in config:
         add_facts_of_huggingface(source, file, config)
     elif source.layout == "ours" and isinstance(config.get("config"), dict):
@@ -488,7 +484,7 @@ def add_facts(source: Source, folder: Path, content: dict) -> None:
 
 def add_facts_of_huggingface(source: Source, file: Path, config: dict) -> None:
     preprocessor_file = file.with_name("preprocessor_config.json")
-    preprocessor = read_json(preprocessor_file)
+    preprocessor = read_json(preprocessor_file) if preprocessor_file.is_file() else {}
     check_entries(file, config)
     check_entries(preprocessor_file, preprocessor)
     source.known = {ours: config[theirs] for ours, theirs in HUGGINGFACE_SIZES.items() if theirs in config}

@@ -40,8 +40,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset import DECODE_ERRORS, check_same_classes, contents, list_images, list_pairs
-from model import read_json
+from storage.decoding import DECODE_ERRORS
+from storage.files import read_json
+from storage.lists import check_same_classes, contents, list_images
+from storage.pairs import list_pairs
 
 HEADERS = {"User-Agent": "mae-download"}
 CONNECTION_ERRORS = (OSError, http.client.HTTPException)  # where nothing but the network can raise them
@@ -489,7 +491,7 @@ def is_complete(target: Path, download: Download) -> bool:
     """Say whether a data set of this tool is there; FileExistsError when anything else is."""
     if not os.path.lexists(target):
         return False
-    if read_json(target / STAMP) != stamp_of(download):
+    if not (target / STAMP).is_file() or read_json(target / STAMP) != stamp_of(download):
         raise FileExistsError(f"{target} exists and is not from this tool; move it away or choose another --output")
     return True
 

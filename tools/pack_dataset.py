@@ -31,27 +31,20 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset import (
-    DECODE_ERRORS,
-    IMAGE_FORMATS,
+from storage.decoding import DECODE_ERRORS, IMAGE_FORMATS, NamedBytes, is_plain_jpeg, read_image
+from storage.lists import FileList, find_splits, list_images
+from storage.packs import (
     PACK_FILE,
     PACK_VERSION,
     PACKING_FILE,
     SHARD_MAGIC,
     SHARD_TABLE,
     SHARD_TRAILER,
-    FileList,
-    NamedBytes,
     Pack,
-    PairList,
-    find_splits,
     is_inner_path,
     is_packed,
-    is_plain_jpeg,
-    list_images,
-    list_pairs,
-    read_image,
 )
+from storage.pairs import PairList, list_pairs
 
 CHUNK_BYTES = 2**22
 MAX_LEFT_OUT_NAMED = 10

@@ -12,8 +12,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset import DECODE_ERRORS, IMAGENET_MEAN, IMAGENET_STD, ResizeCenterCrop, denormalize, normalize, read_image
+from dataset import IMAGENET_MEAN, IMAGENET_STD, ResizeCenterCrop, denormalize, normalize
 from model import find_weights, load_pretrained_mae, num_kept_patches, read_config
+from storage.decoding import DECODE_ERRORS, read_image
 from utils import draw_rows, reconstruction_titles
 
 

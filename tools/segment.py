@@ -16,9 +16,11 @@ from torchvision.transforms.v2 import functional as tvf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset import DECODE_ERRORS, LABEL_COLOURS, read_image, scan_images
 from finetune_segmentation import predict
 from model import load_segmenter
+from storage.decoding import DECODE_ERRORS, read_image
+from storage.lists import scan_images
+from storage.pairs import LABEL_COLOURS
 from utils import colour_classes, draw_legend
 
 SHOWN_CLASSES = 12

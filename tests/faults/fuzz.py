@@ -26,21 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch
 from accelerate import Accelerator
 
-import dataset
-from dataset import (
-    DECODE_ERRORS,
-    ImageDataset,
-    SampleKey,
-    build_pretraining_transform,
-    label_table,
-    list_images,
-    list_pairs,
-    read_image,
-    read_label_map,
-)
+from dataset import ImageDataset, SampleKey, build_pretraining_transform
 from model import MAEConfig, ViTMAEForPreTraining, load_pretrained_mae
+from storage import decoding
+from storage.decoding import DECODE_ERRORS, read_image
+from storage.files import checksum_of
+from storage.lists import list_images
+from storage.pairs import label_table, list_pairs, read_label_map
 from tools import pack_dataset
-from utils import Checkpoints, checksum_of, find_checkpoints, find_damage, newest_whole_checkpoint, resume
+from training.checkpoints import Checkpoints, find_checkpoints, find_damage, newest_whole_checkpoint, resume
 
 SECONDS_A_CASE = 60  # more is a hang, on the busiest machine
 REFUSALS = (ValueError, OSError)  # what a sentence is written for; FileNotFoundError and the like are among them
@@ -285,7 +279,7 @@ def main(kind: str, seed: int, count: int, folder: Path) -> None:
     os.environ["TMPDIR"] = str(folder)
     draw = random.Random(seed)
     cases = CASES[kind](draw, folder)
-    dataset.load_nvimgcodec()
+    decoding.load_nvimgcodec()
     signal.signal(signal.SIGALRM, stop)
     out = os.fdopen(os.dup(1), "w")
     violations: list[str] = []

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import dataset
-import utils
+from storage import workers
+from training import checkpoints, records, signals
 
 
 def is_rank(rank: int) -> bool:
@@ -26,26 +26,26 @@ def is_rank(rank: int) -> bool:
 
 def count_steps(script: ModuleType) -> Callable[[], int]:
     """Give a function that tells how many optimizer steps this start has made."""
-    original, made = script.skip_if_not_finite, 0
+    original, made = script.skip_nonfinite, 0
 
-    def skip_if_not_finite(*args):
+    def skip_nonfinite(*args):
         nonlocal made
         made += 1
         return original(*args)
 
-    script.skip_if_not_finite = skip_if_not_finite
+    script.skip_nonfinite = skip_nonfinite
     return lambda: made
 
 
 def before_agreeing(script: ModuleType, act: Callable[[int], None]) -> None:
     """Do something with the number of steps made, after each of them (and before each batch of an evaluation)."""
-    original, steps = utils.Interruptions.agree, count_steps(script)
+    original, steps = signals.Interruptions.agree, count_steps(script)
 
     def agree(self) -> int:
         act(steps())
         return original(self)
 
-    utils.Interruptions.agree = agree
+    signals.Interruptions.agree = agree
 
 
 def slow(script: ModuleType, seconds: float) -> None:
@@ -67,12 +67,12 @@ def in_double(script: ModuleType) -> None:
 
 def save_at(script: ModuleType, steps: list[int]) -> None:
     """Ask for a state after these optimizer steps of this start, as the clock would."""
-    original, made = utils.Interruptions.agree, count_steps(script)
+    original, made = signals.Interruptions.agree, count_steps(script)
 
     def agree(self) -> int:
-        return max(original(self), utils.SAVE if made() in steps else utils.GO_ON)
+        return max(original(self), signals.SAVE if made() in steps else signals.GO_ON)
 
-    utils.Interruptions.agree = agree
+    signals.Interruptions.agree = agree
 
 
 def stop_within(script: ModuleType, function: str, call: int) -> None:
@@ -101,7 +101,7 @@ def hang_forks(script: ModuleType, rank: int, forks: list[int], patience_s: floa
     """Let some of the processes that this one forks, counted from 1, hang before they run any code of theirs."""
     if not is_rank(rank):
         return
-    dataset.WORKER_START_S, made = patience_s, 0
+    workers.WORKER_START_S, made = patience_s, 0
 
     def count() -> None:
         nonlocal made
@@ -114,13 +114,13 @@ def poison(script: ModuleType, rank: int, passes: list[int], value: str = "nan")
     """Make the loss of some forward passes of one process, counted from 1, not a number; an empty list means all."""
     if not is_rank(rank):
         return
-    original, calls = script.spread_not_finite, itertools.count(1)
+    original, calls = script.nan_guard, itertools.count(1)
 
     def poisoned(loss):
         now = next(calls)
         return original(loss * float(value) if now in passes or not passes else loss)
 
-    script.spread_not_finite = poisoned
+    script.nan_guard = poisoned
 
 
 def limit_saves(script: ModuleType, rank: int, saves: list[int], max_bytes: int) -> None:
@@ -128,7 +128,7 @@ def limit_saves(script: ModuleType, rank: int, saves: list[int], max_bytes: int)
     if not is_rank(rank):
         return
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    original, calls = utils.Checkpoints.save, itertools.count(1)
+    original, calls = checkpoints.Checkpoints.save, itertools.count(1)
 
     @functools.wraps(original)
     def save(self, *args, **options) -> bool:
@@ -140,12 +140,12 @@ def limit_saves(script: ModuleType, rank: int, saves: list[int], max_bytes: int)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    utils.Checkpoints.save = script.Checkpoints.save = save
+    checkpoints.Checkpoints.save = script.Checkpoints.save = save
 
 
 def fill_disk(script: ModuleType, file: str, first: int, last: int) -> None:
     """Fill the disk of `file` right before save `first`, counted from 1, and make room right after save `last`."""
-    original, calls = utils.Checkpoints.save, itertools.count(1)
+    original, calls = checkpoints.Checkpoints.save, itertools.count(1)
 
     @functools.wraps(original)
     def save(self, *args, **options) -> bool:
@@ -159,11 +159,11 @@ def fill_disk(script: ModuleType, file: str, first: int, last: int) -> None:
             if now == last:
                 filler.unlink()
 
-    utils.Checkpoints.save = save
+    checkpoints.Checkpoints.save = save
 
 
 def set_wandb_timeout(script: ModuleType, seconds: int) -> None:
-    utils.WANDB_TIMEOUT_S = seconds
+    records.WANDB_TIMEOUT_S = seconds
 
 
 def end_wandb(script: ModuleType, step: int) -> None:
@@ -235,7 +235,7 @@ def path_of(event: str, arguments: tuple) -> Path | None:
 
 def from_save(step: int, act: Callable[[str], None], folder: Path) -> None:
     """Watch a folder from the save at a step on, to the end of the run."""
-    original, begun = utils.Checkpoints.save, False
+    original, begun = checkpoints.Checkpoints.save, False
 
     @functools.wraps(original)
     def save(self, model, config, state, **options) -> bool:
@@ -243,7 +243,7 @@ def from_save(step: int, act: Callable[[str], None], folder: Path) -> None:
         begun = begun or state["step"] == step
         return original(self, model, config, state, **options)
 
-    utils.Checkpoints.save = save
+    checkpoints.Checkpoints.save = save
     watch_writes(folder, lambda operation: act(operation) if begun else None)
 
 
@@ -277,7 +277,7 @@ def die_at_point(script: ModuleType, experiment: str, step: int, point: int) -> 
 
 def torn(script: ModuleType, file: str, share: float, save: int) -> None:
     """Die in the middle of writing a file of a save, counted from 1: only this share of it is on the disk."""
-    saves, original = itertools.count(1), utils.Accelerator.save_state
+    saves, original = itertools.count(1), checkpoints.Accelerator.save_state
 
     @functools.wraps(original)
     def save_state(self, folder, *args, **options):
@@ -288,4 +288,4 @@ def torn(script: ModuleType, file: str, share: float, save: int) -> None:
             os.killpg(0, signal.SIGKILL)
         return written
 
-    utils.Accelerator.save_state = save_state
+    checkpoints.Accelerator.save_state = save_state

@@ -18,7 +18,7 @@ from PIL import Image
 
 from faults.conftest import draw_data
 from faults.harness import Job, check_exact, result_of
-from utils import checksum_of
+from storage.files import checksum_of
 
 # ------------------------------------------------------------------------------------------------ bad images
 

@@ -1,0 +1,282 @@
+"""Bytes to pixels: a whole picture, or an area of it, the same pixels whichever library decodes.
+
+Which files there are is known to lists.py, what becomes of the pixels to dataset.py.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import io
+import os
+import re
+import struct
+import tempfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+try:
+    from torchcodec.decoders import decode_jpeg
+except (ImportError, OSError, RuntimeError):  # not installed, or built for another torch: Pillow decodes
+    decode_jpeg = None
+
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # the contents decide, not the file name
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+# What Pillow raises on files that are cut, damaged, disguised or hostile. DecompressionBombError is Pillow's own
+# limit on the declared size, checked before anything is decoded.
+DECODE_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+CHANNEL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def read_image(source: str | Path | io.BytesIO, channels: int = 3, *, rotate: bool = True) -> Image.Image:
+    """Decode a file into the 8-bit picture a person sees, with 1 (grey), 3 (RGB) or 4 (RGBA) channels.
+
+    Rotation flags are applied (`rotate`), 16-bit values scaled, transparent pixels laid on white. Raises one of
+    DECODE_ERRORS.
+
+    Deviation: the original release ignores EXIF rotation and shows what lies under transparent pixels. Reason: both
+    train on pictures nobody sees. Effect: not measured.
+    """
+    with Image.open(source, formats=IMAGE_FORMATS) as image:
+        refuse_bomb(image)
+        image.load()
+    image = scale_to_8_bit(upright(image) if rotate else image)
+    mode = CHANNEL_MODES[channels]
+    if image.has_transparency_data and mode != "RGBA":
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
+def refuse_bomb(image: Image.Image) -> None:
+    """Refuse more pixels than Pillow's limit, before they are decoded; Pillow alone only warns up to twice that."""
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF rotation; a damaged EXIF block of a sound picture counts as none."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except DECODE_ERRORS:
+        return image
+
+
+def scale_to_8_bit(image: Image.Image) -> Image.Image:
+    """Scale 16-bit, 32-bit and float greys to 8 bits; Pillow's own conversion clips them to white."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image).astype(np.float64)
+    white = 65535.0
+    if image.mode in ("I", "F"):  # 32 bits say nothing of the range, the values have to
+        tops = (255.0,) if image.mode == "I" else (1.0, 255.0)
+        white = next((top for top in tops if values.max() <= top), white)
+    transparent = values == image.info.get("transparency", -1)
+    values = np.where(transparent, 1, (values / white).clip(0, 1))
+    return Image.fromarray((values * 255).round().astype(np.uint8))
+
+
+# Three decoders, one result. Training crops come from torchcodec, or from nvimgcodec, which decodes no more than the
+# crop; Pillow decodes what they refuse or might see differently, and everything where neither is installed. All three
+# stand on libjpeg-turbo and give the same pixels bit for bit, so a run does not hang on what is installed. Evaluation
+# and label maps are always Pillow's.
+
+
+class Area(NamedTuple):
+    """A part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class Picture:
+    """An image in memory of which areas can be had, uint8 (C, h, w); the rows of its pixels lie interleaved."""
+
+    def __init__(self, pixels: Tensor):
+        self.pixels, (self.height, self.width) = pixels, pixels.shape[1:]
+
+    def cut(self, area: Area) -> Tensor:
+        """Give the pixels of an area. Raises one of DECODE_ERRORS."""
+        return self.pixels[:, area.top : area.top + area.height, area.left : area.left + area.width]
+
+    def decoded(self) -> "Picture":
+        """Give the whole picture decoded, for when several areas of it are wanted. Raises one of DECODE_ERRORS."""
+        return self
+
+
+class JPEGPicture(Picture):
+    """A JPEG file that every decoder sees alike, decoded when it is cut, and where possible no further than the cut."""
+
+    def __init__(self, data: bytes, height: int, width: int, channels: int, scan_start: int | None):
+        self.data, self.height, self.width, self.channels = data, height, width, channels
+        self.scan_start = scan_start  # where the compressed pixels begin, if they do so only once
+
+    def cut(self, area: Area) -> Tensor:
+        part = area != (0, 0, self.height, self.width)
+        if part and self.channels == 3 and load_nvimgcodec() is not None and self.ends_at_its_end():
+            pixels = decode_area(self.data, area)
+            if pixels is not None and pixels.shape[1:] == (area.height, area.width):
+                return pixels
+        return self.decoded().cut(area)
+
+    def ends_at_its_end(self) -> bool:
+        """Tell whether the first marker after the header is the end, and the last of the file.
+
+        Otherwise a file that is cut off or broken below the area would pass for a sound one, or it is progressive.
+        """
+        if self.scan_start is None:
+            return False
+        marker = JPEG_MARKER.search(self.data, self.scan_start)
+        return marker is not None and marker[0] == JPEG_END and marker.end() == len(self.data)
+
+    def decoded(self) -> Picture:
+        if decode_jpeg is not None:
+            with contextlib.suppress(RuntimeError):  # whatever is wrong with the file, Pillow decides and names it
+                pixels = decode_jpeg(self.data, mode="RGB" if self.channels == 3 else "GRAY")
+                if pixels.shape == (self.channels, self.height, self.width):
+                    return Picture(pixels)
+        return Picture(to_pixels(read_image(io.BytesIO(self.data), self.channels)))
+
+
+JPEG_END = b"\xff\xd9"
+
+
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # not a stuffed 255, padding or a restart
+
+
+class NamedBytes(io.BytesIO):
+    """A file in memory, by whose name Pillow's errors call it."""
+
+    def __init__(self, data: bytes, name: str):
+        super().__init__(data)
+        self.label = name
+
+    def __repr__(self) -> str:
+        return repr(self.label)
+
+
+def open_picture(file: NamedBytes, channels: int = 3) -> Picture:
+    """Read the header of an image file and, unless it is a plain JPEG, decode it. Raises one of DECODE_ERRORS.
+
+    The pixels are those of `read_image`.
+    """
+    image = Image.open(file, formats=IMAGE_FORMATS)
+    refuse_bomb(image)
+    if is_plain_jpeg(image, channels):
+        # Pillow has read up to where the compressed pixels begin. Progressive files have several such places.
+        scan_start = None if "progressive" in image.info else file.tell()
+        return JPEGPicture(file.getvalue(), image.height, image.width, channels, scan_start)
+    file.seek(0)
+    return Picture(to_pixels(read_image(file, channels)))
+
+
+def is_plain_jpeg(image: Image.Image, channels: int) -> bool:
+    """Tell whether the header of an opened image leaves no room for two decoders to see different pictures."""
+    if image.format != "JPEG" or (image.mode, channels) not in (("RGB", 3), ("L", 3), ("L", 1)):
+        return False
+    segments = [content for name, content in image.applist if name == "APP1"]
+    if not segments:
+        return True
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except DECODE_ERRORS:
+        return False
+    # torchcodec also reads what Pillow does not take for EXIF, so the tag's bytes, in either order, may not be there.
+    return orientation == 1 or (
+        orientation is None and not any(tag in segment for segment in segments for tag in (b"\x01\x12", b"\x12\x01"))
+    )
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """Give a picture as uint8 (C, H, W), interleaved as the decoders leave it, so that resizing rounds alike."""
+    return torch.from_numpy(np.array(image).reshape(image.height, image.width, -1)).permute(2, 0, 1)
+
+
+def decode_area(data: bytes, area: Area) -> Tensor | None:
+    """Decode one area of a JPEG file with nvimgcodec, uint8 (3, h, w); None where it cannot."""
+    library = load_nvimgcodec()
+    decoder, parameters = start_area_decoder(os.getpid())
+    try:
+        stream = library.CodeStream(data)
+        region = library.Region(area.top, area.left, area.top + area.height, area.left + area.width)
+        image = decoder.decode(stream.get_sub_code_stream(region=region), params=parameters)
+    except RuntimeError:  # a header that it cannot read
+        return None
+    return None if image is None else torch.from_numpy(np.asarray(image)).permute(2, 0, 1)
+
+
+@functools.cache
+def load_nvimgcodec():
+    """Import nvimgcodec with its JPEG decoder for the CPU alone; None where it is not installed.
+
+    Its other parts look for CUDA libraries when they are loaded, print errors where there are none, and have no
+    business in a worker process.
+    """
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.nvimgcodec") is None:
+        return None
+    package = Path(importlib.util.find_spec("nvidia.nvimgcodec").origin).parent
+    before = os.environ.get(EXTENSIONS_VARIABLE)
+    with tempfile.TemporaryDirectory() as folder:
+        for extension in (package / "extensions").glob("libjpeg_turbo_ext*"):
+            os.symlink(extension, os.path.join(folder, extension.name))
+        os.environ[EXTENSIONS_VARIABLE] = folder
+        try:
+            return importlib.import_module("nvidia.nvimgcodec")
+        except (ImportError, OSError):  # no build for this Python or machine
+            return None
+        finally:
+            del os.environ[EXTENSIONS_VARIABLE]
+            if before is not None:
+                os.environ[EXTENSIONS_VARIABLE] = before
+
+
+EXTENSIONS_VARIABLE = "NVIMGCODEC_EXTENSIONS_PATH"
+
+
+@functools.cache
+def start_area_decoder(process_id: int) -> tuple:
+    """Start the decoder of a process, whose threads would not survive a fork, and give it with its parameters."""
+    library = load_nvimgcodec()
+    decoder = library.Decoder(
+        device_id=library.NVIMGCODEC_DEVICE_CPU_ONLY,
+        max_num_cpu_threads=1,
+        backends=[library.Backend(library.CPU_ONLY)],
+        options=":fancy_upsampling=1",  # as Pillow and torchcodec
+    )
+    return decoder, library.DecodeParams(apply_exif_orientation=False)
+
+
+def describe_decoder() -> str:
+    """Name what decodes training crops in this run."""
+    whole = "torchcodec" if decode_jpeg is not None else "Pillow (faster with: pip install torchcodec)"
+    areas = "nvimgcodec (only the crop), " if load_nvimgcodec() is not None else ""
+    return areas + whole + ("" if decode_jpeg is None else ", Pillow for what is not plain JPEG")

@@ -1,0 +1,243 @@
+"""Folders of images: splits, classes, lists of files and their cache.
+
+Decoding lives in decoding.py, packs of many images in packs.py.
+"""
+
+import dataclasses
+import hashlib
+import os
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from storage.decoding import CHANNEL_MODES, IMAGE_SUFFIXES, NamedBytes, Picture, open_picture, read_image, to_pixels
+from storage.packs import Pack, PackedRows, is_packed, open_pack
+
+
+@dataclass(frozen=True)
+class FileList:
+    """The images below a folder: relative paths, and where they lie in class folders a label each.
+
+    `paths` is an array of bytes, not a list of strings: worker processes share its pages, and a million strings they
+    would copy one reference count at a time.
+    """
+
+    root: Path
+    paths: np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.paths[index]))
+
+    def read_image(self, index: int, channels: int) -> Image.Image:
+        return read_image(self.path(index), channels)
+
+    def open_picture(self, index: int, channels: int) -> Picture:
+        path = self.path(index)
+        with open(path, "rb") as file:
+            return open_picture(NamedBytes(file.read(), path), channels)
+
+    def fingerprint(self) -> str:
+        """Hash the relative paths, so that a resumed run can tell whether its data is still the same."""
+        return hashlib.sha256(b"\0".join(self.paths.tolist())).hexdigest()[:16]
+
+    def subsample(self, count: int) -> "FileList":
+        """Give at most `count` images, spread evenly over the list and so over the classes."""
+        if len(self) <= count:
+            return self
+        kept = np.linspace(0, len(self) - 1, count).round().astype(np.int64)
+        return dataclasses.replace(self, paths=self.paths[kept], labels=self.labels[kept])
+
+    def describe(self) -> str:
+        classes = f" in {len(self.classes):,} classes" if self.classes else ""
+        return f"{len(self):,} images{classes} in {self.root}"
+
+
+LAYOUT = """expected one of
+  <path_to_data>/train/<class>/*.jpg  and  <path_to_data>/val/<class>/*.jpg   (or validation/; ImageNet's layout)
+  <path_to_data>/any/folders/*.jpg                                           (pretraining only: no classes needed)
+with files ending in """ + " ".join(IMAGE_SUFFIXES)
+
+
+def find_splits(path_to_data: str | Path) -> tuple[Path, Path | None]:
+    """Give the training and the validation folder of a data root; without train/ the whole root is for training."""
+    root = Path(path_to_data)
+    if not root.is_dir():
+        there = contents(root.parent)
+        raise FileNotFoundError(f"--path_to_data {root} is not a folder; {LAYOUT}\nin {root.parent}: {there}")
+    return (root / "train", find_validation(root)) if (root / "train").is_dir() else (root, None)
+
+
+def find_validation(root: Path) -> Path | None:
+    """Give the validation folder of a data root, val/ or validation/; None where there is neither."""
+    validation = [root / name for name in ("val", "validation") if (root / name).is_dir()]
+    if len(validation) > 1:
+        raise ValueError(f"{root} holds both val/ and validation/; keep one, so that it is clear which is meant")
+    return validation[0] if validation else None
+
+
+def check_same_classes(classes: tuple[str, ...], expected: tuple[str, ...], folder: Path, expected_from: str) -> None:
+    """Refuse a folder whose classes differ from what they have to be; ValueError names the difference.
+
+    A class that is missing or added would shift the label of every class after it.
+    """
+    if classes == expected:
+        return
+    if not classes:
+        raise ValueError(f"{folder} has images outside class folders, so there are no labels; {LAYOUT}")
+    lacking, extra = sorted(set(expected) - set(classes)), sorted(set(classes) - set(expected))
+    parts = [
+        f"{what} {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        for what, names in (("it lacks", lacking), ("it adds", extra))
+        if names
+    ]
+    reason = "; ".join(parts) or "their order differs"
+    raise ValueError(
+        f"the {len(classes)} classes in {folder} are not the {len(expected)} of {expected_from}: {reason}. Every class "
+        "needs a folder of the same name in both"
+    )
+
+
+def contents(folder: Path) -> str:
+    """Name the first ten entries of a folder, for error messages."""
+    if not folder.is_dir():
+        return "no such folder"
+    return ", ".join(sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())[:10]) or "nothing"
+
+
+def scan_images(root: Path) -> tuple[list[str], dict[str, int]]:
+    """Walk a folder tree, links included: sorted relative image paths, and every folder's modification time (ns).
+
+    Names that begin with a dot are passed over: thumbnails and copies that file managers and notebooks leave.
+    """
+    files, folders, visited = [], {}, set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in visited:  # a link that leads back up
+            subfolders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        # Sorted, so that of two links to one folder the same one counts on every machine.
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != "__MACOSX")
+        relative = os.path.relpath(folder, root)
+        folders[relative] = status.st_mtime_ns
+        images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
+        files += [os.path.normpath(os.path.join(relative, name)) for name in images]
+    return sorted(files), folders
+
+
+def list_images(root: Path, cache_folder: Path | None = None, *, rescan: bool = False) -> FileList:
+    """List the images below `root`; the first folder of a path is its class, where every image has one.
+
+    With `cache_folder` the list is kept there, one file per root, and is read again while no folder has changed:
+    a million-file tree on a network disk is then a thousand look-ups instead of minutes. FileNotFoundError shows the
+    expected layout beside what is there. A folder that tools/pack_dataset.py wrote brings its own list.
+    """
+    root = Path(root).resolve()
+    if is_packed(root):
+        return read_packed_images(root)
+    cache = None
+    if cache_folder is not None:
+        cache = Path(cache_folder) / f"{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.npz"
+        if cache.is_file() and not rescan:
+            cached = read_file_list(cache, root)
+            if cached is not None:
+                return cached
+    files, folders = scan_images(root)
+    if not files:
+        raise FileNotFoundError(f"no images below {root}; {LAYOUT}\nwhat is there: {contents(root)}")
+    first_folders = [file.split(os.sep, 1)[0] if os.sep in file else None for file in files]
+    classes = () if None in first_folders else tuple(sorted(set(first_folders)))
+    index = {name: i for i, name in enumerate(classes)}
+    file_list = FileList(
+        root,
+        np.array([os.fsencode(file) for file in files]),
+        np.array([index.get(name, -1) for name in first_folders], dtype=np.int32),
+        classes,
+    )
+    if cache is not None:
+        write_file_list(cache, file_list, folders)
+    return file_list
+
+
+def write_file_list(cache: Path, file_list: FileList, folders: dict[str, int]) -> None:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp.npz")
+    np.savez(
+        temporary,
+        root=np.array(os.fsencode(file_list.root)),
+        paths=file_list.paths,
+        labels=file_list.labels,
+        classes=np.array([os.fsencode(name) for name in file_list.classes], dtype=bytes),
+        folders=np.array([os.fsencode(folder) for folder in folders]),
+        folder_times=np.array(list(folders.values()), dtype=np.int64),
+    )
+    os.replace(temporary, cache)
+
+
+def read_file_list(cache: Path, root: Path) -> FileList | None:
+    """Read a cached list; None when it is damaged, is of another root, or a folder has changed since."""
+    try:
+        with np.load(cache, allow_pickle=False) as content:
+            stored = {name: content[name] for name in content.files}
+        same_root = os.fsdecode(stored["root"].item()) == str(root)
+        unchanged = same_root and all(
+            os.stat(os.path.join(root, os.fsdecode(folder))).st_mtime_ns == time
+            for folder, time in zip(stored["folders"], stored["folder_times"], strict=True)
+        )
+        classes = tuple(os.fsdecode(name) for name in stored["classes"])
+        return FileList(root, stored["paths"], stored["labels"], classes) if unchanged else None
+    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile):
+        return None
+
+
+@dataclass(frozen=True)
+class PackedImages(FileList):
+    """A `FileList` whose images lie in a pack; image i is record `records[i]`."""
+
+    pack: Pack
+    records: np.ndarray
+
+    def read_image(self, index: int, channels: int) -> Image.Image:
+        record = int(self.records[index])
+        if self.pack.header["encoding"] != "raw":
+            return read_image(self.pack.read(record), channels)
+        pixels = PackedRows(self.pack, record).decoded().pixels.permute(1, 2, 0)
+        return Image.fromarray(pixels.numpy()).convert(CHANNEL_MODES[channels])
+
+    def open_picture(self, index: int, channels: int) -> Picture:
+        record = int(self.records[index])
+        if self.pack.header["encoding"] != "raw":
+            return open_picture(self.pack.read(record), channels)
+        return PackedRows(self.pack, record) if channels == 3 else Picture(to_pixels(self.read_image(index, channels)))
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{super().fingerprint()} {self.pack.digest}".encode()).hexdigest()[:16]
+
+    def subsample(self, count: int) -> "PackedImages":
+        if len(self) <= count:
+            return self
+        kept = np.linspace(0, len(self) - 1, count).round().astype(np.int64)
+        return dataclasses.replace(self, paths=self.paths[kept], labels=self.labels[kept], records=self.records[kept])
+
+    def describe(self) -> str:
+        side = self.pack.header["short_side"]
+        size = f", short side at most {side}" if side else ""
+        return f"{super().describe()}, packed as {self.pack.header['encoding']}{size}"
+
+
+def read_packed_images(folder: Path) -> PackedImages:
+    """List the images of a pack, with the labels and classes of the folder it was made of."""
+    pack = open_pack(folder, "images")
+    classes = tuple(pack.header["classes"])
+    return PackedImages(
+        folder, pack.names, pack.table["label"].astype(np.int32), classes, pack, np.arange(len(pack.names))
+    )

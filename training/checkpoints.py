@@ -1,0 +1,390 @@
+"""States of a run: written whole or not at all, found, checked and loaded again."""
+
+import argparse
+import fcntl
+import json
+import os
+import pickle
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TextIO
+
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from accelerate.utils import (
+    gather_object,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from storage.files import checksum_of, publish, read_json, rename_aside, unused_name, write_json
+from training.process import SHARDING
+
+
+def lock_experiment(experiment: Path) -> TextIO:
+    """Create the experiment's folder and hold it for this run; BlockingIOError when another run does.
+
+    The lock goes with the process, however that ends. Keep the returned file open.
+    """
+    experiment.mkdir(parents=True, exist_ok=True)
+    lock = (experiment / ".lock").open("w")
+    try:
+        # A record lock, which is this process's alone: data workers that outlive a killed run for seconds would
+        # hold one of flock's, and the next start would be refused.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise BlockingIOError(f"another run is training in {experiment}; choose another --experiment_name") from error
+    return lock
+
+
+def write_args(experiment: Path, args: argparse.Namespace, resumed_from: Path | None) -> list[str]:
+    """Write args.json; a resume keeps the first file and adds its own. Give the flags that differ from the first."""
+    flags = json.loads(json.dumps(vars(args)))
+    first = experiment / "args.json"
+    before = json.loads(first.read_text()) if first.exists() and resumed_from is not None else flags
+    file = first
+    if resumed_from is None:
+        rename_aside(first)
+    elif first.exists():
+        file = experiment / f"args_from_{resumed_from.name}.json"
+        rename_aside(file)
+    file.write_text(json.dumps(flags, indent=2) + "\n")
+    return [
+        f"--{name} {new} (was {old})"
+        for name, old, new in sorted(flat_differences(before, flags))
+        if name != "resume_from_checkpoint"
+    ]
+
+
+CHECKPOINT_NAME = re.compile(r"checkpoint_(\d+)(?:_step_(\d+))?")  # epochs behind it, and the step within the next
+
+
+LAST_CHECKPOINT, BEST_CHECKPOINT = "last_checkpoint", "best_checkpoint"  # a link to the newest, and weights alone
+
+
+STATE_FILE, MANIFEST_FILE, DONE_FILE, AVERAGE_FILE = "state.json", "manifest.json", "DONE", "ema.safetensors"
+
+
+MAX_FAILED_SAVES = 3  # in a row, then the run stops
+
+
+SPACE_FACTOR = 1.2  # free space that a save wants, in sizes of the one before
+
+
+# What a full or broken disk raises: torch reports it as a RuntimeError, safetensors with an error of its own.
+SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+
+# What torch and safetensors raise for files that are damaged, or that would run code, under a manifest made to fit.
+LOAD_ERRORS = (*SAVE_ERRORS, ValueError, TypeError, LookupError, AttributeError, EOFError, pickle.UnpicklingError)
+
+
+def checkpoint_order(folder: Path) -> tuple[int, int]:
+    """Sort checkpoints by how far they are, from their names alone; those named otherwise come first."""
+    match = CHECKPOINT_NAME.fullmatch(folder.resolve().name)
+    return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
+
+
+def find_checkpoints(experiment: Path) -> list[Path]:
+    """Give the checkpoints of an experiment, whole or damaged, oldest first.
+
+    A last_checkpoint that is a folder, because the experiment was copied without links, comes first.
+    """
+    folders = [entry for entry in experiment.glob("checkpoint_*") if CHECKPOINT_NAME.fullmatch(entry.name)]
+    if not (last := experiment / LAST_CHECKPOINT).is_symlink():
+        folders.append(last)
+    return sorted((folder for folder in folders if folder.is_dir()), key=checkpoint_order)
+
+
+def find_checkpoint(experiment: Path, name: str) -> Path:
+    """Find a checkpoint by its name inside the experiment, or by its folder. FileNotFoundError lists what is there."""
+    for folder in (experiment / name, Path(name)):
+        if (folder / STATE_FILE).is_file():
+            return folder.resolve()  # of last_checkpoint, which moves on, the one it is now
+    there = ", ".join(folder.name for folder in find_checkpoints(experiment)) or "none"
+    raise FileNotFoundError(
+        f"--resume_from_checkpoint {name}: no checkpoint with a {STATE_FILE} there. In {experiment}: {there}"
+    )
+
+
+def newest_whole_checkpoint(checkpoints: list[Path]) -> tuple[Path, list[Path]]:
+    """Give the newest checkpoint whose files are as its manifest says, and the newer ones that are damaged."""
+    damaged, reasons = [], []
+    for folder in reversed(checkpoints):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder, damaged
+        damaged.append(folder)
+        reasons.append(f"  {folder.name}: {damage}")
+    raise ValueError(
+        f"every checkpoint in {checkpoints[0].parent} is damaged, and starting again without being asked would lose "
+        "the run:\n" + "\n".join(reasons) + "\nPut a whole copy back, or choose another --experiment_name"
+    )
+
+
+def find_damage(folder: Path) -> str | None:
+    """Compare a checkpoint's files with its manifest; None when all are there, whole, and readable."""
+    if not (folder / MANIFEST_FILE).is_file():
+        return f"{MANIFEST_FILE} is missing, which is written last"
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
+        for name, expected in manifest["files"].items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                return f"{MANIFEST_FILE} names {name!r}, which is not inside the folder"
+            size, checksum = (folder / name).stat().st_size, expected["crc32"]
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes instead of {expected['bytes']}"
+            if checksum_of(folder / name) != checksum:
+                return f"{name} has another content than when it was written"
+        missing = [name for name in ("config.json", STATE_FILE) if name not in manifest["files"]]
+        return f"{MANIFEST_FILE} does not name {', '.join(missing)}" if missing else None
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{MANIFEST_FILE} cannot be read ({type(error).__name__}: {error})"
+
+
+def read_state(folder: Path) -> dict:
+    """Read how far a checkpoint is; ValueError names the file when it is no such record."""
+    state = read_json(folder / STATE_FILE)
+    if not all(type(state.get(name)) is int for name in ("epoch", "step")):
+        raise ValueError(f"{folder / STATE_FILE} does not hold an epoch and a step")
+    return state
+
+
+def check_weights(accelerator: Accelerator, model: nn.Module, experiment: Path, step: int) -> None:
+    """Raise FloatingPointError if a weight or a running statistic of any process is not finite; every process calls."""
+    tensors = [getattr(tensor, "to_local", lambda t=tensor: t)() for tensor in (*model.parameters(), *model.buffers())]
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+    if accelerator.reduce(finite.int(), "sum").item() < accelerator.num_processes:
+        raise FloatingPointError(f"the weights are not finite at step {step}, and not saved. {way_out(experiment)}")
+
+
+def way_out(experiment: Path) -> str:
+    """Say what to do with a run that left the finite numbers."""
+    checkpoints = find_checkpoints(experiment)
+    last = f"Go on from {checkpoints[-1]}" if checkpoints else "There is no checkpoint: start again"
+    return f"{last} with a lower learning rate, --max_grad_norm 1, or bf16 instead of fp16"
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that a kill in between leaves no half of it under its name."""
+    leaving = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(leaving, ignore_errors=True)
+    os.rename(folder, leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def point_last_checkpoint(folder: Path) -> None:
+    """Make last_checkpoint the link to this one; a folder of that name is set aside."""
+    last, link = (folder.with_name(f"{LAST_CHECKPOINT}{end}") for end in ("", ".tmp"))
+    link.symlink_to(folder.name)
+    if last.is_dir() and not last.is_symlink():
+        os.rename(last, unused_name(last, ""))
+    os.replace(link, last)
+
+
+def tidy(experiment: Path) -> None:
+    """Undo what a kill in the middle of a save left: half folders go, and a best checkpoint set aside comes back."""
+    for old in experiment.glob("*_checkpoint.old"):
+        folder = old.with_suffix("")
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, folder)
+    for pattern in ("checkpoint_*.tmp", "*_checkpoint.tmp"):
+        for half in experiment.glob(pattern):
+            half.unlink() if half.is_symlink() else shutil.rmtree(half, ignore_errors=True)
+
+
+def find_failure(accelerator: Accelerator, act: Callable[[], None]) -> str | None:
+    """Do something on every process and tell all of them what failed on any; None when nothing did."""
+    try:
+        act()
+        failure = None
+    except SAVE_ERRORS as error:
+        failure = f"{type(error).__name__}: {error}"
+    return next((failure for failure in gather_object([failure]) if failure is not None), None)
+
+
+class Checkpoints:
+    """Write the states of a run: whole or not at all, each with a manifest, the newest and those kept for good.
+
+    Not a cure for a broken disk: a save that fails costs a message and the run goes on, until MAX_FAILED_SAVES of them
+    fail in a row. Every process calls the methods; the disk has to be one that all of them see.
+    """
+
+    def __init__(self, accelerator: Accelerator, experiment: Path, keep: int):
+        self.accelerator, self.experiment, self.keep = accelerator, experiment, keep
+        self.failures, self.size, self.saved_at = 0, 0, time.monotonic()
+
+    def save(
+        self,
+        model: nn.Module,
+        config: Mapping,
+        state: Mapping,
+        *,
+        epoch_ends: bool,
+        for_good: bool = False,
+        average: nn.Module | None = None,
+    ) -> bool:
+        """Write weights with their sizes (model.safetensors, config.json) and all that an exact resume needs.
+
+        The name is checkpoint_<epoch> when the epoch is complete, evaluation included, else checkpoint_<epoch>_step_
+        <step>, epoch being the number of complete ones. `average`, a moving average of the weights, goes into
+        ema.safetensors. Gives whether it was written; FloatingPointError for weights that are not finite, OSError
+        when saving has failed too often.
+        """
+        accelerator = self.accelerator
+        name = f"checkpoint_{state['epoch']}" + ("" if epoch_ends else f"_step_{state['step']}")
+        folder, temporary = self.experiment / name, self.experiment / f"{name}.tmp"
+        check_weights(accelerator, model, self.experiment, state["step"])
+
+        def prepare() -> None:
+            if accelerator.is_main_process:
+                tidy(self.experiment)
+                temporary.mkdir()
+                free = shutil.disk_usage(self.experiment).free
+                if free < SPACE_FACTOR * self.size:
+                    raise OSError(f"{free / 1e9:.2f} GB are free, the last checkpoint has {self.size / 1e9:.2f} GB")
+
+        def write() -> None:
+            accelerator.save_state(temporary)
+            if accelerator.is_main_process:
+                if average is not None:
+                    save_file(average.state_dict(), temporary / AVERAGE_FILE)
+                write_json(temporary / "config.json", config)
+                write_json(temporary / STATE_FILE, {**state, "for_good": for_good})
+
+        def seal() -> None:
+            if not accelerator.is_main_process:
+                return
+            record = {
+                file.relative_to(temporary).as_posix(): {"bytes": file.stat().st_size, "crc32": checksum_of(file)}
+                for file in sorted(temporary.rglob("*"))
+                if file.is_file()
+            }
+            write_json(temporary / MANIFEST_FILE, {"files": record})
+            self.size = sum(entry["bytes"] for entry in record.values())
+            if folder.exists() and find_damage(folder) is None:  # of this very step, and so the same
+                shutil.rmtree(temporary)
+                return
+            if folder.exists():
+                os.rename(folder, unused_name(folder, ".damaged"))
+            publish(temporary, folder)
+
+        def make_way() -> None:
+            if accelerator.is_main_process:
+                point_last_checkpoint(folder)
+                self.prune()
+
+        failure = find_failure(accelerator, prepare) or find_failure(accelerator, write)
+        if failure is None and accelerator.distributed_type in SHARDING:  # these save in pieces; weights go on whole
+            state_dict = accelerator.get_state_dict(model)
+            if accelerator.is_main_process:
+                save_file(state_dict, temporary / "model.safetensors")
+        failure = failure or find_failure(accelerator, seal)
+        self.saved_at = time.monotonic()
+        if failure is None:
+            self.failures = 0
+            failure = find_failure(accelerator, make_way)
+            if failure is not None:
+                accelerator.print(f"{name} is written, but older ones could not be removed ({failure})")
+            return True
+        self.failures += 1
+        if accelerator.is_main_process:
+            tidy(self.experiment)
+        if self.failures == MAX_FAILED_SAVES:
+            raise OSError(f"{self.failures} saves in a row failed, the last one with {failure}; earlier ones are kept")
+        accelerator.print(f"{name} could not be written ({failure}); earlier ones are kept, and the run goes on")
+        return False
+
+    def prune(self) -> None:
+        """Remove checkpoints that are neither among the newest nor kept for good; what cannot be read is left alone."""
+        for folder in find_checkpoints(self.experiment)[: -self.keep]:
+            try:
+                kept = read_state(folder).get("for_good", True)
+            except (OSError, ValueError):
+                continue
+            if not kept and CHECKPOINT_NAME.fullmatch(folder.name):
+                remove_folder(folder)
+
+    def save_weights(self, model: nn.Module, name: str, config: Mapping) -> bool:
+        """Write weights to hand on, model.safetensors and config.json, in the place of older ones.
+
+        False when the disk refused, and the older ones are still there; the run goes on.
+        """
+        folder, temporary, old = (self.experiment / f"{name}{end}" for end in ("", ".tmp", ".old"))
+        state_dict = self.accelerator.get_state_dict(model)
+
+        def write() -> None:
+            if not self.accelerator.is_main_process:
+                return
+            tidy(self.experiment)
+            temporary.mkdir()
+            save_file({name: value.contiguous() for name, value in state_dict.items()}, temporary / "model.safetensors")
+            write_json(temporary / "config.json", config)
+            if folder.exists():
+                os.rename(folder, old)
+            publish(temporary, folder)
+            shutil.rmtree(old, ignore_errors=True)
+
+        failure = find_failure(self.accelerator, write)
+        if failure is not None:
+            self.accelerator.print(f"{folder} could not be written ({failure}); the run goes on")
+        return failure is None
+
+    def finish(self, step: int) -> None:
+        """Leave the file that tells a scheduler that nothing is left to do."""
+        if self.accelerator.is_main_process:
+            write_json(self.experiment / DONE_FILE, {"step": step})
+
+
+def resume(
+    accelerator: Accelerator,
+    folder: Path,
+    config: Mapping,
+    identity: Mapping,
+    *,
+    average: nn.Module | None = None,
+    keeps_best: bool = False,
+) -> dict:
+    """Load a checkpoint into everything that was prepared, and into `average`; every process calls this.
+
+    Gives its state: `epoch`, `step`, the `row` that waits for an evaluation, and the `best` figure so far where the
+    script `keeps_best`. ValueError names every difference in the sizes or in `identity` that would make the run go on
+    as another one.
+    """
+    state = read_state(folder)
+    saved = read_json(folder / "config.json") | {key: state.get(key) for key in identity}
+    current = json.loads(json.dumps({**config, **identity}))
+    differences = sorted(flat_differences(saved, current))
+    if differences:
+        lines = [f"  {key}: {old!r} in the checkpoint, {new!r} now" for key, old, new in differences]
+        raise ValueError(f"cannot resume from {folder}, because this run differs:\n" + "\n".join(lines))
+    if not isinstance(state.get("row"), dict) or (keeps_best and not isinstance(state.get("best"), int | float)):
+        raise ValueError(f"{folder / STATE_FILE} does not hold the row that waits and the best figure of a run")
+    try:
+        accelerator.load_state(folder)
+        if average is not None:
+            average.load_state_dict(load_file(folder / AVERAGE_FILE))
+    except LOAD_ERRORS as error:
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else ""
+        raise ValueError(f"{folder} cannot be loaded ({type(error).__name__}: {reason})") from error
+    accelerator.step = 0  # its position inside an accumulation; checkpoints lie between optimizer steps
+    return state
+
+
+def flat_differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[tuple]:
+    for key in old.keys() | new.keys():
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from flat_differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}", a, b

@@ -1,0 +1,306 @@
+"""What a run tells: log, trackers, progress bar, bad files, skipped steps."""
+
+import argparse
+import contextlib
+import importlib
+import json
+import netrc
+import os
+import re
+import resource
+import sys
+import time
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TextIO
+
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from accelerate.utils import (
+    gather_object,
+)
+from PIL import Image
+from tqdm import tqdm
+
+from storage.files import rename_aside
+from training.checkpoints import way_out
+
+
+class SkippedSteps:
+    """Count the optimizer steps whose loss or gradient was not finite, and name their images in nonfinite_steps.jsonl.
+
+    `images_of` gives the files of an optimizer step.
+    """
+
+    def __init__(self, experiment: Path, images_of: Callable[[int], list[str]], max_in_a_row: int):
+        self.experiment, self.images_of, self.max_in_a_row = experiment, images_of, max_in_a_row
+        self.count, self.in_a_row = 0, 0
+
+    def note(self, accelerator: Accelerator, skipped: list[bool], last_step: int, say: Callable[[str], None]) -> None:
+        """Take in whether each of the steps up to `last_step` was left out, in their order.
+
+        FloatingPointError after `max_in_a_row` of them.
+        """
+        for step, was_skipped in enumerate(skipped, start=last_step - len(skipped) + 1):
+            self.in_a_row = self.in_a_row + 1 if was_skipped else 0
+            if not was_skipped:
+                continue
+            self.count += 1
+            file = self.experiment / "nonfinite_steps.jsonl"
+            if accelerator.is_main_process:
+                with optional_write(file), file.open("a", errors="surrogateescape") as rows:
+                    rows.write(json.dumps({"step": step, "images": self.images_of(step)}) + "\n")
+                say(f"step {step}: loss or gradient not finite, left out; its images are named in {file}")
+            if self.in_a_row == self.max_in_a_row:
+                raise FloatingPointError(
+                    f"loss or gradient was not finite in {self.in_a_row} optimizer steps in a row, up to step {step} "
+                    f"(--max_nonfinite_steps). {way_out(self.experiment)}"
+                )
+
+
+WANDB_TIMEOUT_S = 20
+
+
+BAR_INTERVAL_S = 30  # between lines of a progress bar that goes into a file
+
+
+def build_bar(accelerator: Accelerator, total_steps: int, step: int) -> tqdm:
+    """Show the progress of a run from the main process; where no one watches a terminal, a line now and then."""
+    watched = sys.stderr.isatty()
+    return tqdm(
+        total=total_steps,
+        initial=step,
+        unit="step",
+        dynamic_ncols=watched,
+        ncols=None if watched else 160,
+        mininterval=0.1 if watched else BAR_INTERVAL_S,
+        maxinterval=10 if watched else BAR_INTERVAL_S,
+        disable=not accelerator.is_main_process,
+    )
+
+
+WAIT_WORTH_A_HINT = 0.2  # share of the time
+
+
+DATA_HINT = (
+    "waiting for data takes {:.0%} of the time: give more --num_workers where there are cores, pack the data "
+    "(tools/pack_dataset.py), or pretrain with --repeated_sampling 4"
+)
+
+
+class StepClock:
+    """Measure images per second and the share of the time that the loop waits for data, between log rows.
+
+    Where that share is high in two readings in a row, `say` is told once what to do; not after the first reading, in
+    which the workers start.
+    """
+
+    def __init__(self, say: Callable[[str], None] | None = None):
+        self.say, self.readings, self.slow_readings = say, 0, 0
+        self.restart()
+
+    def restart(self) -> None:
+        self.started, self.waited_s, self.images = time.perf_counter(), 0.0, 0
+
+    def watch(self, loader: Iterable) -> Iterator:
+        """Iterate over a loader, adding up the time spent in it and the images it gives."""
+        iterator = iter(loader)
+        while True:
+            asked = time.perf_counter()
+            batch = next(iterator, None)
+            self.waited_s += time.perf_counter() - asked
+            if batch is None:
+                return
+            self.images += len(batch.images)
+            yield batch
+
+    def read(self, num_processes: int) -> dict[str, float]:
+        """Give the figures since the last reading, images counted over all processes, and start over."""
+        elapsed_s = max(time.perf_counter() - self.started, 1e-9)
+        figures = {
+            "images_per_second": self.images * num_processes / elapsed_s,
+            "data_wait_fraction": self.waited_s / elapsed_s,
+        }
+        self.readings += 1
+        slow = figures["data_wait_fraction"] > WAIT_WORTH_A_HINT and self.readings > 1
+        self.slow_readings = self.slow_readings + 1 if slow else 0
+        if self.slow_readings == 2 and self.say is not None:
+            self.say(DATA_HINT.format(figures["data_wait_fraction"]))
+            self.say = None
+        self.restart()
+        return figures
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory in GB (1e9 bytes): of the GPU's allocator, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class RunLog:
+    """Write `<experiment>/log.jsonl`, one row a line, and W&B when asked; only the main process writes.
+
+    A resume cuts the rows beyond its step, so steps rise strictly; a fresh start sets an older log aside. W&B that is
+    not installed, not reachable or breaks costs one message, never the run.
+    """
+
+    def __init__(self, experiment: Path, *, enabled: bool, resumed_step: int | None = None, lock: TextIO | None = None):
+        self.file, self.enabled, self.wandb_run, self.lock = experiment / "log.jsonl", enabled, None, lock
+        self.unwritten = ""
+        if enabled and resumed_step is None:
+            rename_aside(self.file)
+        elif enabled and self.file.exists():
+            lines = self.file.read_text().splitlines()
+            kept = [line for line in lines if (row := parse_row(line)) is not None and row["step"] <= resumed_step]
+            temporary = self.file.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.replace(self.file)
+
+    def start_wandb(self, args: argparse.Namespace) -> None:
+        """Start or go on with a W&B run: online where a key is found, else offline."""
+        if not self.enabled:
+            return
+        try:
+            self.wandb = importlib.import_module("wandb")
+        except ImportError as error:
+            print(f"--log_wandb: wandb cannot be imported ({error}); logging to {self.file} alone", flush=True)
+            return
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb_key_exists() else "offline")
+        if "WANDB_MODE" not in os.environ and mode == "offline":
+            print("--log_wandb: no API key found, so W&B runs offline; `wandb sync` uploads it later", flush=True)
+        if self.with_wandb(lambda: self.init_wandb(args, mode)) is None and mode == "online":
+            self.with_wandb(lambda: self.init_wandb(args, "offline"))
+
+    def init_wandb(self, args: argparse.Namespace, mode: str):
+        id_file = self.file.with_name("wandb_id.txt")
+        run = self.wandb.init(
+            project=re.sub(r"[/\\#?%:]", "_", args.experiment_name),  # W&B refuses these
+            name=args.wandb_run_name,
+            dir=self.file.parent,
+            id=id_file.read_text().strip() if id_file.exists() else None,
+            resume="allow",
+            config=vars(args),
+            mode=mode,
+            settings=self.wandb.Settings(init_timeout=WANDB_TIMEOUT_S),
+        )
+        id_file.write_text(run.id + "\n")
+        run.define_metric("*", step_metric="step")
+        self.wandb_run = run
+        return run
+
+    def with_wandb(self, act: Callable):
+        """Do something with W&B; if it fails, say so and leave W&B alone from then on."""
+        try:
+            return act()
+        except (self.wandb.Error, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            print(f"--log_wandb: W&B failed ({type(error).__name__}: {error}); the run goes on without it", flush=True)
+            self.wandb_run = None
+            return None
+
+    def write(self, row: Mapping[str, float | None]) -> None:
+        """Append a row; it carries "step". Rows that a full disk refuses are written with a later one."""
+        if not self.enabled:
+            return
+        self.unwritten += json.dumps(row) + "\n"
+        whole = self.file.stat().st_size if self.file.exists() else 0
+        try:
+            with self.file.open("a") as file:
+                file.write(self.unwritten)
+            self.unwritten = ""
+        except OSError as error:
+            print(f"{self.file} could not be written ({error}); its rows wait for the next one", flush=True)
+            if self.file.exists():
+                os.truncate(self.file, whole)
+        if self.wandb_run is not None:
+            self.with_wandb(lambda: self.wandb_run.log(dict(row)))
+
+    def picture(self, key: str, path: Path, step: int) -> None:
+        """Send a picture file to W&B."""
+        if self.wandb_run is not None and path.exists():
+            self.with_wandb(lambda: self.wandb_run.log({key: self.wandb.Image(str(path)), "step": step}))
+
+    def close(self) -> None:
+        if self.wandb_run is not None:
+            self.with_wandb(self.wandb_run.finish)
+        if self.lock is not None:
+            self.lock.close()
+
+
+@contextlib.contextmanager
+def optional_write(file: Path) -> Iterator[None]:
+    """Write a file that a run can do without: a disk that is full costs the file and a message."""
+    try:
+        yield
+    except OSError as error:
+        print(f"{file} could not be written ({error}); the run goes on", flush=True)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    with optional_write(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+
+
+def parse_row(line: str) -> dict | None:
+    """Read a row of a log; None for one that a crash cut short."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None
+
+
+def wandb_key_exists() -> bool:
+    """Look where `wandb login` leaves a key; wandb itself would stop the run to ask for one."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class BadFiles:
+    """Keep count of the files that cannot be decoded, over all processes, and name each once in bad_files.txt."""
+
+    def __init__(self, experiment: Path, num_images: int, max_fraction: float):
+        self.file, self.num_images, self.max_fraction = experiment / "bad_files.txt", num_images, max_fraction
+        self.new: dict[str, str] = {}
+        self.met: set[str] = set()  # by this run; a file that was repaired since it was named counts no more
+        self.named: set[str] = set()
+        if self.file.exists():
+            lines = self.file.read_text(errors="surrogateescape").splitlines()
+            self.named = {line.split("\t")[0] for line in lines}
+
+    def note(self, bad_files: Iterable[tuple[str, str]]) -> None:
+        """Remember what one batch of this process met; nothing is written before `share`."""
+        self.new |= {path: reason for path, reason in bad_files if path not in self.met}
+
+    def share(self, accelerator: Accelerator, say: Callable[[str], None]) -> int:
+        """Bring the processes' findings together, name the new ones and give the count; every process calls it.
+
+        ValueError when the share of bad files is above the limit.
+        """
+        found = {path: reason for new in gather_object([self.new]) for path, reason in new.items()}
+        self.new = {}
+        self.met |= found.keys()
+        unnamed = sorted(found.keys() - self.named)
+        self.named |= found.keys()
+        if unnamed and accelerator.is_main_process:
+            # File names are bytes; those that are no UTF-8 are written back as they are, and shown with a mark.
+            with optional_write(self.file), self.file.open("a", errors="surrogateescape") as file:
+                for path in unnamed:
+                    line = f"{path}\t{' '.join(found[path].split())}"
+                    file.write(line + "\n")
+                    say(f"cannot be decoded, replaced by another: {line.encode(errors='replace').decode()}")
+        if len(self.met) > self.max_fraction * self.num_images:
+            raise ValueError(
+                f"{len(self.met)} of {self.num_images:,} images cannot be decoded, more than --max_bad_fraction "
+                f"{self.max_fraction} allows; they are named in {self.file}"
+            )
+        return len(self.met)
