@@ -620,3 +620,14 @@ def build_eval_loader(
         num_workers=num_workers,
         generator=torch.Generator(),
     )
+
+
+def build_eval_images(files: FileList, img_size: tuple[int, int], **options) -> ImageDataset:
+    """Give images as an evaluation sees them: resized, the middle cut out, with the original release's margin."""
+    return ImageDataset(files, ResizeCenterCrop(img_size, eval_crop_ratio(img_size)), **options)
+
+
+def pick_samples(data: ImageDataset, count: int) -> list[Sample]:
+    """Give some samples of an evaluation, spread over the data set: for pictures that are drawn again and again."""
+    spacing = max(1, len(data) // count)
+    return [data[SampleKey(EVAL_EPOCH, index)] for index in range(0, len(data), spacing)[:count]]

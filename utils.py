@@ -15,7 +15,7 @@ import torch.distributed
 from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import ImageNetInfo
-from torch import Tensor
+from torch import Tensor, nn
 
 # ------------------------------------------------------------------------------------------------ optimisation
 
@@ -54,6 +54,21 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 # ------------------------------------------------------------------------------------------------ numbers that are none
+
+
+def decay_more(groups: list[dict], model: nn.Module, *, biases: bool, norms: bool) -> None:
+    """Let biases, or the weights of norms, decay as well: timm's groups without decay are cut in two, in place."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decay = max(group["weight_decay"] for group in groups)
+
+    def decays(parameter: nn.Parameter) -> bool:
+        return biases if names[id(parameter)].endswith("bias") else norms and parameter.ndim == 1
+
+    for group in [group for group in groups if not group["weight_decay"]]:
+        moved = [parameter for parameter in group["params"] if decays(parameter)]
+        if moved:
+            group["params"] = [parameter for parameter in group["params"] if not decays(parameter)]
+            groups.append({**group, "params": moved, "weight_decay": decay})
 
 
 def nan_guard(loss: Tensor) -> Tensor:

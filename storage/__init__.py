@@ -1,0 +1,39 @@
+"""How images, label maps and weights lie on a disk. Imports nothing above it."""
+
+from storage.decoding import describe_decoder
+from storage.demo import DEMO_LABEL_NAMES
+from storage.files import rename_aside, write_json
+from storage.lists import FileList, check_same_classes, find_splits, find_validation, list_images, refuse_inside
+from storage.pairs import (
+    ADE20K_CLASS_NAMES,
+    ADE20K_NUM_CLASSES,
+    IGNORE_INDEX,
+    LABEL_COLOURS,
+    PairList,
+    check_pairs,
+    label_table,
+    list_pairs,
+)
+from storage.weights import read_state_dict
+
+__all__ = [
+    "ADE20K_CLASS_NAMES",
+    "ADE20K_NUM_CLASSES",
+    "DEMO_LABEL_NAMES",
+    "IGNORE_INDEX",
+    "LABEL_COLOURS",
+    "FileList",
+    "PairList",
+    "check_pairs",
+    "check_same_classes",
+    "describe_decoder",
+    "find_splits",
+    "find_validation",
+    "label_table",
+    "list_images",
+    "list_pairs",
+    "read_state_dict",
+    "refuse_inside",
+    "rename_aside",
+    "write_json",
+]

@@ -241,3 +241,12 @@ def read_packed_images(folder: Path) -> PackedImages:
     return PackedImages(
         folder, pack.names, pack.table["label"].astype(np.int32), classes, pack, np.arange(len(pack.names))
     )
+
+
+def refuse_inside(working_directory: str | Path, train_folder: Path) -> None:
+    """Refuse to write into the training images; ValueError."""
+    if Path(working_directory).resolve().is_relative_to(train_folder.resolve()):
+        raise ValueError(
+            f"--working_directory {working_directory} lies in the training images, {train_folder}: the run would train "
+            "on its own pictures; choose one outside"
+        )

@@ -1,7 +1,10 @@
-"""States of a run: written whole or not at all, found, checked and loaded again."""
+"""States of a run: found, checked, written whole or not at all, and loaded again.
+
+A state is a folder with weights, optimizer and random numbers (Accelerate's), sizes (config.json), where the run is
+(state.json), and a manifest of all these files, which is written last.
+"""
 
 import argparse
-import fcntl
 import json
 import os
 import pickle
@@ -10,79 +13,29 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple
 
 import torch
-import torch.distributed
 from accelerate import Accelerator
-from accelerate.utils import (
-    gather_object,
-)
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from storage.files import checksum_of, publish, read_json, rename_aside, unused_name, write_json
+from storage.files import checksum_of, publish, read_json, recover, remove, unused_name, write_json, written_whole
 from training.process import SHARDING
 
-
-def lock_experiment(experiment: Path) -> TextIO:
-    """Create the experiment's folder and hold it for this run; BlockingIOError when another run does.
-
-    The lock goes with the process, however that ends. Keep the returned file open.
-    """
-    experiment.mkdir(parents=True, exist_ok=True)
-    lock = (experiment / ".lock").open("w")
-    try:
-        # A record lock, which is this process's alone: data workers that outlive a killed run for seconds would
-        # hold one of flock's, and the next start would be refused.
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise BlockingIOError(f"another run is training in {experiment}; choose another --experiment_name") from error
-    return lock
-
-
-def write_args(experiment: Path, args: argparse.Namespace, resumed_from: Path | None) -> list[str]:
-    """Write args.json; a resume keeps the first file and adds its own. Give the flags that differ from the first."""
-    flags = json.loads(json.dumps(vars(args)))
-    first = experiment / "args.json"
-    before = json.loads(first.read_text()) if first.exists() and resumed_from is not None else flags
-    file = first
-    if resumed_from is None:
-        rename_aside(first)
-    elif first.exists():
-        file = experiment / f"args_from_{resumed_from.name}.json"
-        rename_aside(file)
-    file.write_text(json.dumps(flags, indent=2) + "\n")
-    return [
-        f"--{name} {new} (was {old})"
-        for name, old, new in sorted(flat_differences(before, flags))
-        if name != "resume_from_checkpoint"
-    ]
-
-
 CHECKPOINT_NAME = re.compile(r"checkpoint_(\d+)(?:_step_(\d+))?")  # epochs behind it, and the step within the next
-
-
 LAST_CHECKPOINT, BEST_CHECKPOINT = "last_checkpoint", "best_checkpoint"  # a link to the newest, and weights alone
-
-
 STATE_FILE, MANIFEST_FILE, DONE_FILE, AVERAGE_FILE = "state.json", "manifest.json", "DONE", "ema.safetensors"
-
-
 MAX_FAILED_SAVES = 3  # in a row, then the run stops
-
-
 SPACE_FACTOR = 1.2  # free space that a save wants, in sizes of the one before
-
-
 # What a full or broken disk raises: torch reports it as a RuntimeError, safetensors with an error of its own.
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)
-
-
 # What torch and safetensors raise for files that are damaged, or that would run code, under a manifest made to fit.
 LOAD_ERRORS = (*SAVE_ERRORS, ValueError, TypeError, LookupError, AttributeError, EOFError, pickle.UnpicklingError)
+
+# ------------------------------------------------------------------------------------------------ finding them
 
 
 def checkpoint_order(folder: Path) -> tuple[int, int]:
@@ -103,13 +56,13 @@ def find_checkpoints(experiment: Path) -> list[Path]:
 
 
 def find_checkpoint(experiment: Path, name: str) -> Path:
-    """Find a checkpoint by its name inside the experiment, or by its folder. FileNotFoundError lists what is there."""
+    """Find a checkpoint by its name inside the experiment, or by its folder; FileNotFoundError lists those found."""
     for folder in (experiment / name, Path(name)):
         if (folder / STATE_FILE).is_file():
             return folder.resolve()  # of last_checkpoint, which moves on, the one it is now
-    there = ", ".join(folder.name for folder in find_checkpoints(experiment)) or "none"
+    found = ", ".join(folder.name for folder in find_checkpoints(experiment)) or "none"
     raise FileNotFoundError(
-        f"--resume_from_checkpoint {name}: no checkpoint with a {STATE_FILE} there. In {experiment}: {there}"
+        f"--resume_from_checkpoint {name}: no checkpoint with a {STATE_FILE} there. In {experiment}: {found}"
     )
 
 
@@ -133,7 +86,7 @@ def find_damage(folder: Path) -> str | None:
     if not (folder / MANIFEST_FILE).is_file():
         return f"{MANIFEST_FILE} is missing, which is written last"
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
+        manifest = read_json(folder / MANIFEST_FILE)
         for name, expected in manifest["files"].items():
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 return f"{MANIFEST_FILE} names {name!r}, which is not inside the folder"
@@ -146,7 +99,7 @@ def find_damage(folder: Path) -> str | None:
         return f"{MANIFEST_FILE} does not name {', '.join(missing)}" if missing else None
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST_FILE} cannot be read ({type(error).__name__}: {error})"
 
 
@@ -158,31 +111,92 @@ def read_state(folder: Path) -> dict:
     return state
 
 
+# ------------------------------------------------------------------------------------------------ where to start
+
+
+class Start(NamedTuple):
+    """Where a run keeps its files, the checkpoint it goes on from, if any, and the newer ones that are damaged."""
+
+    experiment: Path
+    resume_from: Path | None
+    damaged: list[Path]
+
+
+def open_experiment(accelerator: Accelerator, args: argparse.Namespace) -> Start:
+    """Choose what to go on from; every process calls this, the main one reads the disk for all.
+
+    Without --resume_from_checkpoint, existing checkpoints are never trained over: FileExistsError. 'latest' is a
+    fresh start where there is none, and else the newest whose files are as its manifest says; ValueError where all
+    are damaged, or the one that was asked for is. Raises alike on every process.
+    """
+    found: list = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [choose_start(args)]
+        except (ValueError, OSError) as error:
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    start: Start = found[0]
+    if start.resume_from is not None and not start.resume_from.is_dir():
+        raise FileNotFoundError(
+            f"process {accelerator.process_index} cannot see {start.resume_from}, which the first process chose: "
+            "--working_directory has to be on a disk that all machines share"
+        )
+    return start
+
+
+def choose_start(args: argparse.Namespace) -> Start:
+    experiment = Path(args.working_directory) / args.experiment_name
+    existing, name = find_checkpoints(experiment), args.resume_from_checkpoint
+    if name is None and existing:
+        raise FileExistsError(
+            f"{experiment} already holds {len(existing)} checkpoints. Add --resume_from_checkpoint latest to go on "
+            "with that run, or choose another --experiment_name to start a new one"
+        )
+    if name is None or (name == "latest" and not existing):
+        return Start(experiment, None, [])
+    if name == "latest":
+        folder, damaged = newest_whole_checkpoint(existing)
+    else:
+        folder, damaged = find_checkpoint(experiment, name), []
+        if damage := find_damage(folder):
+            raise ValueError(f"--resume_from_checkpoint {folder} is damaged: {damage}. 'latest' takes a whole one")
+        newer = [other for other in existing if checkpoint_order(other) > checkpoint_order(folder)]
+        if newer:
+            raise FileExistsError(
+                f"going on from {folder} would train over {newer[-1]}. Resume from 'latest', or give "
+                f"--resume_from_checkpoint {folder} with another --experiment_name"
+            )
+    epoch = read_state(folder)["epoch"]
+    if args.epochs is not None and epoch > args.epochs:
+        raise ValueError(f"{folder} has {epoch} epochs behind it, more than --epochs {args.epochs}")
+    return Start(experiment, folder, damaged)
+
+
+# ------------------------------------------------------------------------------------------------ writing them
+
+
 def check_weights(accelerator: Accelerator, model: nn.Module, experiment: Path, step: int) -> None:
     """Raise FloatingPointError if a weight or a running statistic of any process is not finite; every process calls."""
     tensors = [getattr(tensor, "to_local", lambda t=tensor: t)() for tensor in (*model.parameters(), *model.buffers())]
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
     if accelerator.reduce(finite.int(), "sum").item() < accelerator.num_processes:
-        raise FloatingPointError(f"the weights are not finite at step {step}, and not saved. {way_out(experiment)}")
+        raise FloatingPointError(
+            f"the weights are not finite at step {step}, and not saved. {advise_on_nonfinite(experiment)}"
+        )
 
 
-def way_out(experiment: Path) -> str:
-    """Say what to do with a run that left the finite numbers."""
+def advise_on_nonfinite(experiment: Path) -> str:
+    """Say what to do with a run whose numbers are no longer finite."""
     checkpoints = find_checkpoints(experiment)
     last = f"Go on from {checkpoints[-1]}" if checkpoints else "There is no checkpoint: start again"
     return f"{last} with a lower learning rate, --max_grad_norm 1, or bf16 instead of fp16"
 
 
-def remove_folder(folder: Path) -> None:
-    """Remove a folder so that a kill in between leaves no half of it under its name."""
-    leaving = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(leaving, ignore_errors=True)
-    os.rename(folder, leaving)
-    shutil.rmtree(leaving, ignore_errors=True)
-
-
 def point_last_checkpoint(folder: Path) -> None:
-    """Make last_checkpoint the link to this one; a folder of that name is set aside."""
+    """Make last_checkpoint the link to this one; a folder of that name is renamed aside."""
     last, link = (folder.with_name(f"{LAST_CHECKPOINT}{end}") for end in ("", ".tmp"))
     link.symlink_to(folder.name)
     if last.is_dir() and not last.is_symlink():
@@ -191,16 +205,10 @@ def point_last_checkpoint(folder: Path) -> None:
 
 
 def tidy(experiment: Path) -> None:
-    """Undo what a kill in the middle of a save left: half folders go, and a best checkpoint set aside comes back."""
-    for old in experiment.glob("*_checkpoint.old"):
-        folder = old.with_suffix("")
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(old, folder)
-    for pattern in ("checkpoint_*.tmp", "*_checkpoint.tmp"):
-        for half in experiment.glob(pattern):
-            half.unlink() if half.is_symlink() else shutil.rmtree(half, ignore_errors=True)
+    """Undo what a kill in the middle of a save left: half folders go, a best checkpoint renamed aside comes back."""
+    recover(experiment / BEST_CHECKPOINT)
+    for half in experiment.glob("*checkpoint*.tmp"):
+        remove(half)
 
 
 def find_failure(accelerator: Accelerator, act: Callable[[], None]) -> str | None:
@@ -263,23 +271,16 @@ class Checkpoints:
                 write_json(temporary / STATE_FILE, {**state, "for_good": for_good})
 
         def seal() -> None:
-            if not accelerator.is_main_process:
-                return
-            record = {
-                file.relative_to(temporary).as_posix(): {"bytes": file.stat().st_size, "crc32": checksum_of(file)}
-                for file in sorted(temporary.rglob("*"))
-                if file.is_file()
-            }
-            write_json(temporary / MANIFEST_FILE, {"files": record})
-            self.size = sum(entry["bytes"] for entry in record.values())
-            if folder.exists() and find_damage(folder) is None:  # of this very step, and so the same
-                shutil.rmtree(temporary)
-                return
-            if folder.exists():
-                os.rename(folder, unused_name(folder, ".damaged"))
-            publish(temporary, folder)
+            if accelerator.is_main_process:
+                self.write_manifest(temporary)
+                if folder.exists() and find_damage(folder) is None:  # of this very step, and so the same
+                    remove(temporary)
+                    return
+                if folder.exists():
+                    os.rename(folder, unused_name(folder, ".damaged"))
+                publish(temporary, folder)
 
-        def make_way() -> None:
+        def make_room() -> None:
             if accelerator.is_main_process:
                 point_last_checkpoint(folder)
                 self.prune()
@@ -293,7 +294,7 @@ class Checkpoints:
         self.saved_at = time.monotonic()
         if failure is None:
             self.failures = 0
-            failure = find_failure(accelerator, make_way)
+            failure = find_failure(accelerator, make_room)
             if failure is not None:
                 accelerator.print(f"{name} is written, but older ones could not be removed ({failure})")
             return True
@@ -305,6 +306,15 @@ class Checkpoints:
         accelerator.print(f"{name} could not be written ({failure}); earlier ones are kept, and the run goes on")
         return False
 
+    def write_manifest(self, folder: Path) -> None:
+        record = {
+            file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "crc32": checksum_of(file)}
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
+        write_json(folder / MANIFEST_FILE, {"files": record})
+        self.size = sum(entry["bytes"] for entry in record.values())
+
     def prune(self) -> None:
         """Remove checkpoints that are neither among the newest nor kept for good; what cannot be read is left alone."""
         for folder in find_checkpoints(self.experiment)[: -self.keep]:
@@ -313,27 +323,25 @@ class Checkpoints:
             except (OSError, ValueError):
                 continue
             if not kept and CHECKPOINT_NAME.fullmatch(folder.name):
-                remove_folder(folder)
+                leaving = folder.with_name(f"{folder.name}.tmp")  # so that a kill leaves no half of it under its name
+                remove(leaving)
+                os.rename(folder, leaving)
+                remove(leaving)
 
     def save_weights(self, model: nn.Module, name: str, config: Mapping) -> bool:
         """Write weights to hand on, model.safetensors and config.json, in the place of older ones.
 
         False when the disk refused, and the older ones are still there; the run goes on.
         """
-        folder, temporary, old = (self.experiment / f"{name}{end}" for end in ("", ".tmp", ".old"))
-        state_dict = self.accelerator.get_state_dict(model)
+        folder, state_dict = self.experiment / name, self.accelerator.get_state_dict(model)
 
         def write() -> None:
-            if not self.accelerator.is_main_process:
-                return
-            tidy(self.experiment)
-            temporary.mkdir()
-            save_file({name: value.contiguous() for name, value in state_dict.items()}, temporary / "model.safetensors")
-            write_json(temporary / "config.json", config)
-            if folder.exists():
-                os.rename(folder, old)
-            publish(temporary, folder)
-            shutil.rmtree(old, ignore_errors=True)
+            if self.accelerator.is_main_process:
+                with written_whole(folder) as temporary:
+                    temporary.mkdir()
+                    tensors = {name: value.contiguous() for name, value in state_dict.items()}
+                    save_file(tensors, temporary / "model.safetensors")
+                    write_json(temporary / "config.json", config)
 
         failure = find_failure(self.accelerator, write)
         if failure is not None:
@@ -344,6 +352,9 @@ class Checkpoints:
         """Leave the file that tells a scheduler that nothing is left to do."""
         if self.accelerator.is_main_process:
             write_json(self.experiment / DONE_FILE, {"step": step})
+
+
+# ------------------------------------------------------------------------------------------------ loading them
 
 
 def resume(
@@ -364,7 +375,7 @@ def resume(
     state = read_state(folder)
     saved = read_json(folder / "config.json") | {key: state.get(key) for key in identity}
     current = json.loads(json.dumps({**config, **identity}))
-    differences = sorted(flat_differences(saved, current))
+    differences = sorted(find_differences(saved, current))
     if differences:
         lines = [f"  {key}: {old!r} in the checkpoint, {new!r} now" for key, old, new in differences]
         raise ValueError(f"cannot resume from {folder}, because this run differs:\n" + "\n".join(lines))
@@ -381,10 +392,11 @@ def resume(
     return state
 
 
-def flat_differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[tuple]:
+def find_differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[tuple]:
+    """Give (name, old, new) of every entry that differs, of tables within tables too."""
     for key in old.keys() | new.keys():
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            yield from flat_differences(a, b, f"{prefix}{key}.")
+            yield from find_differences(a, b, f"{prefix}{key}.")
         elif a != b:
             yield f"{prefix}{key}", a, b

@@ -1,199 +1,248 @@
-"""The flags that all scripts share, and the check of their values."""
+"""The flags that all scripts share, and how a command line becomes the arguments of a run.
+
+A flag is a row of a table: name, default (or, where there is none, its type), help, options of argparse. A command is
+parsed once; what it leaves out comes from a recipe, from the sizes of the weights it names, and else from the table.
+Nothing here knows a network or a data set.
+"""
 
 import argparse
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from training.checkpoints import find_checkpoints
+
+Rows = Sequence[tuple]
+
+FIRST_FLAGS: dict[str, Rows] = {
+    "run": [
+        ("experiment_name", "experiment", "folder below --working_directory; W&B project"),
+        ("working_directory", "work_dir", "where experiments and cached file lists are kept"),
+        (
+            "resume_from_checkpoint",
+            str,
+            "'latest' (the newest whole one, or a fresh start), or a checkpoint's name or folder",
+        ),
+        ("demo", False, "draw a small data set and train a small model on it; other flags still win"),
+        ("seed", 0, "decides weights, order, crops and masks"),
+        ("save_checkpoint_interval", 10, "epochs between checkpoints that are kept for good; the last always is"),
+        ("log_wandb", False, "also log to Weights & Biases (needs the package; offline without a key)"),
+        ("wandb_run_name", str, "name of the W&B run (default: W&B's choice)"),
+    ],
+    "data": [
+        ("path_to_data", str, "root of the data set"),
+        ("img_size", [224], "one number, or height and width", {"metavar": "PIXELS"}),
+        ("input_channels", 3, "1 grey, 3 RGB, 4 RGBA"),
+        ("mean", [0.485, 0.456, 0.406], "channel means, 0..1 (default: ImageNet's; 0.5 each if not three)"),
+        ("std", [0.229, 0.224, 0.225], "channel standard deviations, 0..1 (likewise)"),
+        ("num_workers", 8, "processes that decode, for each training process; at most the machine's cores"),
+    ],
+    "optimisation": [
+        ("epochs", int, "passes over the training images"),
+        ("warmup_epochs", float, "epochs of linear warmup from 0"),
+        ("per_gpu_batch_size", int, "images of an optimizer step on one process, over all its forward passes"),
+        ("gradient_accumulation_steps", 1, "forward passes of an optimizer step"),
+        ("weight_decay", float, "AdamW's, not on biases and norms"),
+        ("max_grad_norm", 1.0, "clip the gradient norm to this; 0 never clips, as the paper"),
+    ],
+}
+RARE_FLAGS: dict[str, Rows] = {
+    "rarely changed": [
+        ("log_interval", 20, "optimizer steps between log rows"),
+        ("save_minutes", 30.0, "minutes after which the state is saved also within an epoch; 0 never"),
+        ("keep_checkpoints", 2, "newest checkpoints that are never removed, at least 2"),
+        (
+            "max_nonfinite_steps",
+            10,
+            "stop after so many steps in a row that were left out: loss or gradient not finite",
+        ),
+        ("max_bad_fraction", 0.01, "stop when more than this share of the images cannot be decoded"),
+        ("rescan_data", False, "list the files anew instead of reading the cached list"),
+        ("pin_memory", True, "on a GPU, copy batches from page-locked memory"),
+        (
+            "activation_checkpointing",
+            False,
+            "compute the blocks again in the backward pass: less memory, a third more work",
+        ),
+        ("deterministic", False, "only kernels that give the same bits every time: for exact resumes on a GPU; slower"),
+        ("timeout_minutes", 30.0, "how long a process waits for the others before the job is given up"),
+        ("bias_weight_decay", False, "also decay biases"),
+        ("norm_weight_decay", False, "also decay the weights of norms"),
+    ],
+}
+# (flag, lowest, highest), both allowed, and why where that is not plain
+SHARED_RANGES: Rows = [
+    ("epochs", 1, math.inf),
+    ("per_gpu_batch_size", 1, math.inf),
+    ("gradient_accumulation_steps", 1, math.inf),
+    ("save_checkpoint_interval", 1, math.inf),
+    ("log_interval", 1, math.inf),
+    ("max_nonfinite_steps", 1, math.inf),
+    ("keep_checkpoints", 2, math.inf, "so that one is left when the newest is damaged"),
+    ("timeout_minutes", 0.01, math.inf),
+    ("warmup_epochs", 0, math.inf),
+    ("num_workers", 0, math.inf),
+    ("weight_decay", 0, math.inf),
+    ("max_grad_norm", 0, math.inf),
+    ("save_minutes", 0, math.inf),
+    ("seed", 0, math.inf),
+    ("max_bad_fraction", 0, 1),
+    ("std", 1e-9, math.inf),
+]
+NOT_GIVEN = object()
+METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keep the module docstring's lines, and show every default that says something."""
+    """Keep the module docstring's lines, put a flag on one line where it fits, and show defaults that say something."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return f"--[no-]{action.dest}"
+        return super()._format_action_invocation(action)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        silent = action.default is None or "(default" in action.help
+        silent = action.default is None or action.default is False or "(default" in action.help
         return action.help if silent else super()._get_help_string(action)
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that every script has; a script sets its own defaults with `parser.set_defaults`."""
-    run = parser.add_argument_group("run")
-    run.add_argument("--experiment_name", default="experiment", help="folder below --working_directory; W&B project")
-    run.add_argument("--working_directory", default="work_dir", help="where experiments and cached file lists are kept")
-    run.add_argument(
-        "--resume_from_checkpoint",
-        metavar="CHECKPOINT",
-        help="a checkpoint folder, the name of one inside the experiment, or 'latest': the newest one that is whole, "
-        "or a fresh start where there is none",
-    )
-    run.add_argument(
-        "--save_checkpoint_interval",
-        type=int,
-        default=10,
-        help="epochs between checkpoints that are kept for good; the last epoch is always saved",
-    )
-    run.add_argument(
-        "--save_minutes",
-        type=float,
-        default=30,
-        help="minutes after which the state is saved also within an epoch; 0 never",
-    )
-    run.add_argument(
-        "--keep_checkpoints", type=int, default=2, help="newest checkpoints that are never removed, at least 2"
-    )
-    run.add_argument(
-        "--max_nonfinite_steps",
-        type=int,
-        default=10,
-        help="stop after so many optimizer steps in a row whose loss or gradient was not finite; each is left out",
-    )
-    run.add_argument(
-        "--deterministic",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="only kernels that give the same bits every time; slower on a GPU, and needed there for an exact resume",
-    )
-    run.add_argument(
-        "--timeout_minutes",
-        type=float,
-        default=30,
-        help="how long a process waits for the others before the job is given up",
-    )
-    run.add_argument(
-        "--activation_checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="compute the blocks again in the backward pass: less memory, a third more work, the same gradients",
-    )
-    run.add_argument(
-        "--bf16_gradient_sync",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="average gradients over processes in bfloat16: half the traffic, coarser rounding",
-    )
-    run.add_argument("--log_interval", type=int, default=20, help="optimizer steps between log rows")
-    run.add_argument(
-        "--log_wandb",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="also log to Weights & Biases (needs the package; offline without a key)",
-    )
-    run.add_argument("--wandb_run_name", help="name of the W&B run (default: W&B's choice)")
-    run.add_argument("--seed", type=int, default=0, help="decides weights, order, crops and masks")
-    run.add_argument(
-        "--demo",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="draw a small data set and train a small model on it; other flags still win",
-    )
-
-    data = parser.add_argument_group("data")
-    data.add_argument("--path_to_data", help="root of the data set")
-    data.add_argument(
-        "--img_size", type=int, nargs="+", default=[224], metavar="PIXELS", help="one number, or height and width"
-    )
-    data.add_argument("--input_channels", type=int, default=3, help="1 grey, 3 RGB, 4 RGBA")
-    data.add_argument(
-        "--mean",
-        type=float,
-        nargs="+",
-        default=[0.485, 0.456, 0.406],
-        help="channel means, 0..1 (default: ImageNet's; 0.5 each when the channels are not three)",
-    )
-    data.add_argument(
-        "--std",
-        type=float,
-        nargs="+",
-        default=[0.229, 0.224, 0.225],
-        help="channel standard deviations, 0..1 (likewise)",
-    )
-    data.add_argument(
-        "--num_workers",
-        type=int,
-        default=8,
-        help="processes that decode, for each training process; at most the machine's cores",
-    )
-    data.add_argument(
-        "--max_bad_fraction",
-        type=float,
-        default=0.01,
-        help="stop when more than this share of the images cannot be decoded",
-    )
-    data.add_argument(
-        "--rescan_data",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="list the files anew instead of reading the cached list",
-    )
-
-    optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--epochs", type=int, help="passes over the training images")
-    optim.add_argument("--warmup_epochs", type=float, help="epochs of linear warmup from 0")
-    optim.add_argument(
-        "--per_gpu_batch_size",
-        type=int,
-        help="images of one optimizer step on one process, cut into --gradient_accumulation_steps forward passes",
-    )
-    optim.add_argument("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step")
-    optim.add_argument("--weight_decay", type=float, help="AdamW's, not on biases and norms")
-    optim.add_argument(
-        "--max_grad_norm", type=float, default=1.0, help="clip the gradient norm to this; 0 never clips, as the paper"
-    )
+# ------------------------------------------------------------------------------------------------ parsing
 
 
-def check_run_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse impossible values of the shared flags, and turn the lists into what the code uses."""
-    positive = (
-        "epochs",
-        "per_gpu_batch_size",
-        "gradient_accumulation_steps",
-        "save_checkpoint_interval",
-        "log_interval",
-        "max_nonfinite_steps",
-    )
-    for name in positive:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for name in ("warmup_epochs", "num_workers", "weight_decay", "max_grad_norm", "save_minutes"):
-        if getattr(args, name) is not None and getattr(args, name) < 0:
-            parser.error(f"--{name} cannot be negative, and is {getattr(args, name)}")
-    if args.keep_checkpoints < 2:
-        parser.error(
-            f"--keep_checkpoints {args.keep_checkpoints}: at least 2, so that one is left when the newest is damaged"
+def size_flags(config_class: type, prefixes: tuple[str, ...], note: str) -> Rows:
+    """Give a flag for each size of a network: the fields of its dataclass whose names begin with a prefix."""
+    fields = [field for field in dataclasses.fields(config_class) if field.name.startswith(prefixes)]
+    return [(field.name, type(field.default), f"(default: {note})") for field in fields]
+
+
+class Flags:
+    """The flags of a script: the shared groups, its own, which may add to those, and the rarely changed ones last.
+
+    `ranges` are rows of (flag, lowest, highest) for its own flags, both allowed, and why where that is not plain.
+    """
+
+    def __init__(self, description: str, own: Mapping[str, Rows], ranges: Rows = ()):
+        self.ranges = [*SHARED_RANGES, *ranges]
+        self.parser = argparse.ArgumentParser(
+            description=description,
+            usage="accelerate launch %(prog)s [flags]",
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+            add_help=False,
         )
-    if args.timeout_minutes <= 0:
-        parser.error(f"--timeout_minutes must be above 0, and is {args.timeout_minutes:g}")
-    if args.epochs is not None and args.warmup_epochs is not None and args.warmup_epochs >= args.epochs:
-        parser.error(
-            f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}; give both, the paper's "
-            "share is a twentieth"
-        )
-    if args.per_gpu_batch_size % args.gradient_accumulation_steps:
-        parser.error(
-            f"--per_gpu_batch_size {args.per_gpu_batch_size} cannot be cut into --gradient_accumulation_steps "
-            f"{args.gradient_accumulation_steps} equal forward passes; choose a multiple of it"
-        )
-    if len(args.img_size) > 2:
-        parser.error(f"--img_size takes one number, or height and width, not {len(args.img_size)} numbers")
-    args.img_size = args.img_size[0] if len(args.img_size) == 1 else tuple(args.img_size)
-    for name in ("mean", "std"):
-        values = getattr(args, name)
-        if values == parser.get_default(name) and args.input_channels != len(values):
-            values = [0.5]
-        if len(values) == 1:
-            values = values * args.input_channels
-        if len(values) != args.input_channels:
-            parser.error(
-                f"--{name} has {len(values)} values, --input_channels is {args.input_channels}; give as many, or one"
+        self.error = self.parser.error
+        for title in dict.fromkeys([*FIRST_FLAGS, *own, *RARE_FLAGS]):
+            group = self.parser.add_argument_group(title)
+            for table in (FIRST_FLAGS, own, RARE_FLAGS):
+                for name, default, text, *options in table.get(title, ()):
+                    add_flag(group, name, default, text, **dict(*options))
+        self.parser.add_argument("-h", "--help", action="store_true", help="show this and exit")
+
+    def parse(self, argv: list[str] | None) -> dict[str, object]:
+        """Parse a command line, and give what it says; what it leaves out is left out."""
+        names = vars(self.parser.parse_args([]))  # of all flags
+        found = self.parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, NOT_GIVEN)))
+        return {name: value for name, value in vars(found).items() if value is not NOT_GIVEN}
+
+    def complete(self, given: Mapping[str, object], *defaults: Mapping[str, object]) -> argparse.Namespace:
+        """Complete what a command line says by defaults, of which later ones win, and check it.
+
+        With --help, show these defaults and exit.
+        """
+        for table in defaults:
+            self.parser.set_defaults(**table)
+        if given.get("help"):
+            self.parser.print_help()
+            self.parser.exit()
+        args = vars(self.parser.parse_args([])) | dict(given)
+        del args["help"]
+        args = argparse.Namespace(**args)
+        self.check(args)
+        return args
+
+    def find_demo_weights(self, given: Mapping) -> str | None:
+        """Give the newest checkpoint of pretrain_mae.py --demo, from which the demos of finetuning start."""
+        work = given.get("working_directory", self.parser.get_default("working_directory"))
+        checkpoints = find_checkpoints(Path(work) / "demo")
+        if not checkpoints and not given.get("help"):
+            self.error("--demo starts from the demo pretraining: first run accelerate launch pretrain_mae.py --demo")
+        return str(checkpoints[-1]) if checkpoints else None
+
+    def size_defaults(self, given: Mapping, record: Mapping, sizes: Mapping, source: str | None) -> dict[str, object]:
+        """Give the defaults that come with weights: the sizes of their encoder, image size, channels, mean and std.
+
+        `sizes` are all of them, `record` the config.json beside the weights. A given size that differs is refused.
+        """
+        fixed = [name for name in sizes if name.startswith("encoder") or name == "patch_size"]
+        for name in fixed if source else ():
+            if given.get(name, sizes[name]) != sizes[name]:
+                self.error(f"--{name} {given[name]}, but {source} has {sizes[name]}; leave the flag out")
+        defaults = {name: sizes[name] for name in fixed}
+        if source:
+            defaults |= {"input_channels": sizes["input_channels"], "img_size": as_list(sizes["img_size"])}
+        if "image_mean" in record:
+            defaults |= {"mean": list(record["image_mean"]), "std": list(record["image_std"])}
+        return defaults
+
+    def check(self, args: argparse.Namespace) -> None:
+        """Refuse impossible values, and turn the lists of the shared flags into what the code uses."""
+        self.check_ranges(args)
+        if args.epochs is not None and args.warmup_epochs is not None and args.warmup_epochs >= args.epochs:
+            self.error(
+                f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}; give both, the "
+                "paper's share is a twentieth"
             )
-        setattr(args, name, tuple(values))
-    if min(args.std) <= 0:
-        parser.error(f"--std must be positive, and is {args.std}")
-    if not 0 <= args.max_bad_fraction <= 1:
-        parser.error(f"--max_bad_fraction is a share between 0 and 1, not {args.max_bad_fraction}")
-    if args.seed < 0:
-        parser.error(f"--seed cannot be negative, and is {args.seed}")
-    if Path(args.experiment_name).name != args.experiment_name or args.experiment_name in ("", ".."):
-        parser.error(
-            f"--experiment_name {args.experiment_name!r} is a folder name; the path goes into --working_directory"
-        )
+        if args.per_gpu_batch_size % args.gradient_accumulation_steps:
+            self.error(
+                f"--per_gpu_batch_size {args.per_gpu_batch_size} cannot be cut into --gradient_accumulation_steps "
+                f"{args.gradient_accumulation_steps} equal forward passes; choose a multiple of it"
+            )
+        if len(args.img_size) > 2:
+            self.error(f"--img_size takes one number, or height and width, not {len(args.img_size)} numbers")
+        args.img_size = args.img_size[0] if len(args.img_size) == 1 else tuple(args.img_size)
+        for name in ("mean", "std"):
+            values, channels = getattr(args, name), args.input_channels
+            if values == self.parser.get_default(name) and channels != len(values):
+                values = [0.5]
+            if len(values) == 1:
+                values = values * channels
+            if len(values) != channels:
+                self.error(f"--{name} has {len(values)} values, --input_channels is {channels}; give as many, or one")
+            setattr(args, name, tuple(values))
+        if Path(args.experiment_name).name != args.experiment_name or args.experiment_name in ("", ".."):
+            self.error(
+                f"--experiment_name {args.experiment_name!r} is a folder name; the path goes into --working_directory"
+            )
+
+    def check_ranges(self, args: argparse.Namespace) -> None:
+        """Refuse values outside their range; of flags with several values each of them."""
+        for name, low, high, *reason in self.ranges:
+            value = getattr(args, name)
+            values = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(low <= one <= high for one in values):
+                allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+                shown = " ".join(f"{one:g}" for one in values)
+                self.error(f"--{name} must be {allowed}, not {shown}" + "".join(f", {why}" for why in reason))
+
+
+def add_flag(group, name: str, default: object, text: str, **options: object) -> None:
+    """Add a flag whose type is told by its default, or by a type in the default's place; lists take several values."""
+    kind = default if isinstance(default, type) else type(default[0] if isinstance(default, list) else default)
+    if kind is bool:
+        options = {"action": argparse.BooleanOptionalAction, **options}
+    else:
+        options = {"type": kind} | ({} if "choices" in options else {"metavar": METAVARS[kind]}) | options
+    if isinstance(default, list):
+        options = {"nargs": "+", **options}
+    group.add_argument(f"--{name}", default=None if isinstance(default, type) else default, help=text, **options)
+
+
+def as_list(size: int | Sequence[int]) -> list[int]:
+    return [size] if isinstance(size, int) else list(size)
 
 
 def micro_batch_size(args: argparse.Namespace) -> int:

@@ -1,47 +1,47 @@
-"""Processes, device and kernels: what Accelerate gives, and what has to be told to it."""
+"""Processes, device and kernels: what Accelerate gives, and what has to be told to it.
 
+Nothing here knows how far a run is, nor what it trains.
+"""
+
+import argparse
 import ctypes
 import datetime
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import timm
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import (
-    DDPCommunicationHookType,
-    DistributedType,
-    DynamoBackend,
-    broadcast,
-)
+from accelerate.utils import DistributedType, DynamoBackend, broadcast
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from storage.demo import write_demo_data
+from storage.lists import FileList, find_splits, list_images, refuse_inside
+from storage.pairs import PairList, check_pairs, label_table, list_pairs
+
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
-
-
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
+# ------------------------------------------------------------------------------------------------ set-up
 
-def build_accelerator(
-    gradient_accumulation_steps: int, *, timeout_minutes: float = 30, bf16_gradient_sync: bool = False
-) -> Accelerator:
+
+def build_accelerator(gradient_accumulation_steps: int = 1, *, timeout_minutes: float = 30) -> Accelerator:
     """Join the processes that the launcher started; RuntimeError when each of them would train alone.
 
     A process that waits for another longer than the timeout gives up, and with it the launcher and the job.
     """
     if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate launch started this process
         die_with_parent(signal.SIGTERM)
-    hook = DDPCommunicationHookType.BF16 if bf16_gradient_sync else DDPCommunicationHookType.NO
     accelerator = Accelerator(
         gradient_accumulation_steps=gradient_accumulation_steps,
         kwargs_handlers=[
             # No static_graph: with it, torch's reducer fails on passes that are accumulated without a reduction.
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=timeout_minutes)),
         ],
     )
@@ -65,7 +65,8 @@ def keep_freed_memory() -> None:
     """Let this process keep the memory that it frees, unless MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_MAX_ is set.
 
     A step on the CPU allocates and frees the same tensors as the one before. By default glibc gives large ones back to
-    Linux, which hands them out again page by page, zeroed. Other C libraries are left as they are.
+    Linux, which hands them out again page by page, zeroed. Worth 2 to 3 s of a 16 s step of ViT-B at batch 32 on two
+    CPU cores; nothing on a GPU. Other C libraries are left as they are.
     """
     if sys.platform != "linux" or {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_"} & os.environ.keys():
         return
@@ -78,7 +79,8 @@ def keep_freed_memory() -> None:
 def die_with_parent(number: signal.Signals) -> None:
     """Ask Linux to send this process a signal when its parent ends, however that ends.
 
-    A launcher that is killed, and one that starts a single process and is only asked to end, leave it running alone.
+    A launcher that is killed, and one that starts a single process and only gets SIGTERM, leave it training alone;
+    with this 60 of 60 signals to `accelerate launch` ended in a saved state (benchmarks/RESULTS.md).
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
@@ -89,37 +91,6 @@ def choose_kernels(deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-
-
-def describe_processes(accelerator: Accelerator, num_workers: int, asked_workers: int) -> str:
-    """Say on what a run works: processes, device, precision, threads, workers, versions."""
-    workers = f"{num_workers} data workers"
-    if num_workers < asked_workers:
-        workers += f" (of --num_workers {asked_workers}, as there are no more cores)"
-    return (
-        f"{accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}, "
-        f"{torch.get_num_threads()} CPU threads and {workers} each, torch {torch.__version__}, timm {timm.__version__}"
-    )
-
-
-def process_slice(accelerator: Accelerator) -> tuple[int, int]:
-    """Give which images of an evaluation are this process's: every `second`-th from `first` on.
-
-    A sharded model answers only when all processes ask together, so there each takes all images.
-    """
-    if accelerator.distributed_type in SHARDING:
-        return 0, 1
-    return accelerator.process_index, accelerator.num_processes
-
-
-def broadcast_buffers(accelerator: Accelerator, model: nn.Module) -> None:
-    """Give all processes the first one's buffers, such as a batch norm's statistics, as a checkpoint has them.
-
-    Torch's DDP does so before every forward pass of training, but not after the last.
-    """
-    if accelerator.num_processes > 1 and accelerator.distributed_type not in SHARDING:
-        for buffer in model.buffers():
-            broadcast(buffer, from_process=0)
 
 
 def compile_in_place(accelerator: Accelerator, model: nn.Module) -> None:
@@ -140,35 +111,117 @@ def cap_workers(num_workers: int) -> int:
     return min(num_workers, max(1, cores // local_processes))
 
 
-SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+# ------------------------------------------------------------------------------------------------ data
+
+
+def draw_demo_data(accelerator: Accelerator, working_directory: str) -> Path:
+    """Give the folder of the drawn scenes, for which the main process draws them where they are not there yet."""
+    folder = Path(working_directory) / "demo_data"
+    accelerator.print(f"{'demo':<16}scenes are drawn into {folder}, unless they are there already")
+    with accelerator.main_process_first():
+        write_demo_data(folder)
+    return folder
+
+
+def list_folder(accelerator: Accelerator, folder: Path, args: argparse.Namespace) -> FileList:
+    """List the images of a folder; the first process of a machine looks, the others read what it found."""
+    with accelerator.local_main_process_first():
+        cache = Path(args.working_directory) / "file_lists"
+        return list_images(folder, cache, rescan=args.rescan_data and accelerator.is_local_main_process)
+
+
+def list_splits(accelerator: Accelerator, root: str, args: argparse.Namespace) -> tuple[FileList, FileList | None]:
+    """List the training and the held-out images (None without) of a data set; ValueError for a run that lies inside."""
+    train_folder, val_folder = find_splits(root)
+    refuse_inside(args.working_directory, train_folder)
+    train_files = list_folder(accelerator, train_folder, args)
+    return train_files, list_folder(accelerator, val_folder, args) if val_folder else None
+
+
+def list_checked_pairs(accelerator: Accelerator, split: str, args: argparse.Namespace) -> PairList:
+    """Pair the images and label maps of a split, "training" or "validation", and check that all can be used."""
+    pairs = list_pairs(args.path_to_data, split)
+    accelerator.print(f"{'checking':<16}{pairs.describe()}")
+    with accelerator.local_main_process_first():
+        check_pairs(
+            pairs,
+            label_table(args.num_classes, args.ignore_zero),
+            cap_workers(args.num_workers),
+            Path(args.working_directory) / "file_lists",
+            decode=split == "validation",  # where an image that cannot be decoded is not replaced by another
+            rescan=args.rescan_data and accelerator.is_local_main_process,
+        )
+    return pairs
+
+
+# ------------------------------------------------------------------------------------------------ printing
+
+
+def print_lines(accelerator: Accelerator, lines: Mapping[str, str]) -> None:
+    """Print texts behind their names, one a line, from the main process."""
+    for name, text in lines.items():
+        accelerator.print(f"{name:<16}{text}")
+
+
+def print_figures(accelerator: Accelerator, figures: Mapping[str, float]) -> None:
+    for name, value in figures.items():
+        accelerator.print(f"{name:<24}{value:.4f}")
+
+
+def describe_processes(accelerator: Accelerator, num_workers: int) -> str:
+    """Say on what a run works: processes, device, precision, threads, data workers, versions."""
+    capped = cap_workers(num_workers)
+    workers = f"{capped} data workers"
+    if capped < num_workers:
+        workers += f" (of --num_workers {num_workers}, as there are no more cores)"
+    return (
+        f"{accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}, "
+        f"{torch.get_num_threads()} CPU threads and {workers} each, torch {torch.__version__}, timm {timm.__version__}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ between processes
+
+
+def process_slice(accelerator: Accelerator) -> tuple[int, int]:
+    """Give rank and world size of an evaluation: this process takes every `second`-th image from `first` on.
+
+    A sharded model answers only when all processes ask together, so there each takes all images.
+    """
+    if accelerator.distributed_type in SHARDING:
+        return 0, 1
+    return accelerator.process_index, accelerator.num_processes
 
 
 def gather_slices(accelerator: Accelerator, values: Tensor, total: int) -> Tensor:
-    """Put together what every process found for its share, every `num_processes`-th of `total` items, in their order.
-
-    `values` (share, ...) -> (total, ...); shares are those of `process_slice`.
-    """
+    """Put together, in order, what each process found for its slice of `total` items: (slice, ...) -> (total, ...)."""
     _, world_size = process_slice(accelerator)
     if world_size == 1:
         return values
     padded = values.new_zeros((-(-total // world_size), *values.shape[1:]))
     padded[: len(values)] = values
-    gathered = accelerator.gather(padded).unflatten(0, (world_size, -1))  # (processes, share, ...)
+    gathered = accelerator.gather(padded).unflatten(0, (world_size, -1))  # (processes, slice, ...)
     return gathered.transpose(0, 1).flatten(0, 1)[:total]
 
 
 def collect_features(
-    accelerator: Accelerator,
-    loader: DataLoader,
-    encode: Callable[[Tensor], Tensor],
-    watch: Callable[[DataLoader], Iterable] = iter,
+    accelerator: Accelerator, batches: Iterable, total: int, encode: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Encode a whole data set, (total, D) unit-length float32 and labels (total,), in its order on every process."""
-    total = len(loader.dataset)
+    """Encode a data set of `total` images, (total, D) unit-length float32 and labels (total,), on every process."""
     if total < process_slice(accelerator)[1]:
         raise ValueError(f"{total} images are fewer than {accelerator.num_processes} processes; start fewer")
     features, labels = [], []
-    for batch in watch(loader):
+    for batch in batches:
         features.append(F.normalize(encode(batch.images.to(accelerator.device)).float(), dim=1))
         labels.append(batch.labels.to(accelerator.device))
     return gather_slices(accelerator, torch.cat(features), total), gather_slices(accelerator, torch.cat(labels), total)
+
+
+def broadcast_buffers(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give all processes the first one's buffers, such as a batch norm's statistics, as a checkpoint has them.
+
+    Torch's DDP does so before every forward pass of training, but not after the last.
+    """
+    if accelerator.num_processes > 1 and accelerator.distributed_type not in SHARDING:
+        for buffer in model.buffers():
+            broadcast(buffer, from_process=0)

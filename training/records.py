@@ -1,7 +1,11 @@
-"""What a run tells: log, trackers, progress bar, bad files, skipped steps."""
+"""What a run writes down and says: arguments, log, trackers, progress bar, bad files, skipped steps.
+
+Everything here but the folder's lock is for people: what cannot be written costs a message, never the run.
+"""
 
 import argparse
 import contextlib
+import fcntl
 import importlib
 import json
 import netrc
@@ -16,54 +20,142 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-import torch.distributed
 from accelerate import Accelerator
-from accelerate.utils import (
-    gather_object,
-)
+from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
-from storage.files import rename_aside
-from training.checkpoints import way_out
-
-
-class SkippedSteps:
-    """Count the optimizer steps whose loss or gradient was not finite, and name their images in nonfinite_steps.jsonl.
-
-    `images_of` gives the files of an optimizer step.
-    """
-
-    def __init__(self, experiment: Path, images_of: Callable[[int], list[str]], max_in_a_row: int):
-        self.experiment, self.images_of, self.max_in_a_row = experiment, images_of, max_in_a_row
-        self.count, self.in_a_row = 0, 0
-
-    def note(self, accelerator: Accelerator, skipped: list[bool], last_step: int, say: Callable[[str], None]) -> None:
-        """Take in whether each of the steps up to `last_step` was left out, in their order.
-
-        FloatingPointError after `max_in_a_row` of them.
-        """
-        for step, was_skipped in enumerate(skipped, start=last_step - len(skipped) + 1):
-            self.in_a_row = self.in_a_row + 1 if was_skipped else 0
-            if not was_skipped:
-                continue
-            self.count += 1
-            file = self.experiment / "nonfinite_steps.jsonl"
-            if accelerator.is_main_process:
-                with optional_write(file), file.open("a", errors="surrogateescape") as rows:
-                    rows.write(json.dumps({"step": step, "images": self.images_of(step)}) + "\n")
-                say(f"step {step}: loss or gradient not finite, left out; its images are named in {file}")
-            if self.in_a_row == self.max_in_a_row:
-                raise FloatingPointError(
-                    f"loss or gradient was not finite in {self.in_a_row} optimizer steps in a row, up to step {step} "
-                    f"(--max_nonfinite_steps). {way_out(self.experiment)}"
-                )
-
+from storage.files import rename_aside, unused_name, written_whole
+from training.checkpoints import (
+    CHECKPOINT_NAME,
+    DONE_FILE,
+    LAST_CHECKPOINT,
+    Start,
+    advise_on_nonfinite,
+    checkpoint_order,
+    find_checkpoints,
+    find_damage,
+    find_differences,
+    point_last_checkpoint,
+    tidy,
+)
+from training.process import describe_processes, print_lines
 
 WANDB_TIMEOUT_S = 20
-
-
 BAR_INTERVAL_S = 30  # between lines of a progress bar that goes into a file
+LONG_WAIT = 0.2  # share of the time that is worth a hint
+DATA_HINT = (
+    "waiting for data takes {:.0%} of the time: give more --num_workers where there are cores, pack the data "
+    "(tools/pack_dataset.py), or pretrain with --repeated_sampling 4"
+)
+
+# ------------------------------------------------------------------------------------------------ the folder
+
+
+def lock_experiment(experiment: Path) -> TextIO:
+    """Create the experiment's folder and hold it for this run; BlockingIOError when another run does.
+
+    The lock goes with the process, however that ends. Keep the returned file open.
+    """
+    experiment.mkdir(parents=True, exist_ok=True)
+    lock = (experiment / ".lock").open("w")
+    try:
+        # A record lock, which is this process's alone: data workers that outlive a killed run for seconds would
+        # hold one of flock's, and the next start would be refused.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise BlockingIOError(f"another run is training in {experiment}; choose another --experiment_name") from error
+    return lock
+
+
+def write_args(experiment: Path, args: argparse.Namespace, resumed_from: Path | None) -> list[str]:
+    """Write args.json; a resume keeps the first file and adds its own. Give the flags that differ from the first."""
+    flags = json.loads(json.dumps(vars(args)))
+    first = experiment / "args.json"
+    before = json.loads(first.read_text()) if first.exists() and resumed_from is not None else flags
+    file = first
+    if resumed_from is None:
+        rename_aside(first)
+    elif first.exists():
+        file = experiment / f"args_from_{resumed_from.name}.json"
+        rename_aside(file)
+    file.write_text(json.dumps(flags, indent=2) + "\n")
+    return [
+        f"--{name} {new} (was {old})"
+        for name, old, new in sorted(find_differences(before, flags))
+        if name in flags.keys() & before.keys() and name != "resume_from_checkpoint"
+    ]
+
+
+def open_records(accelerator: Accelerator, start: Start, args: argparse.Namespace, step: int) -> "RunLog":
+    """Hold the experiment's folder for this run, write its arguments, and open its log; every process calls this.
+
+    What a killed save left is cleared away, and damaged checkpoints that were passed over are renamed. BlockingIOError
+    when another run holds the folder, until its log is closed, or has written to it since this one looked.
+    """
+    experiment, resume_from, damaged = start
+    lock = None
+    if accelerator.is_main_process:
+        lock = lock_experiment(experiment)
+        tidy(experiment)
+        (experiment / DONE_FILE).unlink(missing_ok=True)
+        for folder in filter(Path.exists, damaged):
+            renamed, reason = unused_name(folder, ".damaged"), find_damage(folder)
+            os.rename(folder, renamed)
+            print(f"{'passed over':<16}{folder.name}, which is damaged ({reason}): now {renamed.name}")
+        newest = find_checkpoints(experiment)[-1:]
+        if newest and (resume_from is None or checkpoint_order(newest[0]) > checkpoint_order(resume_from)):
+            raise BlockingIOError(f"another run has just written {newest[0]}; start this one again")
+        if newest and resume_from.samefile(newest[0]) and CHECKPOINT_NAME.fullmatch(newest[0].name):
+            with optional_write(experiment / LAST_CHECKPOINT):  # a kill right after the save left the older one
+                point_last_checkpoint(newest[0])
+        changes = write_args(experiment, args, resume_from)
+        origin = f"from {resume_from.name} on" if resume_from else "from the start"
+        print(f"{'experiment':<16}{experiment}, {origin}", flush=True)
+        if changes:
+            print(f"{'changed':<16}since the first start: {', '.join(changes)}", flush=True)
+    accelerator.wait_for_everyone()
+    log = RunLog(experiment, enabled=accelerator.is_main_process, resumed_step=step if resume_from else None, lock=lock)
+    if args.log_wandb:
+        log.start_wandb(args)
+    return log
+
+
+@contextlib.contextmanager
+def optional_write(file: Path) -> Iterator[None]:
+    """Write a file that a run can do without: a disk that is full costs the file and a message."""
+    try:
+        yield
+    except OSError as error:
+        print(f"{file} could not be written ({error}); the run goes on", flush=True)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    with optional_write(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+
+
+def describe_run(
+    accelerator: Accelerator, args: argparse.Namespace, sampler, num_images: int, lines: Mapping[str, str]
+) -> None:
+    """Print what decides the result, before any long work: a script's own lines, and those that every run has."""
+    lines = dict(lines)
+    lines["effective batch"] = (
+        f"{sampler.images_per_step} = {accelerator.num_processes} processes x {args.gradient_accumulation_steps} "
+        f"forward passes x {sampler.micro_batch_size} images"
+    )
+    lines["runs on"] = describe_processes(accelerator, args.num_workers)
+    if num_images < sampler.images_per_step:
+        lines["note"] = (
+            f"{num_images:,} images do not fill one step of {sampler.images_per_step}, so an epoch repeats some; a "
+            "smaller --per_gpu_batch_size avoids it"
+        )
+    print_lines(accelerator, lines)
+
+
+# ------------------------------------------------------------------------------------------------ progress
 
 
 def build_bar(accelerator: Accelerator, total_steps: int, step: int) -> tqdm:
@@ -79,15 +171,6 @@ def build_bar(accelerator: Accelerator, total_steps: int, step: int) -> tqdm:
         maxinterval=10 if watched else BAR_INTERVAL_S,
         disable=not accelerator.is_main_process,
     )
-
-
-WAIT_WORTH_A_HINT = 0.2  # share of the time
-
-
-DATA_HINT = (
-    "waiting for data takes {:.0%} of the time: give more --num_workers where there are cores, pack the data "
-    "(tools/pack_dataset.py), or pretrain with --repeated_sampling 4"
-)
 
 
 class StepClock:
@@ -124,7 +207,7 @@ class StepClock:
             "data_wait_fraction": self.waited_s / elapsed_s,
         }
         self.readings += 1
-        slow = figures["data_wait_fraction"] > WAIT_WORTH_A_HINT and self.readings > 1
+        slow = figures["data_wait_fraction"] > LONG_WAIT and self.readings > 1
         self.slow_readings = self.slow_readings + 1 if slow else 0
         if self.slow_readings == 2 and self.say is not None:
             self.say(DATA_HINT.format(figures["data_wait_fraction"]))
@@ -139,6 +222,9 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# ------------------------------------------------------------------------------------------------ log
 
 
 class RunLog:
@@ -156,9 +242,8 @@ class RunLog:
         elif enabled and self.file.exists():
             lines = self.file.read_text().splitlines()
             kept = [line for line in lines if (row := parse_row(line)) is not None and row["step"] <= resumed_step]
-            temporary = self.file.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            temporary.replace(self.file)
+            with written_whole(self.file) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept))
 
     def start_wandb(self, args: argparse.Namespace) -> None:
         """Start or go on with a W&B run: online where a key is found, else offline."""
@@ -230,21 +315,6 @@ class RunLog:
             self.lock.close()
 
 
-@contextlib.contextmanager
-def optional_write(file: Path) -> Iterator[None]:
-    """Write a file that a run can do without: a disk that is full costs the file and a message."""
-    try:
-        yield
-    except OSError as error:
-        print(f"{file} could not be written ({error}); the run goes on", flush=True)
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    with optional_write(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-
-
 def parse_row(line: str) -> dict | None:
     """Read a row of a log; None for one that a crash cut short."""
     try:
@@ -263,6 +333,9 @@ def wandb_key_exists() -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+# ------------------------------------------------------------------------------------------------ what went wrong
 
 
 class BadFiles:
@@ -304,3 +377,35 @@ class BadFiles:
                 f"{self.max_fraction} allows; they are named in {self.file}"
             )
         return len(self.met)
+
+
+class SkippedSteps:
+    """Count the optimizer steps whose loss or gradient was not finite, and name their images in nonfinite_steps.jsonl.
+
+    `images_of` gives the files of an optimizer step.
+    """
+
+    def __init__(self, experiment: Path, images_of: Callable[[int], list[str]], max_in_a_row: int):
+        self.experiment, self.images_of, self.max_in_a_row = experiment, images_of, max_in_a_row
+        self.count, self.in_a_row = 0, 0
+
+    def note(self, accelerator: Accelerator, skipped: list[bool], last_step: int, say: Callable[[str], None]) -> None:
+        """Take in whether each of the steps up to `last_step` was left out, in their order.
+
+        FloatingPointError after `max_in_a_row` of them.
+        """
+        for step, was_skipped in enumerate(skipped, start=last_step - len(skipped) + 1):
+            self.in_a_row = self.in_a_row + 1 if was_skipped else 0
+            if not was_skipped:
+                continue
+            self.count += 1
+            file = self.experiment / "nonfinite_steps.jsonl"
+            if accelerator.is_main_process:
+                with optional_write(file), file.open("a", errors="surrogateescape") as rows:
+                    rows.write(json.dumps({"step": step, "images": self.images_of(step)}) + "\n")
+                say(f"step {step}: loss or gradient not finite, left out; its images are named in {file}")
+            if self.in_a_row == self.max_in_a_row:
+                raise FloatingPointError(
+                    f"loss or gradient was not finite in {self.in_a_row} optimizer steps in a row, up to step {step} "
+                    f"(--max_nonfinite_steps). {advise_on_nonfinite(self.experiment)}"
+                )

@@ -1,152 +1,283 @@
-"""Where a training stands: its folder, what it goes on from, its steps, rows and ends."""
+"""Where a training stands: its epochs, steps, rows, checkpoints and ends. Forward, loss and step stay in the scripts.
+
+    accelerator, start, stepping, loading = open_run(args)
+    ...  # data, model, optimizer, accelerator.prepare
+    with Run(accelerator, start, args, plan, model=model) as run:
+        for epoch in run.epochs():
+            for batch in run.batches(loader):
+                ...  # forward, backward, optimizer.step()
+                run.add(training_loss=loss)
+                if accelerator.sync_gradients:
+                    run.finish_step(learning_rate, skipped)  # logs, saves, stops, each when it is time
+            ...  # evaluate
+            run.finish_epoch(figures, save=..., for_good=...)
+        run.finish()
+
+Nothing here knows a network, a loss or a data set.
+"""
 
 import argparse
-import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    broadcast_object_list,
-)
+from accelerate.utils import set_seed
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from storage.files import unused_name
-from training.checkpoints import (
-    CHECKPOINT_NAME,
-    DONE_FILE,
-    LAST_CHECKPOINT,
-    checkpoint_order,
-    find_checkpoint,
-    find_checkpoints,
-    find_damage,
-    lock_experiment,
-    newest_whole_checkpoint,
-    point_last_checkpoint,
-    read_state,
-    tidy,
-    write_args,
-)
-from training.records import RunLog, optional_write
+from training.checkpoints import BEST_CHECKPOINT, Checkpoints, Start, check_weights, open_experiment, resume
+from training.flags import micro_batch_size
+from training.process import build_accelerator, cap_workers, choose_kernels, process_slice
+from training.records import BadFiles, SkippedSteps, StepClock, build_bar, open_records, peak_memory_gb, save_picture
+from training.signals import GO_ON, SAVE, STOP, Interrupted, Interruptions
 
 
-def refuse_inside(working_directory: str | Path, train_folder: Path) -> None:
-    """Refuse to write into the training images; ValueError."""
-    if Path(working_directory).resolve().is_relative_to(train_folder.resolve()):
-        raise ValueError(
-            f"--working_directory {working_directory} lies in the training images, {train_folder}: the run would train "
-            "on its own pictures; choose one outside"
-        )
+class Stopped(Exception):  # noqa: N818 - it is no error
+    """Leaves the loop of a run that was asked to stop, with its state saved; `Run` catches it."""
 
 
-def repetition_note(num_images: int, images_per_step: int) -> str:
-    return (
-        f"{num_images:,} images do not fill one step of {images_per_step}, so an epoch repeats some; a smaller "
-        "--per_gpu_batch_size avoids it"
+@dataclass(frozen=True)
+class Plan:
+    """What a run is: how long, over which images, and what makes it this run and no other.
+
+    `sampler` gives `set_epoch`, `steps_per_epoch` and `images_of`; `files` the `path` of an image. `config` is the
+    config.json beside the weights; it and `identity` have to be equal for a state to be gone on from.
+    """
+
+    sampler: object
+    files: object
+    num_epochs: int
+    total_steps: int
+    config: Mapping
+    identity: Mapping
+
+
+class Opened(NamedTuple):
+    """The processes of a run, where it starts, and this one's part: options for its step sampler and eval loaders."""
+
+    accelerator: Accelerator
+    start: Start
+    stepping: dict[str, int]
+    loading: dict[str, int]
+
+
+def open_run(args: argparse.Namespace) -> Opened:
+    """Join the processes, choose what to go on from, seed all generators and choose the kernels."""
+    accelerator = build_accelerator(args.gradient_accumulation_steps, timeout_minutes=args.timeout_minutes)
+    start = open_experiment(accelerator, args)
+    set_seed(args.seed)
+    choose_kernels(args.deterministic)
+    stepping = dict(
+        micro_batch_size=micro_batch_size(args),
+        accumulation_steps=args.gradient_accumulation_steps,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        seed=args.seed,
     )
+    return Opened(accelerator, start, stepping, loading_options(accelerator, args))
 
 
-def report(accelerator: Accelerator, figures: Mapping[str, float]) -> None:
-    """Print figures, one a line."""
-    for name, value in figures.items():
-        accelerator.print(f"{name:<24}{value:.4f}")
+def loading_options(accelerator: Accelerator, args: argparse.Namespace) -> dict[str, int]:
+    """Give this process's options for the loader of an evaluation: batch size, data workers, and its slice."""
+    rank, world_size = process_slice(accelerator)
+    workers = cap_workers(args.num_workers)
+    return dict(batch_size=micro_batch_size(args), num_workers=workers, rank=rank, world_size=world_size)
 
 
-class Start(NamedTuple):
-    """Where a run keeps its files, the checkpoint it goes on from, if any, and the newer ones that are damaged."""
-
-    experiment: Path
-    resume_from: Path | None
-    damaged: list[Path]
+def open_evaluation(args: argparse.Namespace) -> tuple[Accelerator, dict[str, int]]:
+    """Join the processes of an evaluation, which leaves no run; also give the options for its loaders."""
+    accelerator = build_accelerator()
+    return accelerator, loading_options(accelerator, args)
 
 
-def open_experiment(accelerator: Accelerator, args: argparse.Namespace) -> Start:
-    """Choose what to go on from; every process calls this, the main one reads the disk for all.
+class Run:
+    """The bookkeeping of one training; a context, which closes all that is open however it is left."""
 
-    Without --resume_from_checkpoint, checkpoints that are there are never trained over: FileExistsError. 'latest' is
-    a fresh start where there is none, and else the newest whose files are as its manifest says; ValueError where all
-    are damaged, or the one that was asked for is. Raises alike on every process.
-    """
-    found: list = [None]
-    if accelerator.is_main_process:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        start: Start,
+        args: argparse.Namespace,
+        plan: Plan,
+        *,
+        model: nn.Module,
+        average: nn.Module | None = None,
+        keeps_best: bool = False,
+    ):
+        self.accelerator, self.args, self.plan, self.model, self.average = accelerator, args, plan, model, average
+        self.experiment = start.experiment
+        state = {"epoch": 0, "step": 0, "row": {}, "best": -1.0}
+        if start.resume_from is not None:
+            options = dict(average=average, keeps_best=keeps_best)
+            state |= resume(accelerator, start.resume_from, plan.config, plan.identity, **options)
+            if not (self.experiment / BEST_CHECKPOINT).exists():  # it goes on under another name, without the best
+                state["best"] = -1.0
+        self.first_epoch = self.epoch = state["epoch"]
+        self.step, self.row, self.best = state["step"], state["row"], state["best"]
+        self.log = open_records(accelerator, start, args, self.step)
+        self.bad_files = BadFiles(self.experiment, len(plan.files), args.max_bad_fraction)
+        self.skipped_steps = SkippedSteps(self.experiment, self.images_of, args.max_nonfinite_steps)
+        self.checkpoints = Checkpoints(accelerator, self.experiment, args.keep_checkpoints)
+        self.interruptions = Interruptions(accelerator, self.checkpoints, args.save_minutes)
+        self.bar = build_bar(accelerator, plan.total_steps, self.step)
+        self.clock = StepClock(accelerator.print)
+        self.sums: dict[str, Tensor] = {}  # figures of the step under way, on the device
+        self.pending: list[Tensor] = []  # (figures + 1,) of each step since the last row; the last is 1.0 where skipped
+        self.saved, self.closed = True, False
+        self.headline = ""  # of the last evaluation, for the bar
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, error, trace) -> bool:
+        self.close()
+        if kind is not Stopped:
+            return False
+        self.interruptions.report_stop(self.saved, self.step)
+        self.accelerator.end_training()
+        return True
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.bar.close()
+            self.log.close()
+            self.interruptions.close()
+
+    def images_of(self, step: int) -> list[str]:
+        return [self.plan.files.path(index) for index in self.plan.sampler.images_of(step)]
+
+    # ---------------------------------------------------------------- the loop
+
+    def epochs(self) -> Iterator[int]:
+        """Give the epochs that are left, the first from the step on at which the last start was stopped."""
+        for epoch in range(self.first_epoch, self.plan.num_epochs):
+            before = epoch * self.plan.sampler.steps_per_epoch
+            self.epoch, self.last_step = epoch, min(self.plan.total_steps, before + self.plan.sampler.steps_per_epoch)
+            self.plan.sampler.set_epoch(epoch, first_step=self.step - before)
+            yield epoch
+
+    def is_due(self, interval: int) -> bool:
+        """Say whether what happens every `interval` epochs, and after the last, comes after this one."""
+        return (self.epoch + 1) % interval == 0 or self.epoch + 1 == self.plan.num_epochs
+
+    def batches(self, loader: DataLoader) -> Iterator:
+        """Give the training batches that are left of this epoch; measures the waiting and notes bad files."""
+        if self.step == self.last_step:  # only the evaluation is left
+            return
+        for batch in self.clock.watch(loader):
+            self.bad_files.note(batch.bad_files)
+            yield batch
+            if self.step == self.last_step:
+                return
+
+    def add(self, **figures: Tensor) -> None:
+        """Add the figures of one forward pass to those of the step; they stay on the device."""
+        for name, value in figures.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach() / self.args.gradient_accumulation_steps
+
+    def finish_step(self, learning_rate: float, skipped: Tensor) -> None:
+        """Count an optimizer step; when it is time, write a row, save, or save and raise Stopped."""
+        self.step += 1
+        self.pending.append(torch.stack([*self.sums.values(), skipped]))
+        names, self.sums = list(self.sums), {}
+        self.bar.update()
+        request, epoch_ends = self.interruptions.agree(), self.step == self.last_step
+        if self.step > 1 and self.step % self.args.log_interval and not epoch_ends and request == GO_ON:
+            return
+        self.row = self.read_row(names, learning_rate)
+        if epoch_ends:  # its row waits for the evaluation
+            return
+        self.log.write(self.row)
+        self.obey(request, self.epoch)
+
+    def read_row(self, names: list[str], learning_rate: float) -> dict:
+        """Give the log row of the steps since the last one; figures cross to the host here and nowhere else."""
+        window = self.accelerator.reduce(torch.stack(self.pending), "mean").cpu()  # (steps, figures + 1)
+        self.pending.clear()
+        finite = window[:, -1] == 0
+        figures = dict(zip(names, window[finite, :-1].mean(dim=0).tolist(), strict=True))
+        self.skipped_steps.note(self.accelerator, (~finite).tolist(), self.step, self.bar.write)
+        row = {
+            "step": self.step,
+            "epoch": self.step / self.plan.sampler.steps_per_epoch,
+            **{name: value if finite.any() else None for name, value in figures.items()},
+            "learning_rate": learning_rate,
+            **self.clock.read(self.accelerator.num_processes),
+            "memory_gb": peak_memory_gb(self.accelerator.device),
+            "bad_files": self.bad_files.share(self.accelerator, self.bar.write),
+            "nonfinite_steps": self.skipped_steps.count,
+        }
+        self.bar.set_postfix_str(
+            f"loss {figures['training_loss']:.4f}, lr {learning_rate:.1e}, {row['images_per_second']:.1f} images/s, "
+            f"{row['data_wait_fraction']:.0%} waiting for data{self.headline}",
+            refresh=False,
+        )
+        return row
+
+    # ---------------------------------------------------------------- evaluations and saves
+
+    def watch(self, loader: DataLoader) -> Iterator:
+        """Give an evaluation's batches; a run that should stop is saved as it was before, and raises Stopped."""
         try:
-            found = [choose_start(args)]
-        except (ValueError, OSError) as error:
-            found = [error]
-    broadcast_object_list(found)
-    if isinstance(found[0], Exception):
-        raise found[0]
-    start: Start = found[0]
-    if start.resume_from is not None and not start.resume_from.is_dir():
-        raise FileNotFoundError(
-            f"process {accelerator.process_index} cannot see {start.resume_from}, which the first process chose: "
-            "--working_directory has to be on a disk that all machines share"
-        )
-    return start
+            for batch in self.interruptions.watch(loader):
+                self.bad_files.note(batch.bad_files)
+                yield batch
+        except Interrupted:
+            self.save(self.epoch, self.row)
+            raise Stopped from None
 
+    def check_weights(self) -> None:
+        check_weights(self.accelerator, self.model, self.experiment, self.step)
 
-def choose_start(args: argparse.Namespace) -> Start:
-    experiment = Path(args.working_directory) / args.experiment_name
-    existing = find_checkpoints(experiment)
-    if args.resume_from_checkpoint is None and existing:
-        raise FileExistsError(
-            f"{experiment} already holds {len(existing)} checkpoints. Add --resume_from_checkpoint latest to go on "
-            "with that run, or choose another --experiment_name to start a new one"
-        )
-    if args.resume_from_checkpoint is None or (args.resume_from_checkpoint == "latest" and not existing):
-        return Start(experiment, None, [])
-    if args.resume_from_checkpoint == "latest":
-        folder, damaged = newest_whole_checkpoint(existing)
-    else:
-        folder, damaged = find_checkpoint(experiment, args.resume_from_checkpoint), []
-        damage = find_damage(folder)
-        if damage:
-            raise ValueError(f"--resume_from_checkpoint {folder} is damaged: {damage}. 'latest' takes a whole one")
-        newer = [other for other in existing if checkpoint_order(other) > checkpoint_order(folder)]
-        if newer:
-            raise FileExistsError(
-                f"going on from {folder} would train over {newer[-1]}. Resume from 'latest', or give "
-                f"--resume_from_checkpoint {folder} with another --experiment_name"
+    def keep_best(self, model: nn.Module, figure: float, record: Mapping) -> bool:
+        """Write weights into best_checkpoint/ where their figure is higher than all before; True where they were."""
+        if figure <= self.best:
+            return False
+        if not self.checkpoints.save_weights(model, BEST_CHECKPOINT, {**self.plan.config, **record}):
+            return False
+        self.best = figure
+        return True
+
+    def keep_picture(self, name: str, picture: Image.Image | None) -> None:
+        """Save a picture of this epoch and hand it to the tracker; None on processes that draw none."""
+        if picture is not None:
+            path = self.experiment / name / f"epoch_{self.epoch + 1}.png"
+            save_picture(picture, path)
+            self.log.picture(name, path, self.step)
+
+    def finish_epoch(self, figures: Mapping, *, save: bool, for_good: bool) -> None:
+        """Write the epoch's row with the figures of its evaluation, and its checkpoint; may raise Stopped."""
+        self.log.write({**self.row, **figures})
+        request = self.interruptions.agree()
+        if request == STOP and self.step == self.plan.total_steps:  # nothing is left to stop
+            request = SAVE
+        self.obey(max(request, SAVE if save else GO_ON), self.epoch + 1, epoch_ends=True, for_good=for_good)
+        self.clock.restart()
+
+    def obey(self, request: int, epoch: int, **how: bool) -> None:
+        if request != GO_ON:
+            self.save(epoch, {}, **how)
+            self.clock.restart()
+        if request == STOP:
+            raise Stopped
+
+    def save(self, epoch: int, row: Mapping, **how: bool) -> None:
+        """Save after `epoch` complete epochs; `row` is one that waits for its evaluation."""
+        state = {**self.plan.identity, "epoch": epoch, "step": self.step, "best": self.best, "row": row}
+        how = {"epoch_ends": False, **how}
+        self.saved = self.checkpoints.save(self.model, self.plan.config, state, average=self.average, **how)
+
+    def finish(self) -> None:
+        """Close all, and leave DONE; RuntimeError or OSError where the run is not complete."""
+        self.close()
+        if self.step != self.plan.total_steps:
+            raise RuntimeError(
+                f"{self.step} optimizer steps were made instead of {self.plan.total_steps}: a bug, please report it"
             )
-    epoch = read_state(folder)["epoch"]
-    if args.epochs is not None and epoch > args.epochs:
-        raise ValueError(f"{folder} has {epoch} epochs behind it, more than --epochs {args.epochs}")
-    return Start(experiment, folder, damaged)
-
-
-def start_records(accelerator: Accelerator, start: Start, args: argparse.Namespace, step: int) -> RunLog:
-    """Hold the experiment's folder for this run, write its arguments, and open its log; every process calls this.
-
-    What a killed save left is cleared away, and damaged checkpoints that were passed over are renamed. BlockingIOError
-    when another run holds the folder, until its log is closed, or has written to it since this one looked.
-    """
-    experiment, resume_from, damaged = start
-    lock = None
-    if accelerator.is_main_process:
-        lock = lock_experiment(experiment)
-        tidy(experiment)
-        (experiment / DONE_FILE).unlink(missing_ok=True)
-        for folder in damaged:
-            if folder.exists():
-                renamed = unused_name(folder, ".damaged")
-                os.rename(folder, renamed)
-                print(
-                    f"{'passed over':<16}{folder.name}, which is damaged ({find_damage(renamed)}): now {renamed.name}"
-                )
-        newest = find_checkpoints(experiment)[-1:]
-        if newest and (resume_from is None or checkpoint_order(newest[0]) > checkpoint_order(resume_from)):
-            raise BlockingIOError(f"another run has just written {newest[0]}; start this one again")
-        if newest and resume_from.samefile(newest[0]) and CHECKPOINT_NAME.fullmatch(newest[0].name):
-            with optional_write(experiment / LAST_CHECKPOINT):  # a kill right after the save left the older one
-                point_last_checkpoint(newest[0])
-        changes = write_args(experiment, args, resume_from)
-        origin = f"from {resume_from.name} on" if resume_from else "from the start"
-        print(f"{'experiment':<16}{experiment}, {origin}", flush=True)
-        if changes:
-            print(f"{'changed':<16}since the first start: {', '.join(changes)}", flush=True)
-    accelerator.wait_for_everyone()
-    resumed_step = step if resume_from else None
-    log = RunLog(experiment, enabled=accelerator.is_main_process, resumed_step=resumed_step, lock=lock)
-    if args.log_wandb:
-        log.start_wandb(args)
-    return log
+        if not self.saved:
+            raise OSError("the last checkpoint could not be written; make room for it and go on with the same command")
+        self.checkpoints.finish(self.step)
