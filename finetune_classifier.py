@@ -66,53 +66,36 @@ TUTORIAL_RECIPE = dict(
     weight_decay=0.1,
     num_workers=32,
 )
-# The paper's finetuning (table 9) with the settings of its release, and by size; effective batch 1024 on 8 GPUs.
-PAPER_RECIPE = dict(
-    per_gpu_batch_size=128,
-    learning_rate=None,
-    min_learning_rate=1e-6,
-    weight_decay=0.05,
-    max_grad_norm=0.0,
-    random_erasing=0.25,
-    mixup_alpha=0.8,
-)
+# What the paper does otherwise: finetuning (table 9, settings of its release; effective batch 1024 on 8 GPUs), training
+# from scratch (appendix A.2, table 11; 4096) and linear probing (appendix A.1, table 10: LARS; 16384).
+PAPER_RECIPES = {
+    #                              finetuning  scratch  probing
+    "epochs":                      (100,       300,     90),
+    "warmup_epochs":               (5,         20,      10),
+    "per_gpu_batch_size":          (128,       512,     2048),
+    "gradient_accumulation_steps": (1,         1,       4),
+    "learning_rate":               (None,      None,    None),
+    "base_learning_rate":          (5e-4,      1e-4,    0.1),
+    "min_learning_rate":           (1e-6,      0.0,     0.0),
+    "weight_decay":                (0.05,      0.3,     0.0),
+    "adam_betas":                  ([.9, .999], [.9, .95], [.9, .999]),
+    "max_grad_norm":               (0.0,       0.0,     0.0),
+    "layer_decay":                 (0.65,      1.0,     1.0),
+    "drop_path":                   (0.1,       0.1,     0.0),
+    "random_aug_magnitude":        (9,         9,       0),
+    "random_erasing":              (0.25,      0.0,     0.0),
+    "mixup_alpha":                 (0.8,       0.8,     0.0),
+    "cutmix_alpha":                (1.0,       1.0,     0.0),
+    "label_smoothing":             (0.1,       0.1,     0.0),
+    "ema_decay":                   (0.0,       0.9999,  0.0),
+    "global_pool":                 ("avg",     "avg",   "cls"),
+}  # fmt: skip
+# Those are for the base size; the paper's finetuning and training from scratch of others.
 PAPER_SIZES = {
-    "base": dict(epochs=100, base_learning_rate=5e-4, layer_decay=0.65, drop_path=0.1),
     "large": dict(epochs=50, base_learning_rate=1e-3, layer_decay=0.75, drop_path=0.2),
     "huge": dict(epochs=50, base_learning_rate=1e-3, layer_decay=0.75, drop_path=0.3),
 }
-# The paper's training from scratch (appendix A.2, table 11); effective batch 4096 on 8 GPUs.
-PAPER_SCRATCH_RECIPE = PAPER_RECIPE | dict(
-    warmup_epochs=20,
-    per_gpu_batch_size=512,
-    base_learning_rate=1e-4,
-    min_learning_rate=0.0,
-    weight_decay=0.3,
-    adam_betas=[0.9, 0.95],
-    random_erasing=0.0,
-    ema_decay=0.9999,
-)
-PAPER_SCRATCH_SIZES = {
-    "base": dict(epochs=300, drop_path=0.1),
-    "large": dict(epochs=200, drop_path=0.2),
-    "huge": dict(epochs=200, drop_path=0.2),
-}
-# The paper's linear probing (appendix A.1, table 10): LARS, no decay, crops and flips; effective batch 16384 on 8 GPUs.
-PROBE_RECIPE = dict(
-    epochs=90,
-    warmup_epochs=10,
-    per_gpu_batch_size=2048,
-    gradient_accumulation_steps=4,
-    learning_rate=None,
-    base_learning_rate=0.1,
-    weight_decay=0.0,
-    max_grad_norm=0.0,
-    random_aug_magnitude=0,
-    mixup_alpha=0.0,
-    cutmix_alpha=0.0,
-    label_smoothing=0.0,
-    global_pool="cls",
-)
+PAPER_SCRATCH_LARGER = dict(epochs=200, drop_path=0.2)
 # For the model and the scenes of pretrain_mae.py --demo.
 DEMO_RECIPE = dict(
     experiment_name="demo_finetuned",
@@ -211,33 +194,39 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = flags.complete(given, TUTORIAL_RECIPE, {"path_to_pretrained_mae_weights": weights}, sizes, recipe)
 
     # Refusals
-    partial = args.linear_probe or args.finetune_blocks is not None
-    modes = [name for name in ("eval_only", "linear_probe", "knn") if getattr(args, name)]
-    modes += ["finetune_blocks"] * (args.finetune_blocks is not None)
-    if len(modes) > 1:
-        flags.error(f"--{' and --'.join(modes)} exclude each other; give one of them")
-    if args.path_to_data is None and not args.demo:
-        flags.error("give --path_to_data FOLDER with train/ and val/, each with a folder for every class")
-    if modes and weights is None:
-        flags.error(f"--{modes[0]} judges weights: give --path_to_pretrained_mae_weights")
-    if args.demo and modes:
-        flags.error(
-            "--demo compares finetuning with training from scratch; for anything else leave it out and give "
-            f"--path_to_data {Path(args.working_directory) / 'demo_data' / 'imagefolder'}"
-        )
-    if args.learning_rate is not None and args.base_learning_rate is not None:
-        flags.error("--learning_rate is the peak, --base_learning_rate is scaled to the batch; give one of them")
+    modes = [f"--{name}" for name in ("eval_only", "linear_probe", "knn") if getattr(args, name)]
+    modes += ["--finetune_blocks"] * (args.finetune_blocks is not None)
+    scenes = Path(args.working_directory) / "demo_data" / "imagefolder"
     augments = not (args.eval_only or args.knn or args.linear_probe)
-    if augments and args.input_channels != 3 and args.random_aug_magnitude:
-        flags.error("RandAugment changes colours: with --input_channels other than 3, add --random_aug_magnitude 0")
-    if args.linear_probe and args.per_gpu_batch_size < 2 * args.gradient_accumulation_steps:
-        flags.error(
+    flags.refuse(
+        (len(modes) > 1, f"{' and '.join(modes)} exclude each other; give one of them"),
+        (
+            args.path_to_data is None and not args.demo,
+            "give --path_to_data FOLDER with train/ and val/, each with a folder for every class",
+        ),
+        (modes and weights is None, f"{' '.join(modes[:1])} judges weights: give --path_to_pretrained_mae_weights"),
+        (
+            args.demo and modes,
+            "--demo compares finetuning with training from scratch; for anything else leave it out and give "
+            f"--path_to_data {scenes}",
+        ),
+        (
+            args.learning_rate is not None and args.base_learning_rate is not None,
+            "--learning_rate is the peak, --base_learning_rate is scaled to the batch; give one of them",
+        ),
+        (
+            augments and args.input_channels != 3 and args.random_aug_magnitude,
+            "RandAugment changes colours: with --input_channels other than 3, add --random_aug_magnitude 0",
+        ),
+        (
+            args.linear_probe and training.micro_batch_size(args) < 2,
             "--linear_probe normalises over a forward pass, here of 1 image: give more --per_gpu_batch_size or fewer "
-            "--gradient_accumulation_steps"
-        )
+            "--gradient_accumulation_steps",
+        ),
+    )
     try:
         config = build_config(args)
-        if partial and not args.linear_probe:
+        if args.finetune_blocks is not None:
             check_trainable_blocks(args.finetune_blocks, config.encoder_depth)
     except ValueError as error:
         flags.error(str(error))
@@ -245,15 +234,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def choose_recipe(recipe: str, from_scratch: bool, linear_probe: bool, width: int) -> dict:
-    """Give the defaults of a recipe; the paper's differ by size, told by the encoder's width."""
-    size = "base" if width <= 768 else "large" if width <= 1024 else "huge"
-    if linear_probe:
-        return PROBE_RECIPE
-    if recipe == "tutorial":
+    """Give what a recipe does otherwise than the tutorial's; the paper's differ by size, told by the encoder's width."""
+    if recipe == "tutorial" and not linear_probe:
         return {}
-    if from_scratch:
-        return PAPER_SCRATCH_RECIPE | PAPER_SCRATCH_SIZES[size]
-    return PAPER_RECIPE | PAPER_SIZES[size]
+    column = 2 if linear_probe else 1 if from_scratch else 0
+    chosen = {name: values[column] for name, values in PAPER_RECIPES.items()}
+    if linear_probe or width <= 768:
+        return chosen
+    return chosen | (PAPER_SCRATCH_LARGER if from_scratch else PAPER_SIZES["large" if width <= 1024 else "huge"])
 
 
 def build_config(args: argparse.Namespace) -> MAEConfig:

@@ -89,7 +89,7 @@ FLAGS = {
         (
             "path_to_backbone_checkpoint",
             str,
-            "checkpoint folder, .safetensors or original .pth; or a segmenter's folder",
+            "checkpoint folder, .safetensors or original .pth; or a segmenter's",
         ),
         ("from_scratch", False, "start from random weights, for comparison"),
         ("model", str, f"sizes from scratch (default: {BASE})", {"choices": MODEL_CONFIGS}),
@@ -101,7 +101,7 @@ FLAGS = {
         (
             "rel_pos_bias",
             False,
-            "add relative positions to the attention, at zero, as the paper and the published score",
+            "add relative positions to the attention, at zero, as the paper",
         ),
     ],
     "labels": [
@@ -111,7 +111,7 @@ FLAGS = {
         (
             "resize_to",
             int,
-            "long and short side that images fit into (default: 4 and 1 times --img_size)",
+            "long and short side that images fit into (default: 4 and 1 --img_size)",
             {"nargs": 2},
         ),
     ],
@@ -343,7 +343,7 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
     if not os.access(weights.parent, os.W_OK):
         raise PermissionError(f"the figures are written beside the weights, but {weights.parent} cannot be written to")
     pairs = training.list_checked_pairs(accelerator, "validation", args)
-    data = build_val_data(pairs, args)
+    data = build_data(pairs, args)
     loader = build_eval_loader(data, collate_fn=collate_lists, **loading)
     accelerator.print(f"{'evaluating':<16}{weights} on {pairs.describe()}")
     confusion = evaluate(accelerator, model.to(accelerator.device), loader, args)
@@ -364,24 +364,16 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------ training
 
 
-def build_training_data(
-    pairs: storage.PairList, model: ViTMAEForSegmentation, args: argparse.Namespace
+def build_data(
+    pairs: storage.PairList, args: argparse.Namespace, model: ViTMAEForSegmentation | None = None
 ) -> ADE20KDataset:
+    """Give the pairs augmented, to train a model, or without a model as they are, to be validated on at their own size."""
+    table = storage.label_table(args.num_classes, args.ignore_zero)
+    common = dict(seed=args.seed, channels=args.input_channels)
+    if model is None:
+        return ADE20KDataset(pairs, keep_size, table, replace_bad_files=False, **common)
     augment = SegmentationTransform(model.backbone.config.image_hw, args.mean, args.std, *args.resize_to)
-    table, common = (
-        storage.label_table(args.num_classes, args.ignore_zero),
-        dict(seed=args.seed, channels=args.input_channels),
-    )
     return ADE20KDataset(pairs, augment, table, noise_size=model.noise_size, **common)
-
-
-def build_val_data(pairs: storage.PairList, args: argparse.Namespace) -> ADE20KDataset:
-    """Give validation images and label maps at their own size."""
-    table, common = (
-        storage.label_table(args.num_classes, args.ignore_zero),
-        dict(seed=args.seed, channels=args.input_channels),
-    )
-    return ADE20KDataset(pairs, keep_size, table, replace_bad_files=False, **common)
 
 
 def compute_loss(scores: Tensor, labels: Tensor) -> Tensor:
@@ -411,10 +403,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         origin = f"{loaded.describe()}, from {args.path_to_backbone_checkpoint}"
 
     # Data: augmentation, drop path and dropout are functions of (seed, epoch, index)
-    train_pairs, val_pairs = (
-        training.list_checked_pairs(accelerator, split, args) for split in ("training", "validation")
-    )
-    train_data, val_data = build_training_data(train_pairs, model, args), build_val_data(val_pairs, args)
+    train_pairs = training.list_checked_pairs(accelerator, "training", args)
+    val_pairs = training.list_checked_pairs(accelerator, "validation", args)
+    train_data, val_data = build_data(train_pairs, args, model), build_data(val_pairs, args)
     sampler = StepSampler(len(train_data), **stepping)
     pin_memory = args.pin_memory and device.type == "cuda"
     loader = build_training_loader(train_data, sampler, loading["num_workers"], pin_memory)

@@ -127,10 +127,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         num_kept_patches(build_config(args).num_patches, args.mask_ratio)
     except ValueError as error:
         flags.error(str(error))
-    if training.micro_batch_size(args) % args.repeated_sampling:
+    images = training.micro_batch_size(args)
+    if images % args.repeated_sampling:
         flags.error(
-            f"--repeated_sampling {args.repeated_sampling} must divide the {training.micro_batch_size(args)} images of a "
-            "forward pass (--per_gpu_batch_size / --gradient_accumulation_steps)"
+            f"--repeated_sampling {args.repeated_sampling} must divide the {images} images of a forward pass "
+            "(--per_gpu_batch_size / --gradient_accumulation_steps)"
         )
     return args
 
@@ -211,10 +212,11 @@ def probe(
             return model.forward_pooled(normalize(images, args.mean, args.std))
 
     model.eval()
-    (bank, bank_labels), (queries, labels) = (
+    found = [
         training.collect_features(accelerator, part, len(images), encode)
         for part, images in zip(batches, data, strict=True)
-    )
+    ]
+    (bank, bank_labels), (queries, labels) = found
     model.train()
     ranked = utils.knn_classify(bank, bank_labels, queries, len(data[0].files.classes))
     return {"knn_top1_acc": utils.accuracy(ranked, labels)}

@@ -218,6 +218,12 @@ class Flags:
                 f"--experiment_name {args.experiment_name!r} is a folder name; the path goes into --working_directory"
             )
 
+    def refuse(self, *wrong: tuple[object, str]) -> None:
+        """Refuse a command for the first of these (condition, message) whose condition holds."""
+        for condition, message in wrong:
+            if condition:
+                self.error(message)
+
     def check_ranges(self, args: argparse.Namespace) -> None:
         """Refuse values outside their range; of flags with several values each of them."""
         for name, low, high, *reason in self.ranges:
