@@ -136,42 +136,26 @@ FLAGS = {
         ("custom_weight_init", True, "initialise as the original release, not as the layers do"),
     ],
     "recipe": [
-        (
-            "recipe",
-            "tutorial",
-            "whose defaults: PyTorch-Adventures', or the paper's",
-            {"choices": ("tutorial", "paper")},
-        ),
+        ("recipe", "tutorial", "whose defaults: PyTorch-Adventures' or the paper's", {"choices": RECIPES}),
         ("learning_rate", 2e-3, "the peak, whatever the batch"),
         ("base_learning_rate", float, "the peak for 256 images per step"),
         ("min_learning_rate", 0.0, "the cosine's end"),
-        ("layer_decay", 1.0, "each layer's learning rate / the next one's"),
+        ("layer_decay", 1.0, "each layer's learning rate / the next one's", (0, 1)),
         ("adam_betas", [0.9, 0.999], "AdamW's two", {"nargs": 2}),
-        ("drop_path", 0.0, "rate of the last block, rising linearly from 0"),
-        ("random_aug_magnitude", 9, "RandAugment's, 1 to 10; 0 turns it off"),
-        ("random_erasing", 0.0, "share of the images with an erased area"),
-        ("mixup_alpha", 0.2, "of mixup's Beta distribution; 0 turns it off"),
-        ("cutmix_alpha", 1.0, "of CutMix's Beta distribution; 0 turns it off"),
-        ("label_smoothing", 0.1, "share of the target that all classes get alike"),
-        ("ema_decay", 0.0, "also keep and evaluate a moving average of the weights; 0 not"),
-        ("eval_interval", 1, "epochs between evaluations"),
+        ("drop_path", 0.0, "rate of the last block, rising linearly from 0", (0, 0.99)),
+        ("random_aug_magnitude", 9, "RandAugment's, 1 to 10; 0 turns it off", (0, 10)),
+        ("random_erasing", 0.0, "share of the images with an erased area", (0, 1)),
+        ("mixup_alpha", 0.2, "of mixup's Beta distribution; 0 turns it off", (0, None)),
+        ("cutmix_alpha", 1.0, "of CutMix's Beta distribution; 0 turns it off", (0, None)),
+        ("label_smoothing", 0.1, "share of the target that all classes get alike", (0, 0.99)),
+        ("ema_decay", 0.0, "also keep and evaluate a moving average of the weights; 0 not", (0, 0.999999)),
+        ("eval_interval", 1, "epochs between evaluations", (1, None)),
     ],
 }
-RANGES = [
-    ("layer_decay", 0, 1),
-    ("drop_path", 0, 0.99),
-    ("random_erasing", 0, 1),
-    ("label_smoothing", 0, 0.99),
-    ("ema_decay", 0, 0.999999),
-    ("random_aug_magnitude", 0, 10),
-    ("mixup_alpha", 0, math.inf),
-    ("cutmix_alpha", 0, math.inf),
-    ("eval_interval", 1, math.inf),
-]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    flags = training.Flags(__doc__, FLAGS, RANGES)
+    flags = training.Flags(__doc__, FLAGS)
     given = flags.parse(argv)
 
     # Defaults: the weights' sizes, then the recipe's; what is given by flag wins over both
@@ -196,34 +180,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # Refusals
     modes = [f"--{name}" for name in ("eval_only", "linear_probe", "knn") if getattr(args, name)]
     modes += ["--finetune_blocks"] * (args.finetune_blocks is not None)
-    scenes = Path(args.working_directory) / "demo_data" / "imagefolder"
-    augments = not (args.eval_only or args.knn or args.linear_probe)
-    flags.refuse(
-        (len(modes) > 1, f"{' and '.join(modes)} exclude each other; give one of them"),
-        (
-            args.path_to_data is None and not args.demo,
-            "give --path_to_data FOLDER with train/ and val/, each with a folder for every class",
-        ),
-        (modes and weights is None, f"{' '.join(modes[:1])} judges weights: give --path_to_pretrained_mae_weights"),
-        (
-            args.demo and modes,
+    if len(modes) > 1:
+        flags.error(f"{' and '.join(modes)} exclude each other; give one of them")
+    if args.path_to_data is None and not args.demo:
+        flags.error("give --path_to_data FOLDER with train/ and val/, each with a folder for every class")
+    if modes and weights is None:
+        flags.error(f"{modes[0]} judges weights: give --path_to_pretrained_mae_weights")
+    if modes and args.demo:
+        flags.error(
             "--demo compares finetuning with training from scratch; for anything else leave it out and give "
-            f"--path_to_data {scenes}",
-        ),
-        (
-            args.learning_rate is not None and args.base_learning_rate is not None,
-            "--learning_rate is the peak, --base_learning_rate is scaled to the batch; give one of them",
-        ),
-        (
-            augments and args.input_channels != 3 and args.random_aug_magnitude,
-            "RandAugment changes colours: with --input_channels other than 3, add --random_aug_magnitude 0",
-        ),
-        (
-            args.linear_probe and training.micro_batch_size(args) < 2,
-            "--linear_probe normalises over a forward pass, here of 1 image: give more --per_gpu_batch_size or fewer "
-            "--gradient_accumulation_steps",
-        ),
-    )
+            f"--path_to_data {Path(args.working_directory) / 'demo_data' / 'imagefolder'}"
+        )
+    if args.learning_rate is not None and args.base_learning_rate is not None:
+        flags.error("--learning_rate is the peak, --base_learning_rate is scaled to the batch; give one of them")
+    augments = not (args.eval_only or args.knn or args.linear_probe)
+    if augments and args.input_channels != 3 and args.random_aug_magnitude:
+        flags.error("RandAugment changes colours: with --input_channels other than 3, add --random_aug_magnitude 0")
+    if args.linear_probe and training.micro_batch_size(args) < 2:
+        flags.error("--linear_probe normalises over a forward pass, here of 1 image: give more --per_gpu_batch_size")
     try:
         config = build_config(args)
         if args.finetune_blocks is not None:
@@ -234,7 +208,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def choose_recipe(recipe: str, from_scratch: bool, linear_probe: bool, width: int) -> dict:
-    """Give what a recipe does otherwise than the tutorial's; the paper's differ by size, told by the encoder's width."""
+    """Give what a recipe does otherwise than the tutorial's; the paper's differ by size, told by the width."""
     if recipe == "tutorial" and not linear_probe:
         return {}
     column = 2 if linear_probe else 1 if from_scratch else 0

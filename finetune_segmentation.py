@@ -86,68 +86,48 @@ SEGMENTER_FLAGS = (*MODEL_FLAGS, "num_classes")  # what a segmenter is, beside i
 BASE = "mae_vit_base_patch16"
 FLAGS = {
     "model": [
-        (
-            "path_to_backbone_checkpoint",
-            str,
-            "checkpoint folder, .safetensors or original .pth; or a segmenter's",
-        ),
+        ("path_to_backbone_checkpoint", str, "checkpoint folder, .safetensors or original .pth; or a segmenter's"),
         ("from_scratch", False, "start from random weights, for comparison"),
         ("model", str, f"sizes from scratch (default: {BASE})", {"choices": MODEL_CONFIGS}),
         ("patch_size", int, "(default: the checkpoint's or the model's)"),
         *training.size_flags(MAEConfig, ("encoder",), "likewise"),
         ("taps", int, "0-based blocks that feed the pyramid (default: 3 5 7 11 of 12)", {"nargs": 4}),
-        ("channels", int, "width of the head (default: the encoder's)"),
+        ("channels", int, "width of the head (default: the encoder's)", (1, None)),
         ("norm", "batch", "of the heads; group works with one image a pass", {"choices": NORMS}),
-        (
-            "rel_pos_bias",
-            False,
-            "add relative positions to the attention, at zero, as the paper",
-        ),
+        ("rel_pos_bias", False, "add relative positions to the attention, at zero, as the paper"),
     ],
     "labels": [
-        ("num_classes", storage.ADE20K_NUM_CLASSES, "that a pixel can be of"),
+        (
+            "num_classes",
+            storage.ADE20K_NUM_CLASSES,
+            "that a pixel can be of",
+            (2, 255, "as a background is a class too"),
+        ),
         ("ignore_zero", True, "0 in a label map is no class, and 1 is the first, as in ADE20K"),
         ("class_names", str, "file with a name on every line (default: ADE20K's for its 150)"),
-        (
-            "resize_to",
-            int,
-            "long and short side that images fit into (default: 4 and 1 --img_size)",
-            {"nargs": 2},
-        ),
+        ("resize_to", int, "long and short side that images fit into (default: 4 and 1 --img_size)", {"nargs": 2}),
     ],
     "recipe": [
-        ("iterations", 160_000, "optimizer steps; --epochs, where given, counts instead"),
-        ("warmup_iterations", int, "steps of linear warmup (default: 1500, or a tenth of a shorter run)"),
-        ("learning_rate", 1e-4, "the peak; MMSegmentation's for a batch of 16"),
-        ("layer_decay", 0.65, "each layer's learning rate / the next one's, as MMSegmentation"),
-        ("drop_path", 0.1, "rate of the last block, rising linearly from 0, as MMSegmentation"),
-        ("auxiliary_weight", 0.4, "of the auxiliary head's loss, as MMSegmentation"),
-        ("eval_interval", int, "epochs between evaluations (default: a tenth of the run)"),
+        ("iterations", 160_000, "optimizer steps; --epochs, where given, counts instead", (1, None)),
+        ("warmup_iterations", int, "steps of linear warmup (default: 1500, or a tenth of a shorter run)", (0, None)),
+        ("learning_rate", 1e-4, "the peak; MMSegmentation's for a batch of 16", (0, 1)),
+        ("layer_decay", 0.65, "each layer's learning rate / the next one's, as MMSegmentation", (0, 1)),
+        ("drop_path", 0.1, "rate of the last block, rising linearly from 0, as MMSegmentation", (0, 0.99)),
+        ("auxiliary_weight", 0.4, "of the auxiliary head's loss, as MMSegmentation", (0, 10)),
+        ("eval_interval", int, "epochs between evaluations (default: a tenth of the run)", (1, None)),
     ],
     "test": [
         ("eval_only", False, "evaluate a segmenter and stop"),
         ("slide", True, "score by windows of --img_size, two thirds of it apart; else whole images"),
         ("multi_scale", False, "average over six sizes, 0.5 to 1.75"),
         ("flip", False, "average over the image and its mirror image"),
-        ("window_batch_size", 16, "windows, or whole images, scored at once"),
+        ("window_batch_size", 16, "windows, or whole images, scored at once", (1, None)),
     ],
 }
-RANGES = [
-    ("layer_decay", 0, 1),
-    ("drop_path", 0, 0.99),
-    ("auxiliary_weight", 0, 10),
-    ("learning_rate", 0, 1),
-    ("warmup_iterations", 0, math.inf),
-    ("eval_interval", 1, math.inf),
-    ("iterations", 1, math.inf),
-    ("window_batch_size", 1, math.inf),
-    ("channels", 1, math.inf),
-    ("num_classes", 2, 255, "as one class leaves nothing to tell apart: for one before a background give 2"),
-]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    flags = training.Flags(__doc__, FLAGS, RANGES)
+    flags = training.Flags(__doc__, FLAGS)
     given = flags.parse(argv)
 
     # Defaults: the checkpoint's, then the recipe's; what is given by flag wins over both
@@ -367,7 +347,7 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
 def build_data(
     pairs: storage.PairList, args: argparse.Namespace, model: ViTMAEForSegmentation | None = None
 ) -> ADE20KDataset:
-    """Give the pairs augmented, to train a model, or without a model as they are, to be validated on at their own size."""
+    """Give the pairs augmented, to train a model, or without one as they are, to be validated on at their own size."""
     table = storage.label_table(args.num_classes, args.ignore_zero)
     common = dict(seed=args.seed, channels=args.input_channels)
     if model is None:

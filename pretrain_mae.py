@@ -87,7 +87,7 @@ FLAGS = {
         ("model", BASE, "sizes; the flags below override single ones", {"choices": MODEL_CONFIGS}),
         ("patch_size", int, "side of a patch in pixels (default: the model's)"),
         *training.size_flags(MAEConfig, ("encoder", "decoder"), "the model's"),
-        ("mask_ratio", 0.75, "share of the patches that is removed"),
+        ("mask_ratio", 0.75, "share of the patches that is removed", (1e-9, 1, "the paper's is 0.75")),
         ("norm_pix_loss", True, "predict each patch without its mean and contrast"),
         ("custom_weight_init", True, "initialise as the original release, not as the layers do"),
     ],
@@ -96,27 +96,25 @@ FLAGS = {
         ("min_learning_rate", 0.0, "the cosine's end"),
     ],
     "data": [
-        ("min_crop_scale", 0.2, "smallest share of the image that a random crop covers"),
-        ("repeated_sampling", 1, "crops of each decoded image in a forward pass; R epochs then visit all images once"),
+        ("min_crop_scale", 0.2, "smallest share of the image that a random crop covers", (1e-9, 1)),
+        (
+            "repeated_sampling",
+            1,
+            "crops R of each decoded image in a forward pass; R epochs visit all images",
+            (1, None),
+        ),
     ],
     "online view": [
-        ("probe_every", 0, "epochs between logs of how well the features tell classes apart (knn_top1_acc); 0 never"),
+        ("probe_every", 0, "epochs between looks at how well features tell classes apart; 0 never", (0, None)),
         ("path_to_probe_data", str, "train/ and val/ with class folders (default: --path_to_data)"),
-        ("probe_images", 5000, "at most so many of each of the two"),
+        ("probe_images", 5000, "at most so many of each of the two", (1, None)),
         ("probe_pool", "avg", "mean of the patch tokens, or cls", {"choices": ("avg", "cls")}),
     ],
 }
-RANGES = [
-    ("probe_every", 0, math.inf),
-    ("probe_images", 1, math.inf),
-    ("repeated_sampling", 1, math.inf),
-    ("min_crop_scale", 1e-9, 1),
-    ("mask_ratio", 1e-9, 1, "as with nothing removed there is nothing to learn; the paper removes 0.75"),
-]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    flags = training.Flags(__doc__, FLAGS, RANGES)
+    flags = training.Flags(__doc__, FLAGS)
     given = flags.parse(argv)
     args = flags.complete(given, RECIPE, DEMO_RECIPE if given.get("demo") else {})
     if args.path_to_data is None and not args.demo:

@@ -1,13 +1,13 @@
 """The flags that all scripts share, and how a command line becomes the arguments of a run.
 
-A flag is a row of a table: name, default (or, where there is none, its type), help, options of argparse. A command is
-parsed once; what it leaves out comes from a recipe, from the sizes of the weights it names, and else from the table.
+A flag is a row of a table: name, default (or, where there is none, its type), help, its lowest and highest value, both
+allowed, with why where that is not plain, and options of argparse. A command is parsed once; what it leaves out comes
+from a recipe, from the sizes of the weights it names, and else from the table.
 Nothing here knows a network or a data set.
 """
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,14 +19,15 @@ FIRST_FLAGS: dict[str, Rows] = {
     "run": [
         ("experiment_name", "experiment", "folder below --working_directory; W&B project"),
         ("working_directory", "work_dir", "where experiments and cached file lists are kept"),
-        (
-            "resume_from_checkpoint",
-            str,
-            "'latest' (the newest whole one, or a fresh start), or a checkpoint's name or folder",
-        ),
+        ("resume_from_checkpoint", str, "'latest' (the newest whole one, else a fresh start), a name or a folder"),
         ("demo", False, "draw a small data set and train a small model on it; other flags still win"),
-        ("seed", 0, "decides weights, order, crops and masks"),
-        ("save_checkpoint_interval", 10, "epochs between checkpoints that are kept for good; the last always is"),
+        ("seed", 0, "decides weights, order, crops and masks", (0, None)),
+        (
+            "save_checkpoint_interval",
+            10,
+            "epochs between checkpoints that are kept for good, beside the last",
+            (1, None),
+        ),
         ("log_wandb", False, "also log to Weights & Biases (needs the package; offline without a key)"),
         ("wandb_run_name", str, "name of the W&B run (default: W&B's choice)"),
     ],
@@ -35,61 +36,39 @@ FIRST_FLAGS: dict[str, Rows] = {
         ("img_size", [224], "one number, or height and width", {"metavar": "PIXELS"}),
         ("input_channels", 3, "1 grey, 3 RGB, 4 RGBA"),
         ("mean", [0.485, 0.456, 0.406], "channel means, 0..1 (default: ImageNet's; 0.5 each if not three)"),
-        ("std", [0.229, 0.224, 0.225], "channel standard deviations, 0..1 (likewise)"),
-        ("num_workers", 8, "processes that decode, for each training process; at most the machine's cores"),
+        ("std", [0.229, 0.224, 0.225], "channel standard deviations, 0..1 (likewise)", (1e-9, None)),
+        ("num_workers", 8, "processes that decode, for each training process; at most the cores", (0, None)),
     ],
     "optimisation": [
-        ("epochs", int, "passes over the training images"),
-        ("warmup_epochs", float, "epochs of linear warmup from 0"),
-        ("per_gpu_batch_size", int, "images of an optimizer step on one process, over all its forward passes"),
-        ("gradient_accumulation_steps", 1, "forward passes of an optimizer step"),
-        ("weight_decay", float, "AdamW's, not on biases and norms"),
-        ("max_grad_norm", 1.0, "clip the gradient norm to this; 0 never clips, as the paper"),
+        ("epochs", int, "passes over the training images", (1, None)),
+        ("warmup_epochs", float, "epochs of linear warmup from 0", (0, None)),
+        ("per_gpu_batch_size", int, "images of an optimizer step on one process, over all forward passes", (1, None)),
+        ("gradient_accumulation_steps", 1, "forward passes of an optimizer step", (1, None)),
+        ("weight_decay", float, "AdamW's, not on biases and norms", (0, None)),
+        ("max_grad_norm", 1.0, "clip the gradient norm to this; 0 never clips, as the paper", (0, None)),
     ],
 }
 RARE_FLAGS: dict[str, Rows] = {
     "rarely changed": [
-        ("log_interval", 20, "optimizer steps between log rows"),
-        ("save_minutes", 30.0, "minutes after which the state is saved also within an epoch; 0 never"),
-        ("keep_checkpoints", 2, "newest checkpoints that are never removed, at least 2"),
+        ("log_interval", 20, "optimizer steps between log rows", (1, None)),
+        ("save_minutes", 30.0, "minutes after which the state is saved also within an epoch; 0 never", (0, None)),
+        ("keep_checkpoints", 2, "newest checkpoints that are never removed", (2, None, "as the newest may be damaged")),
         (
             "max_nonfinite_steps",
             10,
-            "stop after so many steps in a row that were left out: loss or gradient not finite",
+            "stop after so many steps in a row whose loss or gradient is not finite",
+            (1, None),
         ),
-        ("max_bad_fraction", 0.01, "stop when more than this share of the images cannot be decoded"),
+        ("max_bad_fraction", 0.01, "stop when more than this share of the images cannot be decoded", (0, 1)),
         ("rescan_data", False, "list the files anew instead of reading the cached list"),
         ("pin_memory", True, "on a GPU, copy batches from page-locked memory"),
-        (
-            "activation_checkpointing",
-            False,
-            "compute the blocks again in the backward pass: less memory, a third more work",
-        ),
-        ("deterministic", False, "only kernels that give the same bits every time: for exact resumes on a GPU; slower"),
-        ("timeout_minutes", 30.0, "how long a process waits for the others before the job is given up"),
+        ("activation_checkpointing", False, "compute the blocks twice: less memory, a third more work"),
+        ("deterministic", False, "only kernels that give the same bits every time: exact resumes on a GPU"),
+        ("timeout_minutes", 30.0, "how long a process waits for the others before the job is given up", (0.01, None)),
         ("bias_weight_decay", False, "also decay biases"),
         ("norm_weight_decay", False, "also decay the weights of norms"),
     ],
 }
-# (flag, lowest, highest), both allowed, and why where that is not plain
-SHARED_RANGES: Rows = [
-    ("epochs", 1, math.inf),
-    ("per_gpu_batch_size", 1, math.inf),
-    ("gradient_accumulation_steps", 1, math.inf),
-    ("save_checkpoint_interval", 1, math.inf),
-    ("log_interval", 1, math.inf),
-    ("max_nonfinite_steps", 1, math.inf),
-    ("keep_checkpoints", 2, math.inf, "so that one is left when the newest is damaged"),
-    ("timeout_minutes", 0.01, math.inf),
-    ("warmup_epochs", 0, math.inf),
-    ("num_workers", 0, math.inf),
-    ("weight_decay", 0, math.inf),
-    ("max_grad_norm", 0, math.inf),
-    ("save_minutes", 0, math.inf),
-    ("seed", 0, math.inf),
-    ("max_bad_fraction", 0, 1),
-    ("std", 1e-9, math.inf),
-]
 NOT_GIVEN = object()
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
@@ -120,13 +99,9 @@ def size_flags(config_class: type, prefixes: tuple[str, ...], note: str) -> Rows
 
 
 class Flags:
-    """The flags of a script: the shared groups, its own, which may add to those, and the rarely changed ones last.
+    """The flags of a script: the shared groups, its own, which may add to those, and the rarely changed ones last."""
 
-    `ranges` are rows of (flag, lowest, highest) for its own flags, both allowed, and why where that is not plain.
-    """
-
-    def __init__(self, description: str, own: Mapping[str, Rows], ranges: Rows = ()):
-        self.ranges = [*SHARED_RANGES, *ranges]
+    def __init__(self, description: str, own: Mapping[str, Rows]):
         self.parser = argparse.ArgumentParser(
             description=description,
             usage="accelerate launch %(prog)s [flags]",
@@ -135,11 +110,14 @@ class Flags:
             add_help=False,
         )
         self.error = self.parser.error
+        self.ranges: dict[str, tuple] = {}
         for title in dict.fromkeys([*FIRST_FLAGS, *own, *RARE_FLAGS]):
             group = self.parser.add_argument_group(title)
             for table in (FIRST_FLAGS, own, RARE_FLAGS):
-                for name, default, text, *options in table.get(title, ()):
-                    add_flag(group, name, default, text, **dict(*options))
+                for name, default, text, *more in table.get(title, ()):
+                    self.ranges |= {name: limits for limits in more if isinstance(limits, tuple)}
+                    options = next((options for options in more if isinstance(options, dict)), {})
+                    add_flag(group, name, default, text, **options)
         self.parser.add_argument("-h", "--help", action="store_true", help="show this and exit")
 
     def parse(self, argv: list[str] | None) -> dict[str, object]:
@@ -218,21 +196,15 @@ class Flags:
                 f"--experiment_name {args.experiment_name!r} is a folder name; the path goes into --working_directory"
             )
 
-    def refuse(self, *wrong: tuple[object, str]) -> None:
-        """Refuse a command for the first of these (condition, message) whose condition holds."""
-        for condition, message in wrong:
-            if condition:
-                self.error(message)
-
     def check_ranges(self, args: argparse.Namespace) -> None:
         """Refuse values outside their range; of flags with several values each of them."""
-        for name, low, high, *reason in self.ranges:
+        for name, (low, high, *why) in self.ranges.items():
             value = getattr(args, name)
             values = value if isinstance(value, list) else [] if value is None else [value]
-            if not all(low <= one <= high for one in values):
-                allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            if not all(low <= one and (high is None or one <= high) for one in values):
+                allowed = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
                 shown = " ".join(f"{one:g}" for one in values)
-                self.error(f"--{name} must be {allowed}, not {shown}" + "".join(f", {why}" for why in reason))
+                self.error(f"--{name} must be {allowed}, not {shown}" + "".join(f", {reason}" for reason in why))
 
 
 def add_flag(group, name: str, default: object, text: str, **options: object) -> None:
