@@ -97,12 +97,7 @@ FLAGS = {
     ],
     "data": [
         ("min_crop_scale", 0.2, "smallest share of the image that a random crop covers", (1e-9, 1)),
-        (
-            "repeated_sampling",
-            1,
-            "crops R of each decoded image in a forward pass; R epochs visit all images",
-            (1, None),
-        ),
+        ("repeated_sampling", 1, "crops of each decoded image in a pass; as many epochs visit all images", (1, None)),
     ],
     "online view": [
         ("probe_every", 0, "epochs between looks at how well features tell classes apart; 0 never", (0, None)),

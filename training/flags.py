@@ -22,12 +22,7 @@ FIRST_FLAGS: dict[str, Rows] = {
         ("resume_from_checkpoint", str, "'latest' (the newest whole one, else a fresh start), a name or a folder"),
         ("demo", False, "draw a small data set and train a small model on it; other flags still win"),
         ("seed", 0, "decides weights, order, crops and masks", (0, None)),
-        (
-            "save_checkpoint_interval",
-            10,
-            "epochs between checkpoints that are kept for good, beside the last",
-            (1, None),
-        ),
+        ("save_checkpoint_interval", 10, "epochs between checkpoints kept for good, beside the last", (1, None)),
         ("log_wandb", False, "also log to Weights & Biases (needs the package; offline without a key)"),
         ("wandb_run_name", str, "name of the W&B run (default: W&B's choice)"),
     ],
@@ -53,12 +48,7 @@ RARE_FLAGS: dict[str, Rows] = {
         ("log_interval", 20, "optimizer steps between log rows", (1, None)),
         ("save_minutes", 30.0, "minutes after which the state is saved also within an epoch; 0 never", (0, None)),
         ("keep_checkpoints", 2, "newest checkpoints that are never removed", (2, None, "as the newest may be damaged")),
-        (
-            "max_nonfinite_steps",
-            10,
-            "stop after so many steps in a row whose loss or gradient is not finite",
-            (1, None),
-        ),
+        ("max_nonfinite_steps", 10, "stop after so many non-finite losses or gradients in a row", (1, None)),
         ("max_bad_fraction", 0.01, "stop when more than this share of the images cannot be decoded", (0, 1)),
         ("rescan_data", False, "list the files anew instead of reading the cached list"),
         ("pin_memory", True, "on a GPU, copy batches from page-locked memory"),
@@ -115,8 +105,9 @@ class Flags:
             group = self.parser.add_argument_group(title)
             for table in (FIRST_FLAGS, own, RARE_FLAGS):
                 for name, default, text, *more in table.get(title, ()):
-                    self.ranges |= {name: limits for limits in more if isinstance(limits, tuple)}
-                    options = next((options for options in more if isinstance(options, dict)), {})
+                    options = dict(*(extra for extra in more if isinstance(extra, dict)))
+                    for limits in (extra for extra in more if isinstance(extra, tuple)):
+                        self.ranges[name] = limits
                     add_flag(group, name, default, text, **options)
         self.parser.add_argument("-h", "--help", action="store_true", help="show this and exit")
 
