@@ -230,6 +230,7 @@ def label_images(model: ViTMAEForSegmentation, images: list[Tensor], args: argpa
         images,
         normalize=functools.partial(normalize, mean=args.mean, std=args.std),
         crop_size=model.backbone.config.image_hw,
+        patch_size=model.backbone.config.patch_size,
         resize_to=args.resize_to,
         slide=args.slide,
         multi_scale=args.multi_scale,

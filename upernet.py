@@ -1,4 +1,4 @@
-"""Dense prediction from four feature maps: the pyramid that a plain ViT lacks, UperNet's heads, sliding windows.
+"""Dense prediction from four feature maps: the pyramid that a plain ViT lacks, UperNet's heads, and whole images.
 
 UperNet is Xiao et al. 2018 (arXiv 1807.10221); sizes, order and state-dict keys are those of MMSegmentation, whose
 published MAE result this reproduces. What makes the feature maps lives in model.py.
@@ -7,11 +7,16 @@ Shapes   N batch   D, D' channels   H W image   h w map   K classes
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tvf
 
 POOL_SCALES = (1, 2, 3, 6)
 CLASSIFIER_INIT_STD = 0.01
@@ -291,3 +296,123 @@ def slide_inference(
             visits[area] += 1
     if total is not None:
         yield total.div_(visits)
+
+
+# ------------------------------------------------------------------------------------------------ whole images
+
+SCALE_FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of a test with several scales
+BAND_ROWS = 128
+
+
+def fit_within(height: int, width: int, long_side: float, short_side: float) -> tuple[int, int]:
+    """Give the largest size of the same ratio whose long side is at most `long_side` and short at most `short_side`."""
+    scale = min(long_side / max(height, width), short_side / min(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear without antialiasing, as MMSegmentation resizes (OpenCV)."""
+    return tvf.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=False)
+
+
+class View(NamedTuple):
+    """One of the looks that a test takes at an image: normalised `pixels` (C, h, w), mirrored or not."""
+
+    index: int
+    mirrored: bool
+    pixels: Tensor
+
+
+def predict(
+    model: nn.Module,
+    images: Sequence[Tensor],
+    *,
+    normalize: Callable[[Tensor], Tensor],
+    crop_size: tuple[int, int],
+    patch_size: int,
+    resize_to: Sequence[int],
+    slide: bool = True,
+    multi_scale: bool = False,
+    flip: bool = False,
+    batch_size: int = 16,
+) -> list[Tensor]:
+    """Label every pixel of images of any sizes, uint8 (C, H, W) each -> int64 (H, W) each.
+
+    Images are resized as in MMSegmentation's test (ratio kept, into the long and short side of `resize_to`),
+    normalised, scored whole or by windows of `crop_size`, up to `batch_size` at once, and the scores brought back to
+    the images' own size. Several scales and flips average probabilities. `model(images).logits` scores the cells.
+    """
+    views = []
+    for index, image in enumerate(images):
+        for size in view_sizes(image.shape[-2:], resize_to, crop_size if slide else None, multi_scale):
+            pixels = normalize(resize_image(image, size)[None])[0]
+            views += [
+                View(index, mirrored, pixels.flip(-1) if mirrored else pixels) for mirrored in (False, True)[: 1 + flip]
+            ]
+    pixels = [view.pixels for view in views]
+    score = functools.partial(score_pixels, model)
+    if slide:
+        stride = tuple(2 * side // 3 for side in crop_size)
+        scores = slide_inference(score, pixels, crop_size, stride, batch_size)
+    else:
+        scores = whole_inference(score, pixels, 2 * patch_size, batch_size)  # two, because the pyramid halves the grid
+    if len(views) == len(images):
+        return [label_pixels(score, image.shape[-2:]) for score, image in zip(scores, images, strict=True)]
+    answers = []
+    for index, group in itertools.groupby(zip(views, scores, strict=True), key=lambda pair: pair[0].index):
+        total = None
+        for view, score in group:
+            score = score.flip(-1) if view.mirrored else score
+            share = resize(score[None], size=images[index].shape[-2:])[0].softmax(dim=0)  # (K, H, W)
+            total = share if total is None else total.add_(share)
+        answers.append(total.argmax(dim=0))
+    return answers
+
+
+def view_sizes(
+    size: tuple[int, int], resize_to: Sequence[int], window: tuple[int, int] | None, multi_scale: bool
+) -> Iterator[tuple[int, int]]:
+    """Give the sizes at which a test looks at an image: one, or several scales."""
+    for factor in SCALE_FACTORS if multi_scale else (1.0,):
+        long_side, short_side = (factor * side for side in resize_to)
+        if window and multi_scale:  # as published: no scale smaller than a window
+            long_side, short_side = math.inf, max(short_side, *window)
+        yield fit_within(*size, long_side, short_side)
+
+
+def whole_inference(
+    predict: Callable[[Tensor], Tensor], images: Sequence[Tensor], unit: int, batch_size: int
+) -> Iterator[Tensor]:
+    """Score whole images of any sizes, (C, h, w) -> (K, h, w), one after the other; neighbours of one size at once.
+
+    Sides are padded to multiples of `unit`, and the padding is cut off again.
+    """
+    padded = [F.pad(image, (0, -image.shape[2] % unit, 0, -image.shape[1] % unit)) for image in images]
+    for _, group in itertools.groupby(range(len(images)), key=lambda index: padded[index].shape):
+        same = list(group)
+        for first in range(0, len(same), batch_size):
+            chunk = same[first : first + batch_size]
+            for index, score in zip(chunk, predict(torch.stack([padded[index] for index in chunk])), strict=True):
+                yield score[:, : images[index].shape[1], : images[index].shape[2]]
+
+
+def score_pixels(model: nn.Module, images: Tensor) -> Tensor:
+    """Score every pixel: normalised (N, C, H, W) -> float32 (N, K, H, W)."""
+    return resize(model(images).logits.float(), size=images.shape[-2:])
+
+
+def label_pixels(score: Tensor, size: tuple[int, int]) -> Tensor:
+    """Give the best class of each pixel of an image of another size: (K, h, w) -> int64 (H, W), `resize` and argmax.
+
+    In bands of rows, because the scores of all classes at the size of a photograph would take gigabytes.
+    """
+    height, width = size
+    rows = ((torch.arange(height, device=score.device) + 0.5) * (score.shape[1] / height) - 0.5).clamp(min=0)
+    above = rows.long()
+    below, share = (above + 1).clamp(max=score.shape[1] - 1), (rows - above)[:, None]
+    bands = []
+    for top in range(0, height, BAND_ROWS):
+        upper, lower = score[:, above[top : top + BAND_ROWS]], score[:, below[top : top + BAND_ROWS]]
+        band = upper + (lower - upper) * share[top : top + BAND_ROWS]  #      (K, band, w)
+        bands.append(resize(band[None], size=(band.shape[1], width))[0].argmax(dim=0))
+    return torch.cat(bands)
