@@ -27,25 +27,10 @@ from timm.optim import Lars, param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
+import dataset
 import storage
 import training
 import utils
-from dataset import (
-    EVAL_EPOCH,
-    Batch,
-    ImageDataset,
-    PairMixing,
-    SampleKey,
-    StepSampler,
-    build_eval_images,
-    build_eval_loader,
-    build_finetuning_transform,
-    build_probing_transform,
-    build_training_loader,
-    denormalize,
-    normalize,
-    pick_samples,
-)
 from model import (
     MODEL_CONFIGS,
     MAEConfig,
@@ -248,26 +233,25 @@ class Evaluation(NamedTuple):
         }
 
 
-@torch.no_grad()
 def evaluate(
     accelerator: Accelerator,
     model: ViTMAEForImageClassification,
-    batches: Iterable[Batch],
-    data: ImageDataset,
+    batches: Iterable[dataset.Batch],
+    data: dataset.ImageDataset,
     args: argparse.Namespace,
 ) -> Evaluation:
     """Classify every validation image exactly once, whatever the number of processes and the remainder."""
-    was_training = model.training
-    model.eval()
     results = []
-    for batch in batches:
-        images = normalize(batch.images.to(accelerator.device), args.mean, args.std)
-        with accelerator.autocast():
-            scores = model(images).float()  #                          (N, K)
-        losses = F.cross_entropy(scores, batch.labels.to(accelerator.device), reduction="none")
-        top = scores.topk(min(TOP, scores.shape[1]), dim=1).indices  # (N, 5)
-        results.append(torch.cat([losses[:, None], top.float()], dim=1))  # float32 is exact up to 16 million classes
-    model.train(was_training)
+    with utils.evaluating(model):
+        for batch in batches:
+            images = dataset.normalize(batch.images.to(accelerator.device), args.mean, args.std)
+            with accelerator.autocast():
+                scores = model(images).float()  #                          (N, K)
+            losses = F.cross_entropy(scores, batch.labels.to(accelerator.device), reduction="none")
+            top = scores.topk(min(TOP, scores.shape[1]), dim=1).indices  # (N, 5)
+            results.append(
+                torch.cat([losses[:, None], top.float()], dim=1)
+            )  # float32 is exact up to 16 million classes
     empty = torch.zeros(0, 1 + min(TOP, model.num_classes), device=accelerator.device)
     part = torch.cat([empty, *results])  # a process may have no image at all
     table = training.gather_slices(accelerator, part, len(data)).cpu()  #       (M, 1 + 5)
@@ -275,7 +259,7 @@ def evaluate(
 
 
 def write_evaluation(
-    evaluation: Evaluation, data: ImageDataset, class_names: list[str], folder: Path, record: dict
+    evaluation: Evaluation, data: dataset.ImageDataset, class_names: list[str], folder: Path, record: dict
 ) -> list[str]:
     """Write the figures, a table with a row for each class, and a picture of the most frequent errors; name the files.
 
@@ -310,7 +294,10 @@ def write_evaluation(
     rows = {}
     for true, predicted, times in confusion.worst_pairs(NUM_PICTURES):
         wrong = (evaluation.labels == true) & (evaluation.top[:, 0] == predicted)
-        pictures = [data[SampleKey(EVAL_EPOCH, index)].image for index in wrong.nonzero()[:NUM_PICTURES, 0].tolist()]
+        pictures = [
+            data[dataset.SampleKey(dataset.EVAL_EPOCH, index)].image
+            for index in wrong.nonzero()[:NUM_PICTURES, 0].tolist()
+        ]
         names = utils.describe_class(class_names[true]), utils.describe_class(class_names[predicted])
         rows[f"{names[0]}, taken for {names[1]}: {times} of {int(confusion.counts[true].sum())}"] = pictures
     if rows:
@@ -334,7 +321,9 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
             raise ValueError(f"{weights} tells {model.num_classes} classes apart, but {what} has {number}")
     data = build_eval_data(files, args)
     accelerator.print(f"{'evaluating':<16}{weights} on {files.describe()}")
-    evaluation = evaluate(accelerator, model.to(accelerator.device), build_eval_loader(data, **loading), data, args)
+    evaluation = evaluate(
+        accelerator, model.to(accelerator.device), dataset.build_eval_loader(data, **loading), data, args
+    )
     figures = evaluation.figures()
     if accelerator.is_main_process:
         summary = figures | {"weights": str(weights), "data": str(folder), "num_images": len(data)}
@@ -359,13 +348,12 @@ def run_knn(args: argparse.Namespace) -> dict[str, float]:
     model.to(accelerator.device).eval()
 
     def encode(images: Tensor) -> Tensor:
-        with accelerator.autocast():
-            return model.forward_pooled(normalize(images, args.mean, args.std))
+        return model.forward_pooled(dataset.normalize(images, args.mean, args.std))
 
     features, splits = [], list_labelled_splits(accelerator, args)
     for files in splits:
         accelerator.print(f"{'encoding':<16}{files.describe()}")
-        loader = build_eval_loader(build_eval_data(files, args), **loading)
+        loader = dataset.build_eval_loader(build_eval_data(files, args), **loading)
         features.append(training.collect_features(accelerator, loader, len(files), encode))
     (bank, bank_labels), (queries, labels) = features
     ranked = utils.knn_classify(bank, bank_labels, queries, len(splits[0].classes))
@@ -401,29 +389,31 @@ def list_labelled_splits(
     return train_files, val_files
 
 
-def build_eval_data(files: storage.FileList, args: argparse.Namespace) -> ImageDataset:
+def build_eval_data(files: storage.FileList, args: argparse.Namespace) -> dataset.ImageDataset:
     """Give images as validation sees them; one that cannot be decoded is an error, as a score is over all of them."""
     options = dict(seed=args.seed, channels=args.input_channels, replace_bad_files=False)
-    return build_eval_images(files, build_config(args).image_hw, **options)
+    return dataset.build_eval_images(files, build_config(args).image_hw, **options)
 
 
 def build_training_data(
     files: storage.FileList, model: ViTMAEForImageClassification, args: argparse.Namespace
-) -> tuple[ImageDataset, Callable]:
+) -> tuple[dataset.ImageDataset, Callable]:
     """Give the augmented training images, already normalised, and how samples are mixed into a batch."""
     hw, statistics = model.config.image_hw, (args.mean, args.std)
     if args.linear_probe:
-        transform = build_probing_transform(hw, *statistics)
+        transform = dataset.build_probing_transform(hw, *statistics)
     else:
-        transform = build_finetuning_transform(hw, args.random_aug_magnitude, args.random_erasing, *statistics)
-    data = ImageDataset(
+        transform = dataset.build_finetuning_transform(hw, args.random_aug_magnitude, args.random_erasing, *statistics)
+    data = dataset.ImageDataset(
         files,
         transform,
         seed=args.seed,
         channels=args.input_channels,
         noise_size=model.drop_path_noise_size,
     )
-    mixing = PairMixing(len(files.classes), args.mixup_alpha, args.cutmix_alpha, args.label_smoothing, args.seed)
+    mixing = dataset.PairMixing(
+        len(files.classes), args.mixup_alpha, args.cutmix_alpha, args.label_smoothing, args.seed
+    )
     return data, mixing
 
 
@@ -491,10 +481,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     model, origin = build_model(len(train_files.classes), args)
     train_data, mixing = build_training_data(train_files, model, args)
     eval_data = build_eval_data(val_files, args)
-    sampler = StepSampler(len(train_data), **stepping)
+    sampler = dataset.StepSampler(len(train_data), **stepping)
     pin_memory = args.pin_memory and device.type == "cuda"
-    loader = build_training_loader(train_data, sampler, loading["num_workers"], pin_memory, mixing)
-    eval_loader = build_eval_loader(eval_data, **loading)
+    loader = dataset.build_training_loader(train_data, sampler, loading["num_workers"], pin_memory, mixing)
+    eval_loader = dataset.build_eval_loader(eval_data, **loading)
 
     # Optimizer
     peak = args.learning_rate
@@ -502,15 +492,11 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         peak = utils.scaled_lr(args.base_learning_rate, sampler.images_per_step)
     warmup_steps = args.warmup_epochs * sampler.steps_per_epoch
     total_steps = args.epochs * sampler.steps_per_epoch
-    lines = describe(model, sampler, peak, train_files, val_files, origin, args)
-    training.describe_run(accelerator, args, sampler, len(train_files), lines)
+    lines = {"start": origin, **describe(model, peak, sampler, args)}
+    training.describe_run(accelerator, args, sampler, train_files, val_files, lines)
     optimizer = build_optimizer(model, peak, args)
-    if device.type == "cpu" and accelerator.mixed_precision == "bf16":
-        model.unfuse_attention()
     average = ModelEmaV3(model.to(device), decay=args.ema_decay) if args.ema_decay else None
-    training.compile_in_place(accelerator, model)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    bare_model = accelerator.unwrap_model(model)
+    model, optimizer, bare_model = training.prepare(accelerator, model, optimizer)
     candidates = {"testing": bare_model} | ({} if average is None else {"ema_testing": average.module})
     compute_loss = SoftTargetCrossEntropy()
 
@@ -526,7 +512,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         num_epochs=args.epochs,
         total_steps=total_steps,
         config=build_record(bare_model, train_files, args),
-        identity=identify(sampler, train_files, args),
+        identity={name: getattr(args, name) for name in ("linear_probe", "finetune_blocks", "ema_decay")},
     )
     figures: dict[str, float] = {}
     averaged = average and average.module
@@ -601,30 +587,16 @@ def build_record(
     }
 
 
-def identify(sampler: StepSampler, files: storage.FileList, args: argparse.Namespace) -> dict[str, object]:
-    """Give what makes a run this one, beside its sizes: a resume refuses another."""
-    return {
-        "effective_batch_size": sampler.images_per_step,
-        "num_images": len(files),
-        "data": files.fingerprint(),
-        "seed": args.seed,
-        "linear_probe": args.linear_probe,
-        "finetune_blocks": args.finetune_blocks,
-        "ema_decay": args.ema_decay,
-    }
-
-
-@torch.no_grad()
 def draw_predictions(
-    accelerator: Accelerator, model: ViTMAEForImageClassification, data: ImageDataset, args: argparse.Namespace
+    accelerator: Accelerator, model: ViTMAEForImageClassification, data: dataset.ImageDataset, args: argparse.Namespace
 ) -> Image.Image | None:
     """Draw validation images, each with its class, the answer, and the answer's probability."""
-    samples = pick_samples(data, NUM_PICTURES)
-    images = normalize(torch.stack([sample.image for sample in samples]).to(accelerator.device), args.mean, args.std)
-    model.eval()
-    with accelerator.autocast():
+    samples = dataset.pick_samples(data, NUM_PICTURES)
+    images = dataset.normalize(
+        torch.stack([sample.image for sample in samples]).to(accelerator.device), args.mean, args.std
+    )
+    with utils.evaluating(model), accelerator.autocast():
         probabilities, answers = model(images).float().softmax(dim=1).max(dim=1)
-    model.train()
     if not accelerator.is_main_process:
         return None
     names = [utils.describe_class(name) for name in data.files.classes]
@@ -633,38 +605,25 @@ def draw_predictions(
         f"{'right' if answer == sample.label else 'wrong'}: {names[answer]} {probability:.0%}"
         for sample, answer, probability in zip(samples, answers.tolist(), probabilities.tolist(), strict=True)
     ]
-    return utils.draw_rows({title: denormalize(images, args.mean, args.std)}, {title: captions})
+    return utils.draw_rows({title: dataset.denormalize(images, args.mean, args.std)}, {title: captions})
 
 
 def describe(
-    model: ViTMAEForImageClassification,
-    sampler: StepSampler,
-    peak: float,
-    train_files: storage.FileList,
-    val_files: storage.FileList,
-    origin: str,
-    args: argparse.Namespace,
+    model: ViTMAEForImageClassification, peak: float, sampler: dataset.StepSampler, args: argparse.Namespace
 ) -> dict[str, str]:
     """Say what decides the result, beside what every run has."""
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rate = f"{peak:.2e}"
-    if args.learning_rate is None:
-        rate += f" = {args.base_learning_rate:.2e} x {sampler.images_per_step} / 256"
-    if args.layer_decay < 1 and not args.linear_probe:
-        rate += f", times {args.layer_decay:g} for each layer down"
+    total, trainable = utils.count_parameters(model)
+    height, width = model.config.image_hw
+    scaled = f" = {args.base_learning_rate:.2e} x {sampler.images_per_step} / 256" if args.learning_rate is None else ""
+    decays = args.layer_decay < 1 and not args.linear_probe
     augmentation = (
         f"RandAugment {args.random_aug_magnitude}, erasing {args.random_erasing:g}, mixup {args.mixup_alpha:g}, "
         f"CutMix {args.cutmix_alpha:g}, smoothing {args.label_smoothing:g}, drop path {args.drop_path:g}"
     )
     lines = {
         "model": f"{total:,} parameters, {trainable:,} of them trained, {model.global_pool} feature, "
-        f"{model.config.image_hw[0]} x {model.config.image_hw[1]} pixels",
-        "start": origin,
-        "training": train_files.describe(),
-        "validation": val_files.describe(),
-        "learning rate": rate,
-        "schedule": f"{args.epochs} epochs of {sampler.steps_per_epoch:,} steps, warmup {args.warmup_epochs:g} epochs",
+        f"{height} x {width} pixels",
+        "learning rate": f"{peak:.2e}{scaled}" + f", times {args.layer_decay:g} for each layer down" * decays,
         "augmentation": "crops and flips alone" if args.linear_probe else augmentation,
         "decoder": "Pillow",
     }

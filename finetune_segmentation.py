@@ -23,21 +23,10 @@ from PIL import Image
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
+import dataset
 import storage
 import training
 import utils
-from dataset import (
-    ADE20KDataset,
-    Batch,
-    SegmentationTransform,
-    StepSampler,
-    build_eval_loader,
-    build_training_loader,
-    collate_lists,
-    keep_size,
-    normalize,
-    pick_samples,
-)
 from model import (
     MODEL_CONFIGS,
     MAEConfig,
@@ -228,7 +217,7 @@ def label_images(model: ViTMAEForSegmentation, images: list[Tensor], args: argpa
     return predict(
         model,
         images,
-        normalize=functools.partial(normalize, mean=args.mean, std=args.std),
+        normalize=functools.partial(dataset.normalize, mean=args.mean, std=args.std),
         crop_size=model.backbone.config.image_hw,
         patch_size=model.backbone.config.patch_size,
         resize_to=args.resize_to,
@@ -239,20 +228,17 @@ def label_images(model: ViTMAEForSegmentation, images: list[Tensor], args: argpa
     )
 
 
-@torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, model: ViTMAEForSegmentation, batches: Iterable[Batch], args: argparse.Namespace
+    accelerator: Accelerator, model: ViTMAEForSegmentation, batches: Iterable[dataset.Batch], args: argparse.Namespace
 ) -> utils.ConfusionMatrix:
     """Label every validation image once, at its own size, and count the pixels over all processes."""
-    was_training = model.training
-    model.eval()
     confusion = utils.ConfusionMatrix(args.num_classes, accelerator.device, IGNORE_INDEX)
-    for batch in batches:
-        with accelerator.autocast():
-            answers = label_images(model, [image.to(accelerator.device) for image in batch.images], args)
-        for labels, answer in zip(batch.labels, answers, strict=True):
-            confusion.update(labels, answer)
-    model.train(was_training)
+    with utils.evaluating(model):
+        for batch in batches:
+            with accelerator.autocast():
+                answers = label_images(model, [image.to(accelerator.device) for image in batch.images], args)
+            for labels, answer in zip(batch.labels, answers, strict=True):
+                confusion.update(labels, answer)
     if training.process_slice(accelerator)[1] > 1:
         confusion.reduce(accelerator)
     return confusion
@@ -271,9 +257,8 @@ def write_table(confusion: utils.ConfusionMatrix, names: list[str], file: Path) 
         file.write_text("\n".join(lines) + "\n")
 
 
-@torch.no_grad()
 def draw_predictions(
-    accelerator: Accelerator, model: ViTMAEForSegmentation, data: ADE20KDataset, args: argparse.Namespace
+    accelerator: Accelerator, model: ViTMAEForSegmentation, data: dataset.ADE20KDataset, args: argparse.Namespace
 ) -> Image.Image | None:
     """Draw validation images, their label maps and the model's, with the names of the classes that fill most of them.
 
@@ -281,12 +266,10 @@ def draw_predictions(
     """
     if not accelerator.is_main_process and accelerator.distributed_type not in training.SHARDING:
         return None
-    samples = pick_samples(data, NUM_PICTURES)
-    model.eval()
-    with accelerator.autocast():
+    samples = dataset.pick_samples(data, NUM_PICTURES)
+    with utils.evaluating(model), accelerator.autocast():
         answers = label_images(model, [sample.image.to(accelerator.device) for sample in samples], args)
     answers = [answer.cpu() for answer in answers]
-    model.train()
     if not accelerator.is_main_process:
         return None
 
@@ -325,7 +308,7 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
         raise PermissionError(f"the figures are written beside the weights, but {weights.parent} cannot be written to")
     pairs = training.list_checked_pairs(accelerator, "validation", args)
     data = build_data(pairs, args)
-    loader = build_eval_loader(data, collate_fn=collate_lists, **loading)
+    loader = dataset.build_eval_loader(data, collate_fn=dataset.collate_lists, **loading)
     accelerator.print(f"{'evaluating':<16}{weights} on {pairs.describe()}")
     confusion = evaluate(accelerator, model.to(accelerator.device), loader, args)
     figures = confusion.figures()
@@ -347,14 +330,14 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
 
 def build_data(
     pairs: storage.PairList, args: argparse.Namespace, model: ViTMAEForSegmentation | None = None
-) -> ADE20KDataset:
+) -> dataset.ADE20KDataset:
     """Give the pairs augmented, to train a model, or without one as they are, to be validated on at their own size."""
     table = storage.label_table(args.num_classes, args.ignore_zero)
     common = dict(seed=args.seed, channels=args.input_channels)
     if model is None:
-        return ADE20KDataset(pairs, keep_size, table, replace_bad_files=False, **common)
-    augment = SegmentationTransform(model.backbone.config.image_hw, args.mean, args.std, *args.resize_to)
-    return ADE20KDataset(pairs, augment, table, noise_size=model.noise_size, **common)
+        return dataset.ADE20KDataset(pairs, dataset.keep_size, table, replace_bad_files=False, **common)
+    augment = dataset.SegmentationTransform(model.backbone.config.image_hw, args.mean, args.std, *args.resize_to)
+    return dataset.ADE20KDataset(pairs, augment, table, noise_size=model.noise_size, **common)
 
 
 def compute_loss(scores: Tensor, labels: Tensor) -> Tensor:
@@ -387,10 +370,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     train_pairs = training.list_checked_pairs(accelerator, "training", args)
     val_pairs = training.list_checked_pairs(accelerator, "validation", args)
     train_data, val_data = build_data(train_pairs, args, model), build_data(val_pairs, args)
-    sampler = StepSampler(len(train_data), **stepping)
+    sampler = dataset.StepSampler(len(train_data), **stepping)
     pin_memory = args.pin_memory and device.type == "cuda"
-    loader = build_training_loader(train_data, sampler, loading["num_workers"], pin_memory)
-    val_loader = build_eval_loader(val_data, collate_fn=collate_lists, **loading)
+    loader = dataset.build_training_loader(train_data, sampler, loading["num_workers"], pin_memory)
+    val_loader = dataset.build_eval_loader(val_data, collate_fn=dataset.collate_lists, **loading)
     total_steps = args.iterations if args.epochs is None else args.epochs * sampler.steps_per_epoch
     num_epochs = math.ceil(total_steps / sampler.steps_per_epoch)
     warmup_steps = choose_warmup(args, sampler.steps_per_epoch, total_steps)
@@ -403,19 +386,17 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     )
     utils.decay_more(groups, model, biases=args.bias_weight_decay, norms=args.norm_weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=ADAM_BETAS, fused=True)
-    lines = describe(model, sampler, train_pairs, val_pairs, origin, args)
+    lines = {"start": origin, **describe(model, sampler, args)}
     lines["schedule"] = f"{total_steps:,} steps, {sampler.steps_per_epoch:,} an epoch, warmup {warmup_steps:,}"
     lines["every"] = f"{eval_interval} of {num_epochs:,} epochs evaluated, every {save_interval} kept as a checkpoint"
-    training.describe_run(accelerator, args, sampler, len(train_pairs), lines)
+    training.describe_run(accelerator, args, sampler, train_pairs, val_pairs, lines)
     if args.norm == "batch" and accelerator.num_processes > 1:
         if device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         else:
             accelerator.print("batch norm      not synchronised: torch cannot on the CPU; each process has its own")
     model.backbone.activation_checkpointing = args.activation_checkpointing
-    training.compile_in_place(accelerator, model)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    bare_model = accelerator.unwrap_model(model)
+    model, optimizer, bare_model = training.prepare(accelerator, model, optimizer)
 
     # Loop
     plan = training.Plan(
@@ -424,14 +405,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         num_epochs=num_epochs,
         total_steps=total_steps,
         config=build_record(args),
-        identity={
-            "effective_batch_size": sampler.images_per_step,
-            "num_images": len(train_data),
-            "data": train_pairs.fingerprint(),
-            "seed": args.seed,
-            "total_steps": total_steps,
-            "warmup_steps": warmup_steps,
-        },
+        identity={"total_steps": total_steps, "warmup_steps": warmup_steps},
     )
     figures: dict[str, float] = {}
     with training.Run(accelerator, start, args, plan, model=model, keeps_best=True) as run:
@@ -515,26 +489,16 @@ def build_record(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def describe(
-    model: ViTMAEForSegmentation,
-    sampler: StepSampler,
-    train_pairs: storage.PairList,
-    val_pairs: storage.PairList,
-    origin: str,
-    args: argparse.Namespace,
-) -> dict[str, str]:
+def describe(model: ViTMAEForSegmentation, sampler: dataset.StepSampler, args: argparse.Namespace) -> dict[str, str]:
     """Say what decides the result, beside what every run has."""
     parts = {"backbone": model.backbone, "neck": model.neck}
     parts |= {"head": model.decode_head, "auxiliary head": model.auxiliary_head, "": model}
-    counts = {name: f"{sum(p.numel() for p in part.parameters()):,}" for name, part in parts.items()}
+    counts = {name: f"{utils.count_parameters(part)[0]:,}" for name, part in parts.items()}
     total, config = counts.pop(""), model.backbone.config
     decays = f", times {args.layer_decay:g} for each layer down" if args.layer_decay < 1 else ""
     lines = {
         "parameters": " + ".join(f"{name} {count}" for name, count in counts.items()) + f" = {total}",
         "taps": f"outputs of blocks {', '.join(map(str, model.taps))} of {config.encoder_depth}, from 0",
-        "start": origin,
-        "training": train_pairs.describe(),
-        "validation": val_pairs.describe(),
         "labels": f"{args.num_classes} classes, 0 is " + ("ignored" if args.ignore_zero else "the first"),
         "learning rate": f"{args.learning_rate:.2e}{decays}",
         "images": f"fit into {args.resize_to[0]} x {args.resize_to[1]}, cropped to "

@@ -24,23 +24,10 @@ from PIL import Image
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
+import dataset
 import storage
 import training
 import utils
-from dataset import (
-    Batch,
-    ImageDataset,
-    ResizeCenterCrop,
-    StepSampler,
-    build_eval_images,
-    build_eval_loader,
-    build_pretraining_transform,
-    build_training_loader,
-    collate,
-    denormalize,
-    normalize,
-    pick_samples,
-)
 from model import MODEL_CONFIGS, MAEConfig, ViTMAEForPreTraining, num_kept_patches
 
 # The paper's recipe (table 8), in the batches of the project's command.
@@ -139,9 +126,8 @@ def build_config(args: argparse.Namespace) -> MAEConfig:
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
-@torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, model: ViTMAEForPreTraining, batches: Iterable[Batch], args: argparse.Namespace
+    accelerator: Accelerator, model: ViTMAEForPreTraining, batches: Iterable[dataset.Batch], args: argparse.Namespace
 ) -> dict[str, float]:
     """Reconstruct held-out images, each with its own fixed mask, and average over the images of all processes.
 
@@ -149,22 +135,23 @@ def evaluate(
     removed patches, with 0 black and 1 white, beside two answers that need no learning (see `trivial_answers`).
     """
     sums, num_images = {}, 0
-    model.eval()
-    for batch in batches:
-        images = normalize(batch.images.to(accelerator.device), args.mean, args.std)
-        with accelerator.autocast():
-            loss, pred, mask = model(images, args.mask_ratio, batch.noise.to(accelerator.device))
-        values = {"testing_loss": loss}
-        if not model.config.norm_pix_loss:
-            reconstructed = model.reconstruct(images, pred, mask).reconstructed
-            target, answer = (model.patchify(denormalize(x, args.mean, args.std)) for x in (images, reconstructed))
-            answers = {"model_error": answer, **trivial_answers(target, mask, model)}
-            for name, answer in answers.items():
-                values[name] = ((answer - target).square().mean(dim=2) * mask).sum() / mask.sum()
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value.item() * len(images)
-        num_images += len(images)
-    model.train()
+    with utils.evaluating(model):
+        for batch in batches:
+            images = dataset.normalize(batch.images.to(accelerator.device), args.mean, args.std)
+            with accelerator.autocast():
+                loss, pred, mask = model(images, args.mask_ratio, batch.noise.to(accelerator.device))
+            values = {"testing_loss": loss}
+            if not model.config.norm_pix_loss:
+                reconstructed = model.reconstruct(images, pred, mask).reconstructed
+                target, answer = (
+                    model.patchify(dataset.denormalize(x, args.mean, args.std)) for x in (images, reconstructed)
+                )
+                answers = {"model_error": answer, **trivial_answers(target, mask, model)}
+                for name, answer in answers.items():
+                    values[name] = ((answer - target).square().mean(dim=2) * mask).sum() / mask.sum()
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value.item() * len(images)
+            num_images += len(images)
     shares = gather_object([(sums, num_images)])  # as objects, because the share of a process may be empty
     total = sum(count for _, count in shares)
     return {name: sum(share.get(name, 0.0) for share, _ in shares) / total for name in shares[0][0]}
@@ -190,47 +177,39 @@ def trivial_answers(target: Tensor, mask: Tensor, model: ViTMAEForPreTraining) -
     }
 
 
-@torch.no_grad()
 def probe(
     accelerator: Accelerator,
     model: ViTMAEForPreTraining,
-    batches: list[Iterable[Batch]],
-    data: list[ImageDataset],
+    batches: list[Iterable[dataset.Batch]],
+    data: list[dataset.ImageDataset],
     args: argparse.Namespace,
 ) -> dict[str, float]:
     """Classify held-out images by the labels of the nearest training images, in the encoder's features, in percent."""
 
     def encode(images: Tensor) -> Tensor:
-        with accelerator.autocast():
-            return model.forward_pooled(normalize(images, args.mean, args.std))
+        return model.forward_pooled(dataset.normalize(images, args.mean, args.std))
 
-    model.eval()
-    found = [
-        training.collect_features(accelerator, part, len(images), encode)
-        for part, images in zip(batches, data, strict=True)
-    ]
-    (bank, bank_labels), (queries, labels) = found
-    model.train()
+    with utils.evaluating(model):
+        (bank, bank_labels), (queries, labels) = (
+            training.collect_features(accelerator, part, len(images), encode)
+            for part, images in zip(batches, data, strict=True)
+        )
     ranked = utils.knn_classify(bank, bank_labels, queries, len(data[0].files.classes))
     return {"knn_top1_acc": utils.accuracy(ranked, labels)}
 
 
-@torch.no_grad()
 def draw_reconstructions(
-    accelerator: Accelerator, model: ViTMAEForPreTraining, batch: Batch, args: argparse.Namespace
+    accelerator: Accelerator, model: ViTMAEForPreTraining, batch: dataset.Batch, args: argparse.Namespace
 ) -> Image.Image | None:
     """Draw rows of original, masked, reconstruction, and reconstruction with the visible patches pasted in."""
-    images = normalize(batch.images.to(accelerator.device), args.mean, args.std)
-    model.eval()
-    with accelerator.autocast():
+    images = dataset.normalize(batch.images.to(accelerator.device), args.mean, args.std)
+    with utils.evaluating(model), accelerator.autocast():
         _, pred, mask = model(images, args.mask_ratio, batch.noise.to(accelerator.device))
-    model.train()
     if not accelerator.is_main_process:
         return None
-    panels = [denormalize(x, args.mean, args.std) for x in (images, *model.reconstruct(images, pred, mask))]
-    return utils.draw_rows(
-        dict(zip(utils.reconstruction_titles(args.mask_ratio, args.norm_pix_loss), panels, strict=True))
-    )
+    panels = [dataset.denormalize(x, args.mean, args.std) for x in (images, *model.reconstruct(images, pred, mask))]
+    titles = utils.reconstruction_titles(args.mask_ratio, args.norm_pix_loss)
+    return utils.draw_rows(dict(zip(titles, panels, strict=True)))
 
 
 def list_probe_files(accelerator: Accelerator, args: argparse.Namespace) -> list[storage.FileList]:
@@ -261,20 +240,20 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     config = build_config(args)
     train_files, val_files = training.list_splits(accelerator, args.path_to_data, args)
     sample = dict(seed=args.seed, channels=args.input_channels, noise_size=config.num_patches)
-    augment = build_pretraining_transform(config.image_hw, args.min_crop_scale)
-    train_data = ImageDataset(train_files, augment, keep_decoded=args.repeated_sampling > 1, **sample)
-    eval_data = ImageDataset(val_files or train_files, ResizeCenterCrop(config.image_hw), **sample)
-    sampler = StepSampler(len(train_data), crops_per_image=args.repeated_sampling, **stepping)
-    loader = build_training_loader(
+    augment = dataset.build_pretraining_transform(config.image_hw, args.min_crop_scale)
+    train_data = dataset.ImageDataset(train_files, augment, keep_decoded=args.repeated_sampling > 1, **sample)
+    eval_data = dataset.ImageDataset(val_files or train_files, dataset.ResizeCenterCrop(config.image_hw), **sample)
+    sampler = dataset.StepSampler(len(train_data), crops_per_image=args.repeated_sampling, **stepping)
+    loader = dataset.build_training_loader(
         train_data, sampler, loading["num_workers"], device.type == "cuda" and args.pin_memory
     )
-    eval_loader = build_eval_loader(eval_data, **loading) if val_files else None
+    eval_loader = dataset.build_eval_loader(eval_data, **loading) if val_files else None
     probe_data = [
-        build_eval_images(files, config.image_hw, channels=args.input_channels)
+        dataset.build_eval_images(files, config.image_hw, channels=args.input_channels)
         for files in (list_probe_files(accelerator, args) if args.probe_every else ())
     ]
-    probe_loaders = [build_eval_loader(data, **loading) for data in probe_data]
-    shown = collate(pick_samples(eval_data, NUM_PICTURES))
+    probe_loaders = [dataset.build_eval_loader(data, **loading) for data in probe_data]
+    shown = dataset.collate(dataset.pick_samples(eval_data, NUM_PICTURES))
 
     # Model and optimizer; cls_token and mask_token are decayed, as in the original release
     model = ViTMAEForPreTraining(config, custom_weight_init=args.custom_weight_init)
@@ -283,18 +262,15 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     peak = utils.scaled_lr(args.base_learning_rate, sampler.images_per_step)
     warmup_steps = args.warmup_epochs * sampler.steps_per_epoch
     total_steps = args.epochs * sampler.steps_per_epoch
-    lines = describe(model, sampler, peak, train_files, val_files, args)
-    training.describe_run(accelerator, args, sampler, len(train_files), lines)
+    lines = describe(model, peak, args) | {"decoder": args.decoder}
+    training.describe_run(accelerator, args, sampler, train_files, val_files, lines)
     groups = param_groups_weight_decay(model, args.weight_decay)
     utils.decay_more(groups, model, biases=args.bias_weight_decay, norms=args.norm_weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=ADAM_BETAS, fused=True)
-    if device.type == "cpu" and accelerator.mixed_precision == "bf16":
-        model.unfuse_attention()
-    training.compile_in_place(accelerator, model)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    bare_model = accelerator.unwrap_model(model)
+    model, optimizer, bare_model = training.prepare(accelerator, model, optimizer)
 
     # Loop
+    crops = f", {args.repeated_sampling} crops each" if args.repeated_sampling > 1 else ""
     plan = training.Plan(
         sampler=sampler,
         files=train_files,
@@ -306,14 +282,16 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             "image_mean": args.mean,
             "image_std": args.std,
         },
-        identity=identify(sampler, train_files, args),
+        identity={"data": train_files.fingerprint() + crops},
     )
     figures: dict[str, float] = {}
     with training.Run(accelerator, start, args, plan, model=model) as run:
         run.bad_files.note(shown.bad_files)
         for _ in run.epochs():
             for batch in run.batches(loader):
-                images = normalize(batch.images.to(device, non_blocking=True), args.mean, args.std)  # (N, C, H, W)
+                images = dataset.normalize(
+                    batch.images.to(device, non_blocking=True), args.mean, args.std
+                )  # (N, C, H, W)
                 noise = batch.noise.to(device, non_blocking=True)  #                                   (N, L)
                 learning_rate = utils.cosine_lr(
                     run.step,
@@ -355,40 +333,17 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     return {}  # stopped by a signal
 
 
-def identify(sampler: StepSampler, files: storage.FileList, args: argparse.Namespace) -> dict[str, object]:
-    """Give what makes a run this one, beside its sizes: a resume refuses another."""
-    crops = f", {args.repeated_sampling} crops each" if args.repeated_sampling > 1 else ""
-    return {
-        "effective_batch_size": sampler.images_per_step,
-        "num_images": len(files),
-        "data": files.fingerprint() + crops,
-        "seed": args.seed,
-    }
-
-
-def describe(
-    model: ViTMAEForPreTraining,
-    sampler: StepSampler,
-    peak: float,
-    train_files: storage.FileList,
-    val_files: storage.FileList | None,
-    args: argparse.Namespace,
-) -> dict[str, str]:
+def describe(model: ViTMAEForPreTraining, peak: float, args: argparse.Namespace) -> dict[str, str]:
     """Say what decides the result, beside what every run has."""
     decoder = sum(p.numel() for name, p in model.named_parameters() if name.startswith(("decoder", "mask_token")))
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total, trainable = utils.count_parameters(model)
     kept = num_kept_patches(model.config.num_patches, args.mask_ratio)
     lines = {
         "model": f"encoder {total - decoder:,} + decoder {decoder:,} = {total:,} parameters, "
         f"{trainable:,} of them trainable",
         "patches": f"{kept} of {model.config.num_patches} visible, predicting "
         + ("pixels normalised in each patch" if args.norm_pix_loss else "plain pixels"),
-        "training": train_files.describe(),
-        "held out": val_files.describe() if val_files else "none: no train/ with val/ or validation/ beside it",
-        "learning rate": f"{peak:.2e} = {args.base_learning_rate:.2e} x {sampler.images_per_step} / 256",
-        "schedule": f"{args.epochs} epochs of {sampler.steps_per_epoch:,} steps, warmup {args.warmup_epochs:g} epochs",
-        "decoder": args.decoder,
+        "learning rate": f"{peak:.2e} = {args.base_learning_rate:.2e} x images of a step / 256",
     }
     if args.repeated_sampling > 1:
         lines["sampling"] = f"{args.repeated_sampling} crops of each image at once; as many epochs visit all images"

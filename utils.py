@@ -1,13 +1,13 @@
-"""Verbs that no task owns: flags, run set-up, optimisation, checkpoints, logging, metrics, pictures.
+"""Pure verbs that scripts and tools share: learning rates, non-finite steps, metrics, nearest neighbours, pictures.
 
-Entry rule: two scripts use it, or it is a pure metric. Nothing here knows a network or a data set, and the training
-loops are not here: each script shows its own.
+Nothing here knows a network, a data set or a run; the training loops are in the scripts.
 """
 
+import contextlib
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -54,6 +54,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 # ------------------------------------------------------------------------------------------------ numbers that are none
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Let a model answer as at test time, without gradients, and then train on as before."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Count the values of all parameters, and of those that are trained."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
 def decay_more(groups: list[dict], model: nn.Module, *, biases: bool, norms: bool) -> None:

@@ -138,21 +138,26 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 
 def describe_run(
-    accelerator: Accelerator, args: argparse.Namespace, sampler, num_images: int, lines: Mapping[str, str]
+    accelerator: Accelerator, args: argparse.Namespace, sampler, files, held_out, lines: Mapping[str, str]
 ) -> None:
-    """Print what decides the result, before any long work: a script's own lines, and those that every run has."""
-    lines = dict(lines)
-    lines["effective batch"] = (
-        f"{sampler.images_per_step} = {accelerator.num_processes} processes x {args.gradient_accumulation_steps} "
-        f"forward passes x {sampler.micro_batch_size} images"
-    )
-    lines["runs on"] = describe_processes(accelerator, args.num_workers)
-    if num_images < sampler.images_per_step:
-        lines["note"] = (
-            f"{num_images:,} images do not fill one step of {sampler.images_per_step}, so an epoch repeats some; a "
+    """Print what decides the result, before any long work: a script's own lines, and those that every run has.
+
+    `files` and `held_out` describe themselves; without `held_out` nothing is evaluated.
+    """
+    common = {
+        "training": files.describe(),
+        "held out": held_out.describe() if held_out else "none: no train/ with val/ or validation/ beside it",
+        "effective batch": f"{sampler.images_per_step} = {accelerator.num_processes} processes x "
+        f"{args.gradient_accumulation_steps} forward passes x {sampler.micro_batch_size} images",
+        "schedule": f"{args.epochs} epochs of {sampler.steps_per_epoch:,} steps, warmup {args.warmup_epochs} epochs",
+        "runs on": describe_processes(accelerator, args.num_workers),
+    }
+    if len(files) < sampler.images_per_step:
+        common["note"] = (
+            f"{len(files):,} images do not fill one step of {sampler.images_per_step}, so an epoch repeats some; a "
             "smaller --per_gpu_batch_size avoids it"
         )
-    print_lines(accelerator, lines)
+    print_lines(accelerator, common | dict(lines))
 
 
 # ------------------------------------------------------------------------------------------------ progress

@@ -43,8 +43,9 @@ class Stopped(Exception):  # noqa: N818 - it is no error
 class Plan:
     """What a run is: how long, over which images, and what makes it this run and no other.
 
-    `sampler` gives `set_epoch`, `steps_per_epoch` and `images_of`; `files` the `path` of an image. `config` is the
-    config.json beside the weights; it and `identity` have to be equal for a state to be gone on from.
+    `sampler` gives `set_epoch`, `steps_per_epoch`, `images_per_step` and `images_of`; `files` are the training images,
+    with their `path` and `fingerprint`. `config` is the config.json beside the weights. A state is only gone on from
+    where that is equal, and seed, batch, images, and what else a script puts into `identity`.
     """
 
     sampler: object
@@ -109,10 +110,17 @@ class Run:
     ):
         self.accelerator, self.args, self.plan, self.model, self.average = accelerator, args, plan, model, average
         self.experiment = start.experiment
+        self.identity = {
+            "effective_batch_size": plan.sampler.images_per_step,
+            "num_images": len(plan.files),
+            "data": plan.files.fingerprint(),
+            "seed": args.seed,
+            **plan.identity,
+        }
         state = {"epoch": 0, "step": 0, "row": {}, "best": -1.0}
         if start.resume_from is not None:
             options = dict(average=average, keeps_best=keeps_best)
-            state |= resume(accelerator, start.resume_from, plan.config, plan.identity, **options)
+            state |= resume(accelerator, start.resume_from, plan.config, self.identity, **options)
             if not (self.experiment / BEST_CHECKPOINT).exists():  # it goes on under another name, without the best
                 state["best"] = -1.0
         self.first_epoch = self.epoch = state["epoch"]
@@ -267,7 +275,7 @@ class Run:
 
     def save(self, epoch: int, row: Mapping, **how: bool) -> None:
         """Save after `epoch` complete epochs; `row` is one that waits for its evaluation."""
-        state = {**self.plan.identity, "epoch": epoch, "step": self.step, "best": self.best, "row": row}
+        state = {**self.identity, "epoch": epoch, "step": self.step, "best": self.best, "row": row}
         how = {"epoch_ends": False, **how}
         self.saved = self.checkpoints.save(self.model, self.plan.config, state, average=self.average, **how)
 
