@@ -1,7 +1,7 @@
-"""Verbs that no task owns: flags, run set-up, optimisation, checkpoints, logging, metrics, pictures.
+"""Pure verbs that no task owns: learning rates, weight decay, non-finite losses, metrics, pictures.
 
-Entry rule: two scripts use it, or it is a pure metric. Nothing here knows a network or a data set, and the training
-loops are not here: each script shows its own.
+Entry rule: two scripts use it, or it is a pure metric. Nothing here knows a network or a data set, and nothing keeps a
+run going: that is in training/.
 """
 
 import functools
@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-import torch.distributed
 from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import ImageNetInfo
@@ -53,9 +52,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
-# ------------------------------------------------------------------------------------------------ numbers that are none
-
-
 def decay_more(groups: list[dict], model: nn.Module, *, biases: bool, norms: bool) -> None:
     """Let biases, or the weights of norms, decay as well: timm's groups without decay are cut in two, in place."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -69,6 +65,9 @@ def decay_more(groups: list[dict], model: nn.Module, *, biases: bool, norms: boo
         if moved:
             group["params"] = [parameter for parameter in group["params"] if not decays(parameter)]
             groups.append({**group, "params": moved, "weight_decay": decay})
+
+
+# ------------------------------------------------------------------------------------------------ non-finite losses
 
 
 def nan_guard(loss: Tensor) -> Tensor:
@@ -90,6 +89,9 @@ def skip_nonfinite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tenso
     elif skipped:
         optimizer.zero_grad(set_to_none=True)  # a parameter without a gradient is passed over
     return skipped
+
+
+# ------------------------------------------------------------------------------------------------ metrics
 
 
 def accuracy(predictions: Tensor, labels: Tensor, k: int = 1) -> float:
@@ -168,12 +170,7 @@ class ConfusionMatrix:
         return found | {f"{prefix}_aacc": (100 * counts.diagonal().sum() / counts.sum()).item()}
 
 
-KNN_NEIGHBOURS = 20
-
-
-KNN_TEMPERATURE = 0.07
-
-
+KNN_NEIGHBOURS, KNN_TEMPERATURE = 20, 0.07
 KNN_CHUNK = 1024  # queries at a time: memory is this times the number of training features
 
 
