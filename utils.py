@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
-import torch.distributed
 from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import ImageNetInfo
@@ -53,9 +52,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
-# ------------------------------------------------------------------------------------------------ numbers that are none
-
-
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Let a model answer as at test time, without gradients, and then train on as before."""
@@ -89,6 +85,9 @@ def decay_more(groups: list[dict], model: nn.Module, *, biases: bool, norms: boo
             groups.append({**group, "params": moved, "weight_decay": decay})
 
 
+# ------------------------------------------------------------------------------------------------ non-finite losses
+
+
 def nan_guard(loss: Tensor) -> Tensor:
     """Give a loss that is not finite a gradient that is NaN everywhere, so that every process meets it in the norm.
 
@@ -112,6 +111,9 @@ def skip_nonfinite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tenso
     elif skipped:
         optimizer.zero_grad(set_to_none=True)  # a parameter without a gradient is passed over
     return skipped
+
+
+# ------------------------------------------------------------------------------------------------ metrics
 
 
 def accuracy(predictions: Tensor, labels: Tensor, k: int = 1) -> float:
@@ -190,12 +192,7 @@ class ConfusionMatrix:
         return found | {f"{prefix}_aacc": (100 * counts.diagonal().sum() / counts.sum()).item()}
 
 
-KNN_NEIGHBOURS = 20
-
-
-KNN_TEMPERATURE = 0.07
-
-
+KNN_NEIGHBOURS, KNN_TEMPERATURE = 20, 0.07
 KNN_CHUNK = 1024  # queries at a time: memory is this times the number of training features
 
 
