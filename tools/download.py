@@ -97,9 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             about = "short side in pixels (default: 320)"
             command.add_argument("--size", dest="variant", choices=variants, default="320", help=about)
         elif name.startswith("mae_"):
-            about = (
-                "pretrain: encoder; full, visualize, ganloss: and decoder; finetuned: classifier (default: pretrain)"
-            )
+            about = "pretrain (default): encoder; full, visualize, ganloss: with decoder; finetuned: classifier"
             command.add_argument("--kind", dest="variant", choices=variants, default="pretrain", help=about)
     return parser.parse_args(argv)
 
