@@ -30,7 +30,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -52,7 +52,6 @@ RETRY_WAIT_S = 3
 CHUNK_BYTES = 2**20
 UNPACKED_RATIO = 1.1  # unpacked size to archive size: images hardly shrink in an archive
 MAX_UNPACKED_RATIO = 100  # an archive that grows more is made to fill disks
-ZIP_TYPES = (0, 4, 8)  # of a member: not recorded, folder, plain file
 STAMP = "download.json"  # in a data set that this tool has finished
 
 IMAGENETTE = "https://s3.amazonaws.com/fast-ai-imageclas"
@@ -81,8 +80,7 @@ SOURCES = {  # by name and variant: addresses, with the algorithm and the publis
     for kind, (path, digits_of) in MAE_FILES.items()
     for size, digits in digits_of.items()
 }
-# Of a trimap, pet 1 and background 2 stay; the border, 3, becomes 0, which training ignores; no other value may be.
-TRIMAP_CLASSES = np.array([-1, 1, 2, 0] + 252 * [-1])
+TRIMAP_CLASSES = np.array([-1, 1, 2, 0] + 252 * [-1])  # pet 1 and background 2 stay; the border, 3, is ignored: 0
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -133,7 +131,7 @@ def only_run(target: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                file.unlink()
+                file.unlink(missing_ok=True)
     except Timeout as error:
         raise BlockingIOError(f"another run is downloading {target}; wait for it") from error
 
@@ -171,11 +169,10 @@ def open_url(url: str, file: Path, method: str = "GET", **headers: str) -> http.
         raise ConnectionError(f"{url} cannot be reached: {error}") from error
 
 
-def append_rest(url: str, file: Path, total: int) -> None:
-    """Append what is missing to FILE.part, or all of it anew where the server gives no rest; else ConnectionError."""
-    part = beside(file, "part")
+def append_rest(url: str, part: Path, total: int) -> None:
+    """Append what is missing to `part`, or all of it anew where the server gives no rest; else ConnectionError."""
     start = bytes_of(part)
-    with open_url(url, file, **({"Range": f"bytes={start}-"} if start else {})) as response:
+    with open_url(url, part.with_suffix(""), **({"Range": f"bytes={start}-"} if start else {})) as response:
         if response.status == http.client.PARTIAL_CONTENT:
             given = response.headers["Content-Range"] or "no range"
             if given not in (f"bytes {start}-{total - 1}/{total}", f"bytes {start}-{total - 1}/*"):
@@ -204,7 +201,7 @@ def fetch(url: str, checksum: str | None, file: Path, total: int) -> None:
         part.unlink()  # of another file than the server has now
     while (before := bytes_of(part)) < total:
         try:
-            append_rest(url, file, total)
+            append_rest(url, part, total)
         except ConnectionError as error:
             idle_tries = 0 if bytes_of(part) > before else idle_tries + 1
             if idle_tries == MAX_IDLE_TRIES:
@@ -248,7 +245,7 @@ def verify(file: Path, url: str, checksum: str | None, advice: str) -> str:
 def check_members(archive: Path, folder: Path, members: list[tuple[str, int, bool]]) -> None:
     """Check name, size and type of all that an archive holds, before any of it is written."""
     for name, _, plain in members:
-        path = PurePosixPath(name.replace("\\", "/"))
+        path = Path(name.replace("\\", "/"))
         if not plain or path.is_absolute() or ".." in path.parts:
             found = f"{archive} holds {name!r}, which is a link, a device or outside its folder"
             raise ValueError(f"{found}; nothing was unpacked. Remove the archive if you do not trust it")
@@ -264,8 +261,8 @@ def unpack(archive: Path, folder: Path) -> None:
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as content:
                 entries = content.infolist()
-                members = [(e.filename, e.file_size, e.external_attr >> 28 in ZIP_TYPES) for e in entries]
-                check_members(archive, folder, members)
+                members = [(e.filename, e.file_size, e.external_attr >> 28 in (0, 4, 8)) for e in entries]
+                check_members(archive, folder, members)  # 4 is a folder, 8 a plain file, 0 not recorded
                 content.extractall(folder, tqdm(entries, desc=archive.name))
         else:
             with tarfile.open(archive) as content:
@@ -281,6 +278,7 @@ def get_file(url: str, checksum: str | None, folder: Path, room: float = 1) -> P
     """Fetch one file, unless it exists; ValueError when another one does. `room` is the disk space, in file sizes."""
     file = folder / Path(url).name
     if os.path.lexists(file):
+        remove(beside(file, "lock"))  # of a run that was killed at the very end
         print(f"{file} is there: {verify(file, url, checksum, 'move it away and run the command again')}")
         return file
     with only_run(file):
@@ -317,7 +315,8 @@ def get_data(sources: dict[str, str | None], target: Path) -> None:
                 folder.rename(target)
             finally:
                 remove(unpacked)
-    remove(work)
+    for leftover in (work, beside(target, "lock")):  # also of a run that was killed at the very end
+        remove(leftover)
     print(f"{target} is complete")
 
 
