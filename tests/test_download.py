@@ -148,35 +148,25 @@ def test_file_is_downloaded_once(server, tool, tmp_path, capsys):
     assert server.ranges == [None] and names_in(tmp_path / "new") == {WEIGHTS}
 
 
-def test_cut_connection_is_taken_up_where_it_broke(server, tool, tmp_path):
+@pytest.mark.parametrize(
+    ("part", "behaviour", "asked"),
+    [
+        (b"", {"cuts": 2}, [None, "bytes=150000-", "bytes=225000-"]),
+        (CONTENT[:123_456], {}, ["bytes=123456-"]),
+        (b"x" * 100_000, {"ignores_ranges": True}, ["bytes=100000-"]),  # all of it comes, and replaces what there was
+        (CONTENT + b"more", {}, [None]),  # of another file
+        (CONTENT, {}, []),
+    ],
+    ids=["cut", "later run", "no ranges", "longer part", "whole part"],
+)
+def test_download_goes_on_where_it_stopped(part, behaviour, asked, server, tool, tmp_path):
     serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
-    server.cuts = 2
+    vars(server).update(behaviour)
+    if part:
+        (tmp_path / f"{WEIGHTS}.part").write_bytes(part)
     run(tool, "mae_base", tmp_path)
-    assert server.ranges == [None, "bytes=150000-", "bytes=225000-"]
+    assert server.ranges == asked
     assert (tmp_path / WEIGHTS).read_bytes() == CONTENT and names_in(tmp_path) == {WEIGHTS}
-
-
-def test_later_run_asks_for_the_rest_only(server, tool, tmp_path):
-    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
-    (tmp_path / f"{WEIGHTS}.part").write_bytes(CONTENT[:123_456])
-    run(tool, "mae_base", tmp_path)
-    assert server.ranges == ["bytes=123456-"]
-    assert (tmp_path / WEIGHTS).read_bytes() == CONTENT and names_in(tmp_path) == {WEIGHTS}
-
-
-def test_server_without_ranges_is_asked_from_the_start(server, tool, tmp_path):
-    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
-    server.ignores_ranges = True
-    (tmp_path / f"{WEIGHTS}.part").write_bytes(b"x" * 100_000)
-    run(tool, "mae_base", tmp_path)
-    assert (tmp_path / WEIGHTS).read_bytes() == CONTENT and names_in(tmp_path) == {WEIGHTS}
-
-
-def test_part_longer_than_the_file_is_begun_anew(server, tool, tmp_path):
-    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
-    (tmp_path / f"{WEIGHTS}.part").write_bytes(CONTENT + b"more")
-    run(tool, "mae_base", tmp_path)
-    assert server.ranges == [None] and (tmp_path / WEIGHTS).read_bytes() == CONTENT
 
 
 def test_connection_that_gives_nothing_more_is_an_error_that_keeps_what_came(server, tool, tmp_path):
@@ -276,16 +266,6 @@ def test_unknown_length_is_refused(length, server, tool, tmp_path):
     assert server.ranges == [] and names_in(tmp_path) == set()
 
 
-PAGE = b"<!DOCTYPE html><title>Please log in</title>"
-
-
-def test_page_in_the_place_of_weights_is_refused(server, tool, tmp_path):
-    serve(server, tool, "mae_base", {WEIGHTS: PAGE}, lambda _: "md5:8cad7c")
-    with pytest.raises(ValueError, match=r"has the md5 .*; it was removed, run the command again"):
-        run(tool, "mae_base", tmp_path)
-    assert names_in(tmp_path) == set()
-
-
 def test_weights_of_an_old_torch_are_taken_by_their_length(server, tool, tmp_path, capsys):
     file = tmp_path / "source.pth"
     torch.save({"model": {"cls_token": torch.rand(1000)}}, file, _use_new_zipfile_serialization=False)
@@ -379,9 +359,10 @@ def test_full_disk_in_mid_download_is_final_and_keeps_what_came(server, tool, tm
     assert server.ranges[1:] == ["bytes=200000-"] and (tmp_path / WEIGHTS).read_bytes() == CONTENT
 
 
-def test_wrong_checksum_leaves_nothing(server, tool, tmp_path):
-    serve(server, tool, "mae_base", {WEIGHTS: CONTENT}, lambda _: checksum(b"other", 6))
-    right, wrong = checksum(CONTENT).split(":")[1], checksum(b"other", 6).split(":")[1]
+@pytest.mark.parametrize("content", [CONTENT, b"<!DOCTYPE html><title>Please log in</title>"])
+def test_wrong_checksum_leaves_nothing(content, server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: content}, lambda _: checksum(b"other", 6))
+    right, wrong = checksum(content).split(":")[1], checksum(b"other", 6).split(":")[1]
     with pytest.raises(ValueError, match=rf"has the md5 {right}, but that of .*{WEIGHTS} is {wrong}; it was removed"):
         run(tool, "mae_base", tmp_path)
     assert names_in(tmp_path) == set()

@@ -29,7 +29,6 @@ from upernet import resize
 
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # the last one runs the file, to check it
-METADATA_FILE = "metadata.json"
 TRACED_IMAGES, CHECKED_IMAGES = 2, 3  # another number, so that a batch size that froze in the file is noticed
 TOLERANCE = 1e-4  # largest difference from the model, as a share of the largest logit where that is above 1
 
@@ -96,7 +95,7 @@ def trace(model: nn.Module, metadata: dict) -> torch.export.ExportedProgram:
 
 def write_torch_export(model: nn.Module, metadata: dict, file: Path) -> None:
     packed = io.BytesIO()  # not the file itself: on a full disk torch's writer ends the whole process
-    torch.export.save(trace(model, metadata), packed, extra_files={METADATA_FILE: json.dumps(metadata)})
+    torch.export.save(trace(model, metadata), packed, extra_files={"metadata.json": json.dumps(metadata)})
     file.write_bytes(packed.getbuffer())
 
 
@@ -145,10 +144,7 @@ def check_request(args: argparse.Namespace) -> None:
 
 
 def put_in_place(written: Path, output: Path) -> None:
-    """Move a file, and the weights beside it if there are, to where it is wanted, in the place of older ones.
-
-    A program never stands beside the weights of another one: where there are such, the old one goes first.
-    """
+    """Move a file, with its weights if they are beside it, over older ones; never beside the weights of another."""
     written_data, output_data = beside(written, "data"), beside(output, "data")
     if written_data.exists() or output_data.exists():
         output.unlink(missing_ok=True)
@@ -174,8 +170,8 @@ def main(args: argparse.Namespace) -> None:
     try:
         needed, free = sum(tensor.nbytes for tensor in model.state_dict().values()), shutil.disk_usage(folder).free
         if free < needed:
-            sizes = f"{needed / 1e9:.2f} GB in {folder.parent}, where {free / 1e9:.2f} GB are free"
-            raise OSError(f"the weights take {sizes}; make room or choose another --output")
+            room = f"{free / 1e9:.2f} GB are free; choose another --output or make room"
+            raise OSError(f"the weights take {needed / 1e9:.2f} GB in {folder.parent}, where {room}")
         written = folder / args.output.name
         WRITERS[args.to](model, metadata, written)
         difference = (RUNNERS[args.to](written, images) - expected).abs().max().item()
