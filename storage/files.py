@@ -81,11 +81,13 @@ def publish(temporary: Path, target: Path) -> None:
         if path.is_file():
             path.chmod(0o666 & ~umask)  # safetensors lets nobody else read
         sync_to_disk(path)
-    if target.is_dir():  # a folder cannot be renamed over another
+    replaces_folder = target.is_dir()
+    if replaces_folder:  # a folder cannot be renamed over another
         os.rename(target, beside(target, "old"))
     os.replace(temporary, target)
     sync_to_disk(target.parent)
-    remove(beside(target, "old"))
+    if replaces_folder:  # beside a file, TARGET.old is somebody's own
+        remove(beside(target, "old"))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Downloads from a server in this process: whole, cut, resumed, wrong, hostile, and laid out as the scripts read."""
 
-import fcntl
+import contextlib
 import hashlib
 import http.server
 import io
@@ -10,6 +10,7 @@ import re
 import resource
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load_tool
+from filelock import FileLock
 from PIL import Image
 from torchvision.datasets import Imagenette, OxfordIIITPet
 
@@ -36,6 +38,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     What is in `server.lies`, by method and path, answers instead.
     """
+
+    def handle(self):
+        with contextlib.suppress(ConnectionError):  # a client that leaves before the end of an answer
+            super().handle()
 
     def do_HEAD(self):
         if lie := self.server.lies.get(("HEAD", self.path)):
@@ -79,15 +85,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Keep the test's output clean."""
 
 
-@pytest.fixture
-def server() -> Iterator[http.server.ThreadingHTTPServer]:
+@pytest.fixture(scope="session")
+def running_server() -> Iterator[http.server.ThreadingHTTPServer]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, server.lies, server.ranges, server.cuts, server.ignores_ranges = {}, {}, [], 0, False
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def server(running_server) -> http.server.ThreadingHTTPServer:
+    """The one server, which holds nothing and obeys."""
+    running_server.files, running_server.lies, running_server.ranges = {}, {}, []
+    running_server.cuts, running_server.ignores_ranges = 0, False
+    return running_server
 
 
 @pytest.fixture
@@ -101,13 +114,11 @@ def checksum(content: bytes, digits: int | None = None) -> str:
     return f"md5:{hashlib.md5(content).hexdigest()[:digits]}"
 
 
-def serve(server, tool, name: str, files: dict[str, bytes], checksums: dict[str, str] | None = None) -> None:
-    """Let a name of the tool mean these files on the server, at their right checksums where no other is given."""
-    key = next(key for key in tool.DOWNLOADS if key[0] == name)
+def serve(server, tool, name: str, files: dict[str, bytes], checksum_of=checksum) -> None:
+    """Let a name of the tool mean these files on the server, with their right checksums where no others are given."""
+    key = next(key for key in tool.SOURCES if key[0] == name)
     server.files |= {f"/{file}": content for file, content in files.items()}
-    checksums = checksums or {file: checksum(content) for file, content in files.items()}
-    sources = tuple(tool.Source(f"{server.url}/{file}", checksums[file]) for file in files)
-    tool.DOWNLOADS[key] = tool.DOWNLOADS[key]._replace(sources=sources)
+    tool.SOURCES[key] = {f"{server.url}/{file}": checksum_of(content) for file, content in files.items()}
 
 
 def run(tool, name: str, output: Path, *more: str) -> None:
@@ -128,7 +139,7 @@ WEIGHTS = "mae_pretrain_vit_base.pth"
 
 
 def test_file_is_downloaded_once(server, tool, tmp_path, capsys):
-    serve(server, tool, "mae_base", {WEIGHTS: CONTENT}, {WEIGHTS: checksum(CONTENT, 6)})
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT}, lambda content: checksum(content, 6))
     run(tool, "mae_base", tmp_path / "new")
     assert (tmp_path / "new" / WEIGHTS).read_bytes() == CONTENT
     assert "the 6 digits that are published" in capsys.readouterr().out
@@ -137,51 +148,41 @@ def test_file_is_downloaded_once(server, tool, tmp_path, capsys):
     assert server.ranges == [None] and names_in(tmp_path / "new") == {WEIGHTS}
 
 
-def test_cut_connection_is_taken_up_where_it_broke(server, tool, tmp_path):
+@pytest.mark.parametrize(
+    ("part", "behaviour", "asked"),
+    [
+        (b"", {"cuts": 2}, [None, "bytes=150000-", "bytes=225000-"]),
+        (CONTENT[:123_456], {}, ["bytes=123456-"]),
+        (b"x" * 100_000, {"ignores_ranges": True}, ["bytes=100000-"]),  # all of it comes, and replaces what there was
+        (CONTENT + b"more", {}, [None]),  # of another file
+        (CONTENT, {}, []),
+    ],
+    ids=["cut", "later run", "no ranges", "longer part", "whole part"],
+)
+def test_download_goes_on_where_it_stopped(part, behaviour, asked, server, tool, tmp_path):
     serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
-    server.cuts = 2
+    vars(server).update(behaviour)
+    if part:
+        (tmp_path / f"{WEIGHTS}.part").write_bytes(part)
     run(tool, "mae_base", tmp_path)
-    assert server.ranges == [None, "bytes=150000-", "bytes=225000-"]
+    assert server.ranges == asked
     assert (tmp_path / WEIGHTS).read_bytes() == CONTENT and names_in(tmp_path) == {WEIGHTS}
-
-
-def test_later_run_asks_for_the_rest_only(server, tool, tmp_path):
-    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
-    (tmp_path / f"{WEIGHTS}.part").write_bytes(CONTENT[:123_456])
-    run(tool, "mae_base", tmp_path)
-    assert server.ranges == ["bytes=123456-"]
-    assert (tmp_path / WEIGHTS).read_bytes() == CONTENT and names_in(tmp_path) == {WEIGHTS}
-
-
-def test_server_without_ranges_is_asked_from_the_start(server, tool, tmp_path):
-    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
-    server.ignores_ranges = True
-    (tmp_path / f"{WEIGHTS}.part").write_bytes(b"x" * 100_000)
-    run(tool, "mae_base", tmp_path)
-    assert (tmp_path / WEIGHTS).read_bytes() == CONTENT and names_in(tmp_path) == {WEIGHTS}
-
-
-def test_part_longer_than_the_file_is_begun_anew(server, tool, tmp_path):
-    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
-    (tmp_path / f"{WEIGHTS}.part").write_bytes(CONTENT + b"more")
-    run(tool, "mae_base", tmp_path)
-    assert server.ranges == [None] and (tmp_path / WEIGHTS).read_bytes() == CONTENT
 
 
 def test_connection_that_gives_nothing_more_is_an_error_that_keeps_what_came(server, tool, tmp_path):
     serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
     server.ignores_ranges, server.cuts = True, 100  # always the same half
-    with pytest.raises(ConnectionError, match=r"no more than 150,000 of 300,000 bytes .*run the command again"):
+    with pytest.raises(ConnectionError, match=r"only 150,000 of 300,000 bytes came: .*; run again to go on"):
         run(tool, "mae_base", tmp_path)
     assert len(server.ranges) == 1 + tool.MAX_IDLE_TRIES
     assert (tmp_path / f"{WEIGHTS}.part").read_bytes() == CONTENT[:150_000] and not (tmp_path / WEIGHTS).exists()
 
 
-def test_server_that_cannot_be_reached_is_named(server, tool, tmp_path):
-    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
-    server.shutdown()
-    server.server_close()
-    with pytest.raises(ConnectionError, match=rf"{server.url}/{WEIGHTS} cannot be reached: .*refused"):
+def test_server_that_cannot_be_reached_is_named(tool, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/{WEIGHTS}"
+    tool.SOURCES["mae_base", "pretrain"] = {url: None}
+    with pytest.raises(ConnectionError, match=rf"{url} cannot be reached: .*refused"):
         run(tool, "mae_base", tmp_path)
     assert names_in(tmp_path) == set()
 
@@ -191,18 +192,15 @@ def test_server_that_cannot_be_reached_is_named(server, tool, tmp_path):
 def test_no_of_the_server_is_final(method, status, server, tool, tmp_path):
     serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
     server.lies[method, f"/{WEIGHTS}"] = lie(status, b"<html>no</html>")
-    with pytest.raises(
-        FileNotFoundError, match=rf"{WEIGHTS} is not given: the server answers {status} .*as .*/{WEIGHTS} and run"
-    ):
+    answer = rf"cannot be downloaded: the server answers {status} .*save it as "
+    with pytest.raises(FileNotFoundError, match=rf"{WEIGHTS} {answer}.*/{WEIGHTS}, run again"):
         run(tool, "mae_base", tmp_path)
     assert len(server.ranges) == (method == "GET") and names_in(tmp_path) == set()
     serve(server, tool, "pets", pets_archives())
     server.lies[method, "/annotations.tar.gz"] = lie(status)
-    with pytest.raises(
-        FileNotFoundError, match=r"annotations\.tar\.gz is not given.*pets\.download/annotations\.tar\.gz and run"
-    ):
+    with pytest.raises(FileNotFoundError, match=rf"{answer}.*pets\.download/annotations\.tar\.gz, run again"):
         run(tool, "pets", tmp_path)
-    assert [names_in(folder) for folder in tmp_path.iterdir()] == ([{"images.tar.gz"}] if method == "GET" else [])
+    assert [names_in(folder) for folder in tmp_path.iterdir()] == [{"images.tar.gz"}]
 
 
 def test_failure_of_the_server_is_tried_again(server, tool, tmp_path):
@@ -219,7 +217,7 @@ def test_failure_of_the_server_is_tried_again(server, tool, tmp_path):
     run(tool, "mae_base", tmp_path)
     assert (tmp_path / WEIGHTS).read_bytes() == CONTENT and len(server.ranges) == 5
     server.lies["GET", f"/{WEIGHTS}"] = lie(503)
-    with pytest.raises(ConnectionError, match=r"no more than 0 of 300,000 bytes \(503 Service Unavailable\)"):
+    with pytest.raises(ConnectionError, match=r"only 0 of 300,000 bytes came: .*503: Service Unavailable"):
         run(tool, "mae_base", tmp_path / "other")
     assert len(server.ranges) == 5 + tool.MAX_IDLE_TRIES and names_in(tmp_path / "other") == set()
 
@@ -227,15 +225,15 @@ def test_failure_of_the_server_is_tried_again(server, tool, tmp_path):
 @pytest.mark.parametrize(
     ("spans", "reason"),
     [
-        ("bytes 99999-299999/300000", "gave bytes 99999-299999/300000"),
-        ("bytes 1000000-2000000/300000", "gave bytes 1000000-"),
-        ("bytes 100000-299999/300001", "it gave bytes 100000-299999/300001"),
-        ("bytes 100000", "it gave bytes 100000"),
-        ("", "it gave no range"),
+        ("bytes 99999-299999/300000", "gives bytes 99999-299999/300000"),
+        ("bytes 1000000-2000000/300000", "gives bytes 1000000-"),
+        ("bytes 100000-299999/300001", "gives bytes 100000-299999/300001"),
+        ("bytes 100000", "gives bytes 100000"),
+        ("", "gives no range"),
     ],
 )
 def test_other_part_than_asked_for_is_not_taken(spans, reason, server, tool, tmp_path):
-    serve(server, tool, "mae_base", {WEIGHTS: CONTENT}, {WEIGHTS: None})  # nothing else would notice
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT}, lambda _: None)  # nothing else would notice
     part = tmp_path / f"{WEIGHTS}.part"
     part.write_bytes(CONTENT[:100_000])
     headers = {"Content_Length": "200000"} | ({"Content_Range": spans} if spans else {})
@@ -251,7 +249,7 @@ def test_no_more_than_the_announced_length_is_written(length, server, tool, tmp_
     headers = {"Content_Length": length} if length else {}
     server.lies["GET", f"/{WEIGHTS}"] = lie(200, CONTENT + b"and so on" * 100_000, **headers)
     if length:
-        with pytest.raises(ConnectionError, match=f"it gives {length} bytes now where 300000 are awaited"):
+        with pytest.raises(ConnectionError, match=f"gives {length} bytes now where 300000 are expected"):
             run(tool, "mae_base", tmp_path)
         assert names_in(tmp_path) == set()
     else:
@@ -268,40 +266,12 @@ def test_unknown_length_is_refused(length, server, tool, tmp_path):
     assert server.ranges == [] and names_in(tmp_path) == set()
 
 
-PAGE = b"<!DOCTYPE html><title>Please log in</title>"
-
-
-@pytest.mark.parametrize(
-    ("checksums", "content", "reason"),
-    [
-        ("md5:8cad7c", PAGE, "has the md5"),
-        (None, PAGE, r"is no file of weights: it begins with b'<!'"),
-        (None, b"PK\x03\x04 and no end", r"is no file of weights: it begins with b'PK'"),
-    ],
-)
-def test_page_in_the_place_of_weights_is_refused(checksums, content, reason, server, tool, tmp_path):
-    serve(server, tool, "mae_base", {WEIGHTS: content}, {WEIGHTS: checksums})
-    with pytest.raises(ValueError, match=rf"{reason}.*was removed"):
-        run(tool, "mae_base", tmp_path)
-    assert names_in(tmp_path) == set()
-
-
 def test_weights_of_an_old_torch_are_taken_by_their_length(server, tool, tmp_path, capsys):
     file = tmp_path / "source.pth"
     torch.save({"model": {"cls_token": torch.rand(1000)}}, file, _use_new_zipfile_serialization=False)
-    serve(server, tool, "mae_base", {WEIGHTS: file.read_bytes()}, {WEIGHTS: None})
+    serve(server, tool, "mae_base", {WEIGHTS: file.read_bytes()}, lambda _: None)
     run(tool, "mae_base", tmp_path / "output")
     assert "only its length was checked" in capsys.readouterr().out
-
-
-def test_weights_that_grow_when_unpacked_are_refused(server, tool, tmp_path):
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data/0", bytes(10_000_000))
-    serve(server, tool, "mae_base", {WEIGHTS: packed.getvalue()}, {WEIGHTS: None})
-    with pytest.raises(ValueError, match="is damaged: it would grow"):
-        run(tool, "mae_base", tmp_path)
-    assert names_in(tmp_path) == set()
 
 
 def test_redirect_to_another_address_is_followed(server, tool, tmp_path):
@@ -318,7 +288,8 @@ def test_redirect_to_another_address_is_followed(server, tool, tmp_path):
 @pytest.mark.parametrize("location", ["file:///etc/hostname", "ftp://127.0.0.1/x", "data:,x", f"/{WEIGHTS}"])
 def test_redirect_to_anything_but_a_server_is_refused(location, method, server, tool, tmp_path):
     serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
-    server.lies[method, f"/{WEIGHTS}"] = lie(302, Location=location)
+    for lying in {method, "GET"}:
+        server.lies[lying, f"/{WEIGHTS}"] = lie(302, Location=location)
     with pytest.raises((FileNotFoundError, ValueError), match=r"302|is not followed"):
         run(tool, "mae_base", tmp_path)
     assert names_in(tmp_path) == set()
@@ -338,11 +309,10 @@ def test_redirect_never_leaves_encryption(tool):
             follow("https://a.org/x", end)
 
 
-def test_connection_that_fails_in_mid_answer_is_taken_up(server, tool, tmp_path, monkeypatch):
-    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
-    monkeypatch.setattr(tool, "CHUNK_BYTES", 100_000)
-    read, calls = http.client.HTTPResponse.read, []
-    failures = {2: OSError("bad record"), 4: http.client.IncompleteRead(b"")}
+@pytest.fixture
+def failures(tool, monkeypatch) -> dict[int, BaseException]:
+    """What reading from the network raises instead, by the number of the call."""
+    read, calls, failures = http.client.HTTPResponse.read, [], {}
 
     def read_or_fail(response, amount):
         calls.append(amount)
@@ -350,24 +320,22 @@ def test_connection_that_fails_in_mid_answer_is_taken_up(server, tool, tmp_path,
             raise failures[len(calls)]
         return read(response, amount)
 
+    monkeypatch.setattr(tool, "CHUNK_BYTES", 100_000)
     monkeypatch.setattr(http.client.HTTPResponse, "read", read_or_fail)
+    return failures
+
+
+def test_connection_that_fails_in_mid_answer_is_taken_up(server, tool, tmp_path, failures):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    failures.update({2: OSError("bad record"), 4: http.client.IncompleteRead(b"")})
     run(tool, "mae_base", tmp_path)
     assert server.ranges == [None, "bytes=100000-", "bytes=200000-"]
     assert (tmp_path / WEIGHTS).read_bytes() == CONTENT
 
 
-def test_interrupted_download_keeps_what_came(server, tool, tmp_path, monkeypatch):
+def test_interrupted_download_keeps_what_came(server, tool, tmp_path, failures):
     serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
-    read_chunk, calls = tool.read_chunk, []
-
-    def read_or_interrupt(response, awaited):
-        calls.append(awaited)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return read_chunk(response, awaited)
-
-    monkeypatch.setattr(tool, "CHUNK_BYTES", 100_000)
-    monkeypatch.setattr(tool, "read_chunk", read_or_interrupt)
+    failures[3] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         run(tool, "mae_base", tmp_path)
     assert (tmp_path / f"{WEIGHTS}.part").read_bytes() == CONTENT[:200_000]
@@ -391,10 +359,11 @@ def test_full_disk_in_mid_download_is_final_and_keeps_what_came(server, tool, tm
     assert server.ranges[1:] == ["bytes=200000-"] and (tmp_path / WEIGHTS).read_bytes() == CONTENT
 
 
-def test_wrong_checksum_leaves_nothing(server, tool, tmp_path):
-    serve(server, tool, "mae_base", {WEIGHTS: CONTENT}, {WEIGHTS: checksum(b"other", 6)})
-    right, wrong = checksum(CONTENT).split(":")[1], checksum(b"other", 6).split(":")[1]
-    with pytest.raises(ValueError, match=rf"has the md5 {right}, but that of .*{WEIGHTS} is {wrong}; .*was removed"):
+@pytest.mark.parametrize("content", [CONTENT, b"<!DOCTYPE html><title>Please log in</title>"])
+def test_wrong_checksum_leaves_nothing(content, server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: content}, lambda _: checksum(b"other", 6))
+    right, wrong = checksum(content).split(":")[1], checksum(b"other", 6).split(":")[1]
+    with pytest.raises(ValueError, match=rf"has the md5 {right}, but that of .*{WEIGHTS} is {wrong}; it was removed"):
         run(tool, "mae_base", tmp_path)
     assert names_in(tmp_path) == set()
 
@@ -410,12 +379,12 @@ def test_other_file_under_the_final_name_is_kept(server, tool, tmp_path):
 def test_weights_without_a_checksum_are_verified_by_those_inside(server, tool, tmp_path, capsys):
     torch.save({"model": {"cls_token": torch.rand(1000)}}, tmp_path / "source.pth")
     content = (tmp_path / "source.pth").read_bytes()
-    serve(server, tool, "mae_base", {WEIGHTS: content}, {WEIGHTS: None})
+    serve(server, tool, "mae_base", {WEIGHTS: content}, lambda _: None)
     run(tool, "mae_base", tmp_path / "sound")
     assert "verified by the checksums inside it" in capsys.readouterr().out
     middle = len(content) // 2
     server.files[f"/{WEIGHTS}"] = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-    with pytest.raises(ValueError, match=r"is damaged: .* in it has another checksum; .*was removed"):
+    with pytest.raises(ValueError, match=r"is damaged: .* does not have its checksum; it was removed"):
         run(tool, "mae_base", tmp_path / "damaged")
     assert names_in(tmp_path / "damaged") == set()
 
@@ -430,55 +399,23 @@ def test_full_disk_is_refused_before_anything_is_downloaded(server, tool, tmp_pa
             run(tool, name, tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=len(CONTENT)))
     run(tool, "mae_base", tmp_path)
-    with pytest.raises(
-        OSError, match="downloading and unpacking ADEChallengeData2016 needs"
-    ):  # room for the file alone
+    with pytest.raises(OSError, match=r"getting ADEChallengeData2016\.zip needs"):  # room for the file alone
         run(tool, "ade20k", tmp_path)
     assert server.ranges == [None]
 
 
-def test_second_run_at_once_is_refused(server, tool, tmp_path):
+@pytest.mark.parametrize(("name", "target"), [("mae_base", WEIGHTS), ("pets", "pets")])
+def test_second_run_at_once_is_refused(name, target, server, tool, tmp_path):
     serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
-    with (
-        tool.held(tmp_path / f"{WEIGHTS}.part"),
-        pytest.raises(BlockingIOError, match="another run is downloading"),
-    ):
-        run(tool, "mae_base", tmp_path)
-    assert server.ranges == []
-
-
-@pytest.mark.parametrize("change", ["rename", "unlink", "replace"])
-def test_lock_on_a_file_that_is_gone_is_none(change, tool, tmp_path, monkeypatch):
-    file = tmp_path / "file.part"
-    flock = tool.fcntl.flock
-
-    def flock_late(lock, operation):
-        """Get the lock when the run that had it has just finished."""
-        if change == "rename":
-            file.rename(tmp_path / "file")
-        else:
-            file.unlink()
-        if change == "replace":
-            file.write_text("a third run's")
-        flock(lock, operation)
-
-    monkeypatch.setattr(tool.fcntl, "flock", flock_late)
-    with pytest.raises(BlockingIOError, match="another run is downloading"), tool.held(file):
-        pass
-    assert names_in(tmp_path) == {"rename": {"file"}, "unlink": set(), "replace": {"file.part"}}[change]
-
-
-def test_second_run_at_once_of_a_data_set_is_refused(server, tool, tmp_path):
     serve(server, tool, "pets", pets_archives())
-    (tmp_path / "pets.download").mkdir()
     with (
-        tool.held(tmp_path / "pets.download" / ".lock"),
-        pytest.raises(BlockingIOError, match="another run is downloading"),
+        tool.only_run(tmp_path / target),
+        pytest.raises(BlockingIOError, match=rf"another run is downloading .*/{target}; wait for it"),
     ):
-        run(tool, "pets", tmp_path)
+        run(tool, name, tmp_path)
     assert server.ranges == []
-    run(tool, "pets", tmp_path)
-    assert names_in(tmp_path) == {"pets"}
+    run(tool, name, tmp_path)
+    assert names_in(tmp_path) == {target}
 
 
 # -------------------------------------------------------------------------------- data sets
@@ -565,7 +502,6 @@ def test_imagenette_gets_imagenets_layout(server, tool, tmp_path, capsys):
     train, validation = find_splits(root)
     assert [len(list_images(folder)) for folder in (train, validation)] == [6, 4]
     assert list_images(train).classes == list_images(validation).classes == ("n01440764", "n02102040")
-    assert "6 training and 4 validation images in 2 classes" in capsys.readouterr().out
     assert names_in(tmp_path) == {"imagenette2-160"}
     run(tool, "imagenette", tmp_path, "--size", "160")
     assert "is complete" in capsys.readouterr().out and len(server.ranges) == 1
@@ -613,11 +549,15 @@ def test_pets_are_copied_where_there_are_no_hard_links(server, tool, tmp_path, m
     assert all(Path(images.path(index)).read_bytes() == picture((4, 3)) for index in range(3))
 
 
-def test_trimap_of_other_values_is_refused(tool, tmp_path):
-    (tmp_path / "trimap.png").write_bytes(label_map(TRIMAP + 1))
-    with pytest.raises(ValueError, match=r"trimap\.png is no trimap: its values are \[2 3 4\]"):
-        tool.convert_trimap(tmp_path / "trimap.png", tmp_path / "labels.png")
-    assert names_in(tmp_path) == {"trimap.png"}
+def test_trimap_of_other_values_is_refused(server, tool, tmp_path):
+    archives = pets_archives()
+    archives["annotations.tar.gz"] = pack_tar(
+        {"annotations/trainval.txt": b"Abyssinian_1", "annotations/trimaps/Abyssinian_1.png": label_map(TRIMAP + 1)}
+    )
+    serve(server, tool, "pets", archives)
+    with pytest.raises(ValueError, match=r"Abyssinian_1\.png has the label values 4, which are no classes"):
+        run(tool, "pets", tmp_path)
+    assert names_in(tmp_path) == {"pets.download"}
 
 
 HOSTILE = {
@@ -655,7 +595,7 @@ def test_archive_that_fills_the_disk_is_not_unpacked(server, tool, tmp_path, mon
     archive = tmp_path / "imagenette2-160.tgz"
     archive.write_bytes(pack_tar({"large": bytes(500_000), "other": CONTENT, "empty": b""}))
     usage = shutil.disk_usage(tmp_path)
-    needed = 800_000 + 3 * tool.BLOCK_BYTES
+    needed = 800_000
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=needed - 1))
     (tmp_path / "unpacked").mkdir()
     with pytest.raises(OSError, match=r"unpacking imagenette2-160\.tgz needs 0\.00 GB"):
@@ -726,7 +666,7 @@ def test_archive_that_is_there_is_verified_before_it_is_unpacked(server, tool, t
     work = tmp_path / "pets.download"
     work.mkdir()
     (work / "images.tar.gz").write_bytes(pack_tar({"images/other.jpg": b"x"}))
-    with pytest.raises(ValueError, match=r"images\.tar\.gz has the md5 .*; remove it and run the command again"):
+    with pytest.raises(ValueError, match=r"images\.tar\.gz has the md5 .*; move it away and run the command again"):
         run(tool, "pets", tmp_path)
     assert names_in(work) == {"images.tar.gz"} and server.ranges == []
     (work / "images.tar.gz").write_bytes(server.files["/images.tar.gz"])  # as one got elsewhere
@@ -745,25 +685,17 @@ def test_list_that_names_other_files_is_refused(stem, server, tool, tmp_path):
     assert names_in(tmp_path) == {"mine.jpg", "pets.download"}
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>", label_map(TRIMAP)[:-30]])
-def test_trimap_that_cannot_be_decoded_is_named(content, tool, tmp_path):
-    (tmp_path / "trimap.png").write_bytes(content)
-    with pytest.raises(ValueError, match=r"trimap\.png cannot be decoded: "):
-        tool.convert_trimap(tmp_path / "trimap.png", tmp_path / "labels.png")
-    assert names_in(tmp_path) == {"trimap.png"}
-
-
 def test_interrupted_unpacking_leaves_no_half_data_set(server, tool, tmp_path, monkeypatch):
     serve(server, tool, "pets", pets_archives())
-    convert_trimap, calls = tool.convert_trimap, []
+    read_label_map, calls = tool.read_label_map, []
 
-    def interrupt(*paths):
-        calls.append(paths)
+    def interrupt(*arguments):
+        calls.append(arguments)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        convert_trimap(*paths)
+        return read_label_map(*arguments)
 
-    monkeypatch.setattr(tool, "convert_trimap", interrupt)
+    monkeypatch.setattr(tool, "read_label_map", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(tool, "pets", tmp_path)
     assert names_in(tmp_path) == {"pets.download"}
@@ -823,15 +755,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 tqdm.monitor_interval = 0  # no thread, so that a fork is safe
-sys.path.insert(0, {tests!r})
-import test_download as tests
-from conftest import load_tool
+sys.path.insert(0, {tools!r})
+import download as tool
 
 CHANGES = {{"os.rename", "os.mkdir", "os.link", "os.remove", "os.rmdir", "shutil.rmtree", "socket.connect"}}
-tool = load_tool("download")
-for name, source in {addresses!r}.items():
-    key = next(key for key in tool.DOWNLOADS if key[0] == name)
-    tool.DOWNLOADS[key] = tool.DOWNLOADS[key]._replace(sources=tuple(tool.Source(*pair) for pair in source))
+tool.SOURCES.update({sources!r})
 
 def listing(root):
     return {{str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}}
@@ -846,7 +774,7 @@ def die_before(last):
                 os._exit(9)
     sys.addaudithook(hook)
 
-for name in {addresses!r}:
+for name, _ in {sources!r}:
     command = lambda output: tool.main(tool.parse_args([name, "--output", str(output)]))
     command(Path("whole"))
     status, step = 9, 0
@@ -870,10 +798,9 @@ for name in {addresses!r}:
 def test_same_command_after_a_death_at_any_step_makes_it_whole(server, tool, tmp_path):
     serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
     serve(server, tool, "pets", pets_archives({"trainval": ("Abyssinian_1",), "test": ("Abyssinian_3",)}))
-    sources = {"mae_base": ("mae_base", "pretrain"), "pets": ("pets", None)}
-    addresses = {name: [tuple(source) for source in tool.DOWNLOADS[key].sources] for name, key in sources.items()}
+    sources = {key: tool.SOURCES[key] for key in (("mae_base", "pretrain"), ("pets", None))}
     done = subprocess.run(
-        [sys.executable, "-c", DYING.format(tests=str(ROOT / "tests"), addresses=addresses)],
+        [sys.executable, "-c", DYING.format(tools=str(ROOT / "tools"), sources=sources)],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "no_proxy": "*"},
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
@@ -896,7 +823,7 @@ def test_errors_and_interruptions_of_the_command_are_a_sentence(tmp_path, monkey
     (tmp_path / "file").write_text("mine")
     assert re.fullmatch(r"error: \S+/file is no folder; --output takes .*", message(tmp_path / "file"))
     # The address is the publisher's, so the interruption has to come before anything is asked for: at the lock.
-    monkeypatch.setattr(fcntl, "flock", interrupt)
+    monkeypatch.setattr(FileLock, "acquire", interrupt)
     assert message(tmp_path / "folder") == "interrupted; run the command again to go on"
 
 
@@ -904,22 +831,21 @@ def test_errors_and_interruptions_of_the_command_are_a_sentence(tmp_path, monkey
 
 
 def test_addresses_and_checksums_are_torchvisions(tool):
-    ours = {size: tool.DOWNLOADS["imagenette", size].sources[0] for size in ("160", "320", "full")}
-    theirs = {size.removesuffix("px"): source for size, source in Imagenette._ARCHIVES.items()}
-    assert {size: (source.url, source.checksum.removeprefix("md5:")) for size, source in ours.items()} == theirs
-    pets = tool.DOWNLOADS["pets", None].sources
-    assert tuple((s.url, s.checksum.removeprefix("md5:")) for s in pets) == OxfordIIITPet._RESOURCES
+    ours = {size: tool.SOURCES["imagenette", size] for size in ("160", "320", "full")}
+    theirs = {size.removesuffix("px"): {url: f"md5:{md5}"} for size, (url, md5) in Imagenette._ARCHIVES.items()}
+    assert ours == theirs
+    assert tool.SOURCES["pets", None] == {url: f"md5:{md5}" for url, md5 in OxfordIIITPet._RESOURCES}
 
 
 def test_every_name_and_variant_can_be_asked_for(tool):
     asked = {
         (args.name, args.variant)
-        for name, variant in tool.DOWNLOADS
+        for name, variant in tool.SOURCES
         for flag in ("--size" if name == "imagenette" else "--kind",)
         for args in [tool.parse_args([name, "--output", "x", *([flag, variant] if variant else [])])]
     }
-    assert asked == set(tool.DOWNLOADS) and len(asked) == 3 + 2 + 4 + 5 + 4
-    urls = {key: download.sources[0].url for key, download in tool.DOWNLOADS.items()}
+    assert asked == set(tool.SOURCES) and len(asked) == 3 + 2 + 4 + 5 + 4
+    urls = {key: next(iter(sources)) for key, sources in tool.SOURCES.items()}
     assert urls["mae_huge", "finetuned"].endswith("/mae/finetune/mae_finetuned_vit_huge.pth")
     assert urls["mae_base", "full"].endswith("/mae/pretrain/mae_pretrain_vit_base_full.pth")
     assert urls["mae_large", "ganloss"].endswith("/mae/visualize/mae_visualize_vit_large_ganloss.pth")

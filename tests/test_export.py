@@ -344,13 +344,14 @@ def test_leftovers_of_a_killed_export_are_removed(tmp_path, monkeypatch):
     folder = write_checkpoint(tmp_path / "best_checkpoint", MODELS["avg"]())
     (tmp_path / "model.pt2.tmp").mkdir()
     (tmp_path / "model.pt2.tmp" / "model.pt2.data").write_text("half")
+    (tmp_path / "model.pt2.old").write_text("mine")
     model, _ = tool.open_model(str(folder))
     monkeypatch.setitem(tool.WRITERS, "torch_export", lambda model, metadata, file: file.write_text("whole"))
     monkeypatch.setitem(tool.RUNNERS, "torch_export", lambda file, images: model(images))
     tool.main(
         tool.parse_args(["--checkpoint", str(folder), "--to", "torch_export", "--output", str(tmp_path / "model.pt2")])
     )
-    assert {entry.name for entry in tmp_path.iterdir()} == {"best_checkpoint", "model.pt2"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {"best_checkpoint", "model.pt2", "model.pt2.old"}
 
 
 def test_errors_and_interruptions_of_the_command_are_a_sentence(tmp_path, monkeypatch):

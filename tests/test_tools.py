@@ -70,3 +70,25 @@ def test_plot_log_draws_a_panel_for_each_figure(tmp_path):
         assert picture.getpixel((tool.MARGIN["left"], tool.MARGIN["top"])) == (0x1F, 0x6F, 0xB4)
     with pytest.raises(ValueError, match="has both 'epoch' and 'nothing'"):
         tool.main(tool.parse_args([str(log), "--y", "nothing", "--output", str(tmp_path / "other.png")]))
+
+
+def test_plot_log_leaves_a_gap_for_null_and_passes_over_a_line_cut_off(tmp_path, capsys):
+    tool = load_tool("plot_log")
+    log, output = tmp_path / "log.jsonl", tmp_path / "curve.png"
+    losses = [1.0, 1.0, None, 1.0, 1.0]
+    rows = [json.dumps({"epoch": epoch, "training_loss": loss}) + "\n" for epoch, loss in enumerate(losses)]
+    log.write_text("".join(rows) + '{"epoch": 5, "training_l')
+    arguments = [str(log), "--y", "training_loss", "--output", str(output)]
+    tool.main(tool.parse_args(arguments))
+    assert "the last line was cut off" in capsys.readouterr().out
+    left, bottom = tool.MARGIN["left"], tool.PANEL_SIZE[1] - tool.MARGIN["bottom"]
+    width = tool.PANEL_SIZE[0] - left - tool.MARGIN["right"]
+    with Image.open(output) as picture:
+        drawn = [picture.getpixel((left + round(share * width), bottom)) for share in (0.125, 0.375, 0.625, 0.875)]
+    assert [colour == (0x1F, 0x6F, 0xB4) for colour in drawn] == [True, False, False, True]
+    log.write_text("cut\n" + "".join(rows))
+    with pytest.raises(ValueError, match=r"line 1 of .*log\.jsonl is no JSON"):
+        tool.main(tool.parse_args([*arguments, "--overwrite"]))
+    log.write_text(rows[2])
+    with pytest.raises(ValueError, match="has both 'epoch' and 'training_loss'"):
+        tool.main(tool.parse_args([*arguments, "--overwrite"]))

@@ -24,22 +24,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset import IMAGENET_MEAN, IMAGENET_STD
 from model import ViTMAEForSegmentation, find_weights, load_classifier, load_segmenter, read_config
+from storage.files import beside, publish, remove
 from upernet import resize
 
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # the last one runs the file, to check it
-METADATA_FILE = "metadata.json"
 TRACED_IMAGES, CHECKED_IMAGES = 2, 3  # another number, so that a batch size that froze in the file is noticed
 TOLERANCE = 1e-4  # largest difference from the model, as a share of the largest logit where that is above 1
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        help="checkpoint folder of finetune_classifier.py or finetune_segmentation.py, or mae_finetuned_vit_*.pth",
-    )
+    about = "checkpoint folder of finetune_classifier.py or finetune_segmentation.py, or mae_finetuned_vit_*.pth"
+    parser.add_argument("--checkpoint", required=True, help=about)
     parser.add_argument("--to", choices=SUFFIXES, required=True, help=f"onnx needs {', '.join(ONNX_PACKAGES)}")
     parser.add_argument("--output", type=Path, required=True, help="file to write, .onnx or .pt2 by --to")
     parser.add_argument("--overwrite", action="store_true", help="allow --output to exist")
@@ -69,20 +66,14 @@ def open_model(checkpoint: str) -> tuple[nn.Module, dict]:
     else:
         model, record = load_classifier(checkpoint)
         config, task = model.config, "classification"
-    metadata = {
-        "task": task,
-        "input_channels": config.input_channels,
-        "image_hw": list(config.image_hw),
-    }
+    metadata = {"task": task, "input_channels": config.input_channels, "image_hw": list(config.image_hw)}
     for name, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
         # Without a record, what the scripts would take: ImageNet's for three channels, else 0.5 each.
         default = default if config.input_channels == len(default) else [0.5] * config.input_channels
         metadata[name] = list(record.get(name, default))
         if len(metadata[name]) != config.input_channels:
-            raise ValueError(
-                f"config.json of {checkpoint} gives {name} {metadata[name]} for {config.input_channels} channels; it "
-                "takes one number for each"
-            )
+            found = f"config.json of {checkpoint} gives {name} {metadata[name]} for {config.input_channels} channels"
+            raise ValueError(f"{found}; it takes one number for each")
     metadata |= {name: record[name] for name in ("class_names", "ignore_zero") if name in record}
     return model.eval(), metadata
 
@@ -94,8 +85,7 @@ def draw_images(count: int, metadata: dict) -> Tensor:
 
 def trace(model: nn.Module, metadata: dict) -> torch.export.ExportedProgram:
     """Record the model as a graph that takes any number of images."""
-    shapes = {"images": {0: torch.export.Dim("batch")}}
-    images = draw_images(TRACED_IMAGES, metadata)
+    images, shapes = draw_images(TRACED_IMAGES, metadata), {"images": {0: torch.export.Dim("batch")}}
     # Strict, because the other tracer takes len(tensor) for a constant, and the batch size with it.
     program = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=True)
     for node in program.graph.nodes:  # lines of code with the paths of this machine, which would go into the file
@@ -105,7 +95,7 @@ def trace(model: nn.Module, metadata: dict) -> torch.export.ExportedProgram:
 
 def write_torch_export(model: nn.Module, metadata: dict, file: Path) -> None:
     packed = io.BytesIO()  # not the file itself: on a full disk torch's writer ends the whole process
-    torch.export.save(trace(model, metadata), packed, extra_files={METADATA_FILE: json.dumps(metadata)})
+    torch.export.save(trace(model, metadata), packed, extra_files={"metadata.json": json.dumps(metadata)})
     file.write_bytes(packed.getbuffer())
 
 
@@ -115,14 +105,8 @@ def write_onnx(model: nn.Module, metadata: dict, file: Path) -> None:
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
-    program = torch.onnx.export(
-        trace(model, metadata),
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes={"images": {0: "batch"}},
-        dynamo=True,
-        verbose=False,
-    )
+    names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": {"images": {0: "batch"}}}
+    program = torch.onnx.export(trace(model, metadata), **names, dynamo=True, verbose=False)
     program.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
     program.save(file)
 
@@ -146,7 +130,7 @@ def check_request(args: argparse.Namespace) -> None:
     """Refuse, before anything is loaded, a wrong suffix, what cannot be written over, and packages not there."""
     if args.output.suffix != SUFFIXES[args.to]:
         raise ValueError(f"--to {args.to} writes a {SUFFIXES[args.to]} file, not {args.output.name}")
-    for file in (args.output, data_of(args.output)):
+    for file in (args.output, beside(args.output, "data")):
         if file.is_dir():
             raise IsADirectoryError(f"{file} is a folder; --output takes the name of a file")
         if os.path.lexists(file) and not args.overwrite:
@@ -159,38 +143,15 @@ def check_request(args: argparse.Namespace) -> None:
         raise ModuleNotFoundError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
-def data_of(file: Path) -> Path:
-    """Where the weights of an ONNX file are that are too large for it."""
-    return file.with_name(f"{file.name}.data")
-
-
-def check_disk(model: nn.Module, folder: Path) -> None:
-    """Refuse a disk that has no room for a model's weights; OSError names both sizes."""
-    needed = sum(tensor.nbytes for tensor in model.state_dict().values())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"the weights take {needed / 1e9:.2f} GB in {folder.parent}, where {free / 1e9:.2f} GB are free")
-
-
-def check_program(output: Tensor, expected: Tensor) -> float:
-    """Give the largest difference between two outputs; ValueError where it is more than rounding."""
-    difference = (output - expected).abs().max().item()
-    if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):  # false for NaN as well
-        raise ValueError(f"the exported program differs from the model by up to {difference:.1e}; nothing is written")
-    return difference
-
-
 def put_in_place(written: Path, output: Path) -> None:
-    """Move a file, and the weights beside it if there are, to where it is wanted, in the place of older ones.
-
-    A program never stands beside the weights of another one: where there are such, the old one goes first.
-    """
-    if data_of(written).exists() or data_of(output).exists():
+    """Move a file, with its weights if they are beside it, over older ones; never beside the weights of another."""
+    written_data, output_data = beside(written, "data"), beside(output, "data")
+    if written_data.exists() or output_data.exists():
         output.unlink(missing_ok=True)
-        data_of(output).unlink(missing_ok=True)
-    if data_of(written).exists():
-        os.replace(data_of(written), data_of(output))
-    os.replace(written, output)
+        output_data.unlink(missing_ok=True)
+    if written_data.exists():
+        publish(written_data, output_data)
+    publish(written, output)
 
 
 @torch.no_grad()
@@ -201,20 +162,28 @@ def main(args: argparse.Namespace) -> None:
     expected = model(images)
     if not expected.isfinite().all():
         raise ValueError(f"the scores of {args.checkpoint} are not finite numbers, so there is nothing to export")
-    # Written and checked in a folder beside its place, so that what bears the final name is whole and right.
-    folder = args.output.with_name(f"{args.output.name}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    # Written and checked in a folder beside its place, so that what bears the final name is whole and right. Not by
+    # written_whole: the ONNX file holds the name of the one with its weights, so both need their names from the start.
+    folder = beside(args.output, "tmp")
+    remove(folder)  # of a run that was killed
     folder.mkdir(parents=True)
     try:
-        check_disk(model, folder)
+        needed, free = sum(tensor.nbytes for tensor in model.state_dict().values()), shutil.disk_usage(folder).free
+        if free < needed:
+            room = f"{free / 1e9:.2f} GB are free; choose another --output or make room"
+            raise OSError(f"the weights take {needed / 1e9:.2f} GB in {folder.parent}, where {room}")
         written = folder / args.output.name
         WRITERS[args.to](model, metadata, written)
-        difference = check_program(RUNNERS[args.to](written, images), expected)
+        difference = (RUNNERS[args.to](written, images) - expected).abs().max().item()
+        largest = expected.abs().max().item()
+        if not difference <= TOLERANCE * max(1.0, largest):  # false for NaN as well
+            raise ValueError(
+                f"the exported program differs from the model by up to {difference:.1e}; nothing is written"
+            )
         put_in_place(written, args.output)
     finally:
-        shutil.rmtree(folder)
-    shape, largest = ", ".join(map(str, images.shape[1:])), expected.abs().max().item()
-    print(f"{args.output}: {metadata['task']} of images (N, {shape})")
+        remove(folder)
+    print(f"{args.output}: {metadata['task']} of images (N, {', '.join(map(str, images.shape[1:]))})")
     print(f"  on {CHECKED_IMAGES} random images it differs from the model by up to {difference:.1e} of {largest:.1e}")
 
 

@@ -4,6 +4,7 @@ python tools/plot_log.py work_dir/MAEPretraining/log.jsonl --output curve.png
 """
 
 import argparse
+import itertools
 import json
 import math
 from pathlib import Path
@@ -32,9 +33,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_points(log: Path, x: str, y: str) -> list[tuple[float, float]]:
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    return [(row[x], row[y]) for row in rows if x in row and y in row]
+def read_points(log: Path, x: str, y: str) -> list[tuple[float, float | None]]:
+    """Read a curve; a figure that is null, of a window whose steps were all left out, is None: a gap in the curve."""
+    rows = []
+    lines = log.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"line {number} of {log} is no JSON: {error}") from error
+            print(f"{log}: the last line was cut off and is passed over")
+    return [(row[x], row[y]) for row in rows if row.get(x) is not None and y in row]
 
 
 def draw_panel(series: dict[str, list[tuple[float, float]]], title: str, x_name: str) -> Image.Image:
@@ -42,7 +52,8 @@ def draw_panel(series: dict[str, list[tuple[float, float]]], title: str, x_name:
     width, height = PANEL_SIZE
     picture = Image.new("RGB", PANEL_SIZE, "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
-    xs, ys = zip(*(point for points in series.values() for point in points), strict=True)
+    known = [point for points in series.values() for point in points if point[1] is not None]
+    xs, ys = zip(*known, strict=True)
     (x_low, x_high), (y_low, y_high) = ((min(v), max(v) if max(v) > min(v) else min(v) + 1) for v in (xs, ys))
     plot_width = width - MARGIN["left"] - MARGIN["right"]
     plot_height = height - MARGIN["top"] - MARGIN["bottom"]
@@ -61,11 +72,13 @@ def draw_panel(series: dict[str, list[tuple[float, float]]], title: str, x_name:
     draw.text((width / 2, height - 12), caption, fill="black", font=font, anchor="mm")
     legend_x = width - MARGIN["right"]
     for colour, (name, points) in reversed(list(zip(COLOURS, series.items(), strict=False))):
-        places = [place(*point) for point in points]
-        draw.line(places, fill=colour, width=2)
-        if len(points) <= MAX_DOTS:
-            for x, y in places:
-                draw.circle((x, y), 3, fill=colour)
+        for has_values, piece in itertools.groupby(points, lambda point: point[1] is not None):
+            if has_values:
+                places = [place(*point) for point in piece]
+                draw.line(places, fill=colour, width=2)
+                if len(points) <= MAX_DOTS or len(places) == 1:  # a line of one point would not be seen
+                    for x, y in places:
+                        draw.circle((x, y), 3, fill=colour)
         draw.text((legend_x, 10), name, fill=colour, font=font, anchor="rm")
         legend_x -= draw.textlength(name, font=font) + 14
     return picture
@@ -87,7 +100,7 @@ def main(args: argparse.Namespace) -> None:
                 run = "_".join(run_words[shared:])
                 label = " ".join([run] * (len(args.logs) > 1) + [name] * (len(figures) > 1)) or name
                 points = read_points(log, args.x, name)
-                if points:
+                if any(value is not None for _, value in points):
                     series[label] = points
         if not series:
             raise ValueError(f"no row of {', '.join(map(str, args.logs))} has both {args.x!r} and {names!r}")
