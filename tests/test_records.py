@@ -197,15 +197,29 @@ def test_wandb_that_breaks_in_mid_run_is_left_alone(tmp_path, capsys):
 # -------------------------------------------------------------------------------- progress
 
 
+class Files(list):
+    def describe(self) -> str:
+        return f"{len(self)} images"
+
+
 def test_run_says_what_decides_its_result_and_whether_an_epoch_repeats_images(capsys):
-    accelerator, flags = Accelerator(cpu=True), argparse.Namespace(gradient_accumulation_steps=4, num_workers=0)
+    accelerator = Accelerator(cpu=True)
+    flags = argparse.Namespace(gradient_accumulation_steps=4, num_workers=0, epochs=3, warmup_epochs=1)
     sampler = StepSampler(20, 2, accumulation_steps=4)
-    describe_run(accelerator, flags, sampler, 20, {"model": "small"})
-    said = capsys.readouterr().out.splitlines()
-    assert said[:2] == ["model           small", "effective batch 8 = 1 processes x 4 forward passes x 2 images"]
-    assert said[2].startswith("runs on         1 x cpu, precision no, ") and len(said) == 3
-    describe_run(accelerator, flags, sampler, 7, {})
-    assert "note            7 images do not fill one step of 8" in capsys.readouterr().out
+    describe_run(accelerator, flags, sampler, Files(range(20)), Files(range(5)), {"model": "small"})
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert said.pop("runs").startswith("on         1 x cpu, precision no, ")
+    assert said == {
+        "training": "20 images",
+        "held": "out        5 images",
+        "effective": "batch 8 = 1 processes x 4 forward passes x 2 images",
+        "schedule": "3 epochs of 2 steps, warmup 1 epochs",
+        "model": "small",
+    }
+    describe_run(accelerator, flags, sampler, Files(range(7)), None, {"schedule": "another"})
+    said = capsys.readouterr().out
+    assert "note            7 images do not fill one step of 8" in said and "schedule        another" in said
+    assert "held out        none: no train/" in said
 
 
 def test_step_clock_counts_images_and_waiting(monkeypatch):

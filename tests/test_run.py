@@ -50,6 +50,9 @@ class Files:
     def path(self, index: int) -> str:
         return f"{index}.jpg"
 
+    def fingerprint(self) -> str:
+        return "eight"
+
 
 class Training:
     """A run as a script has it; each step takes 1 from the one weight."""
