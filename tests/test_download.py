@@ -368,6 +368,14 @@ def test_wrong_checksum_leaves_nothing(content, server, tool, tmp_path):
     assert names_in(tmp_path) == set()
 
 
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html><title>Please log in</title>", b"PK\x03\x04 and no end"])
+def test_what_is_no_file_of_weights_is_refused_where_no_checksum_is_known(content, server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: content}, lambda _: None)
+    with pytest.raises(ValueError, match=r"is no file of weights: it begins with b'(<!|PK)'; it was removed"):
+        run(tool, "mae_base", tmp_path)
+    assert names_in(tmp_path) == set()
+
+
 def test_other_file_under_the_final_name_is_kept(server, tool, tmp_path):
     serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
     (tmp_path / WEIGHTS).write_text("mine")

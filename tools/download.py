@@ -52,6 +52,7 @@ RETRY_WAIT_S = 3
 CHUNK_BYTES = 2**20
 UNPACKED_RATIO = 1.1  # unpacked size to archive size: images hardly shrink in an archive
 MAX_UNPACKED_RATIO = 100  # an archive that grows more is made to fill disks
+PICKLE_START = b"\x80\x02"  # of weights that torch wrote before its files were archives
 STAMP = "download.json"  # in a data set that this tool has finished
 
 IMAGENETTE = "https://s3.amazonaws.com/fast-ai-imageclas"
@@ -239,6 +240,11 @@ def verify(file: Path, url: str, checksum: str | None, advice: str) -> str:
         if damaged:
             raise ValueError(f"{file} is damaged: {damaged} does not have its checksum; {advice}")
         found.append("the checksums inside it")
+    elif not found and url.endswith(".pth"):
+        with file.open("rb") as content:
+            start = content.read(len(PICKLE_START))
+        if start != PICKLE_START:  # a page that asks to log in, for example
+            raise ValueError(f"{file} is no file of weights: it begins with {start!r}; {advice}")
     return f"verified by {' and '.join(found)}" if found else "no checksum is known, only its length was checked"
 
 
