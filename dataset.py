@@ -30,6 +30,7 @@ from storage.files import random_key
 from storage.lists import FileList, PackedImages
 from storage.pairs import IGNORE_INDEX, PairList, read_label_map
 from storage.workers import Loader
+from upernet import fit_within, resize_image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 
@@ -205,17 +206,6 @@ class ResizeCenterCrop:
             size = max(height, width * image.height // image.width), width
         image = tvf.resize(image, list(size), interpolation=InterpolationMode.BICUBIC)
         return tvf.pil_to_tensor(tvf.center_crop(image, list(self.img_size)))
-
-
-def fit_within(height: int, width: int, long_side: float, short_side: float) -> tuple[int, int]:
-    """Give the largest size of the same ratio whose long side is at most `long_side` and short at most `short_side`."""
-    scale = min(long_side / max(height, width), short_side / min(height, width))
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
-
-
-def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear without antialiasing, as MMSegmentation resizes (OpenCV)."""
-    return tvf.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=False)
 
 
 def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:

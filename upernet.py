@@ -1,17 +1,21 @@
-"""Dense prediction from four feature maps: the pyramid that a plain ViT lacks, UperNet's heads, sliding windows.
+"""UperNet: the pyramid that a plain ViT lacks, the heads, their loss, and how whole images are labelled with them.
 
 UperNet is Xiao et al. 2018 (arXiv 1807.10221); sizes, order and state-dict keys are those of MMSegmentation, whose
-published MAE result this reproduces. What makes the feature maps lives in model.py.
+published MAE result this reproduces. The encoder, and the model that joins it with this, live in model.py.
 
 Shapes   N batch   D, D' channels   H W image   h w map   K classes
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tvf
 
 POOL_SCALES = (1, 2, 3, 6)
 CLASSIFIER_INIT_STD = 0.01
@@ -244,7 +248,10 @@ def resized_cross_entropy(scores: Tensor, labels: Tensor, ignore_index: int) -> 
     return ResizedCrossEntropy.apply(scores.float() if scores.dtype != torch.float64 else scores, labels, ignore_index)
 
 
-# ------------------------------------------------------------------------------------------------ sliding windows
+# ------------------------------------------------------------------------------------------------ labelling whole images
+
+SCALE_FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of a test with several scales, MMSegmentation's
+BAND_ROWS = 128  # of an image, labelled at a time
 
 
 def window_starts(length: int, crop_size: int, stride: int) -> list[int]:
@@ -291,3 +298,101 @@ def slide_inference(
             visits[area] += 1
     if total is not None:
         yield total.div_(visits)
+
+
+def fit_within(height: int, width: int, long_side: float, short_side: float) -> tuple[int, int]:
+    """Give the largest size of the same ratio whose long side is at most `long_side` and short at most `short_side`."""
+    scale = min(long_side / max(height, width), short_side / min(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear without antialiasing, as MMSegmentation resizes (OpenCV)."""
+    return tvf.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=False)
+
+
+def predict(
+    model: nn.Module,
+    images: Sequence[Tensor],
+    *,
+    normalize: Callable[[Tensor], Tensor],
+    crop_size: tuple[int, int],
+    patch_size: int,
+    resize_to: tuple[int, int],
+    slide: bool = True,
+    multi_scale: bool = False,
+    flip: bool = False,
+    batch_size: int = 16,
+) -> list[Tensor]:
+    """Label every pixel of images of any sizes, uint8 (C, H, W) each -> int64 (H, W) each.
+
+    Images are resized as in MMSegmentation's test, to fit within `resize_to` (long side, short side); `normalize`
+    turns uint8 (N, C, h, w) into what the model takes, whose `model(...).logits` are scores of cells. They are scored
+    by windows of `crop_size`, or whole without `slide`, and the scores are brought back to the images' own sizes.
+    `multi_scale` and `flip` average the probabilities of six scales and of the mirror image.
+    """
+    views, origins = [], []  # normalised pixels (C, h, w); the index of their image, and whether they are mirrored
+    for index, image in enumerate(images):
+        for size in choose_sizes(image.shape[-2:], resize_to, crop_size if slide else None, multi_scale):
+            pixels = normalize(resize_image(image, size)[None])[0]
+            for mirrored in (False, True) if flip else (False,):
+                views.append(pixels.flip(-1) if mirrored else pixels)
+                origins.append((index, mirrored))
+    score_batch = functools.partial(score_pixels, model)
+    if slide:
+        stride = tuple(2 * side // 3 for side in crop_size)
+        scores = slide_inference(score_batch, views, crop_size, stride, batch_size)
+    else:
+        scores = whole_inference(score_batch, views, 2 * patch_size, batch_size)  # the pyramid halves the patches' grid
+    if not (multi_scale or flip):
+        return [label_pixels(score, image.shape[-2:]) for score, image in zip(scores, images, strict=True)]
+    answers = []
+    for index, group in itertools.groupby(zip(origins, scores, strict=True), key=lambda pair: pair[0][0]):
+        total = None
+        for (_, mirrored), score in group:
+            score = score.flip(-1) if mirrored else score
+            share = resize(score[None], size=images[index].shape[-2:])[0].softmax(dim=0)  # (K, H, W)
+            total = share if total is None else total.add_(share)
+        answers.append(total.argmax(dim=0))
+    return answers
+
+
+def choose_sizes(
+    size: tuple[int, int], resize_to: tuple[int, int], window: tuple[int, int] | None, multi_scale: bool
+) -> Iterator[tuple[int, int]]:
+    """Give the sizes to which a test resizes an image: one, or several scales."""
+    for factor in SCALE_FACTORS if multi_scale else (1.0,):
+        long_side, short_side = (factor * side for side in resize_to)
+        if window and multi_scale:  # as published: no scale smaller than a window
+            long_side, short_side = math.inf, max(short_side, *window)
+        yield fit_within(*size, long_side, short_side)
+
+
+def whole_inference(
+    predict: Callable[[Tensor], Tensor], images: Sequence[Tensor], unit: int, batch_size: int
+) -> Iterator[Tensor]:
+    """Score whole images, padded to multiples of `unit`: each is a window; neighbours of one size share a batch."""
+    for size, group in itertools.groupby(images, lambda image: tuple(side + -side % unit for side in image.shape[1:])):
+        yield from slide_inference(predict, list(group), size, size, batch_size)
+
+
+def score_pixels(model: nn.Module, images: Tensor) -> Tensor:
+    """Score every pixel: normalised (N, C, H, W) -> float32 (N, K, H, W)."""
+    return resize(model(images).logits.float(), size=images.shape[-2:])
+
+
+def label_pixels(score: Tensor, size: tuple[int, int]) -> Tensor:
+    """Give the best class of each pixel of an image of another size: (K, h, w) -> int64 (H, W), `resize` and argmax.
+
+    In bands of rows, because the scores of all classes at the size of a photograph would take gigabytes.
+    """
+    height, width = size
+    rows = ((torch.arange(height, device=score.device) + 0.5) * (score.shape[1] / height) - 0.5).clamp(min=0)
+    above = rows.long()
+    below, share = (above + 1).clamp(max=score.shape[1] - 1), (rows - above)[:, None]
+    bands = []
+    for top in range(0, height, BAND_ROWS):
+        upper, lower = score[:, above[top : top + BAND_ROWS]], score[:, below[top : top + BAND_ROWS]]
+        band = upper + (lower - upper) * share[top : top + BAND_ROWS]  #      (K, band, w)
+        bands.append(resize(band[None], size=(band.shape[1], width))[0].argmax(dim=0))
+    return torch.cat(bands)
