@@ -248,7 +248,7 @@ def resized_cross_entropy(scores: Tensor, labels: Tensor, ignore_index: int) -> 
     return ResizedCrossEntropy.apply(scores.float() if scores.dtype != torch.float64 else scores, labels, ignore_index)
 
 
-# ------------------------------------------------------------------------------------------------ labelling whole images
+# ------------------------------------------------------------------------------------------------ whole images
 
 SCALE_FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of a test with several scales, MMSegmentation's
 BAND_ROWS = 128  # of an image, labelled at a time
