@@ -22,7 +22,7 @@ from measure import alternate, build_parser, launch_two, spread
 import dataset
 from dataset import ImageDataset, SampleKey, build_pretraining_transform
 from model import MODEL_CONFIGS, ViTMAEForPreTraining
-from storage.files import checksum_of, sync_to_disk
+from storage.files import checksum_of
 from storage.lists import list_images
 from training.checkpoints import Checkpoints, find_damage
 from training.signals import Interruptions
@@ -70,7 +70,6 @@ def measure_checkpoints(args: argparse.Namespace) -> None:
         "whole: written, checksums, on the disk, old one removed": save,
         "of which Accelerate's save_state alone": lambda: accelerator.save_state(plain),
         "of which checksums": lambda: [checksum_of(file) for file in newest().iterdir()],
-        "flushing what save_state left in memory": lambda: [sync_to_disk(file) for file in plain.iterdir()],
         "checking it before a resume": lambda: find_damage(newest()),
     }
     times, size = take_times(runs, args.rounds), checkpoints.size / 1e9
