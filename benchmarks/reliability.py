@@ -47,7 +47,7 @@ def print_spread(name: str, values: list[float], unit: float = 1.0) -> None:
 
 
 def measure_checkpoints(args: argparse.Namespace) -> None:
-    """Time a whole save, what Accelerate alone takes, the checksums, the flush, and the check before a resume."""
+    """Time a whole save, what Accelerate alone takes, the checksums, and the check before a resume."""
     accelerator = Accelerator(cpu=True)
     model = ViTMAEForPreTraining(MODEL_CONFIGS[args.model])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
