@@ -1,7 +1,7 @@
-"""Dense prediction from four feature maps: the pyramid that a plain ViT lacks, UperNet's heads, and whole images.
+"""UperNet: the pyramid that a plain ViT lacks, the heads, their loss, and how whole images are labelled with them.
 
 UperNet is Xiao et al. 2018 (arXiv 1807.10221); sizes, order and state-dict keys are those of MMSegmentation, whose
-published MAE result this reproduces. What makes the feature maps lives in model.py.
+published MAE result this reproduces. The encoder, and the model that joins it with this, live in model.py.
 
 Shapes   N batch   D, D' channels   H W image   h w map   K classes
 """
@@ -10,7 +10,6 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -249,7 +248,10 @@ def resized_cross_entropy(scores: Tensor, labels: Tensor, ignore_index: int) -> 
     return ResizedCrossEntropy.apply(scores.float() if scores.dtype != torch.float64 else scores, labels, ignore_index)
 
 
-# ------------------------------------------------------------------------------------------------ sliding windows
+# ------------------------------------------------------------------------------------------------ whole images
+
+SCALE_FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of a test with several scales, MMSegmentation's
+BAND_ROWS = 128  # of an image, labelled at a time
 
 
 def window_starts(length: int, crop_size: int, stride: int) -> list[int]:
@@ -298,12 +300,6 @@ def slide_inference(
         yield total.div_(visits)
 
 
-# ------------------------------------------------------------------------------------------------ whole images
-
-SCALE_FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of a test with several scales
-BAND_ROWS = 128
-
-
 def fit_within(height: int, width: int, long_side: float, short_side: float) -> tuple[int, int]:
     """Give the largest size of the same ratio whose long side is at most `long_side` and short at most `short_side`."""
     scale = min(long_side / max(height, width), short_side / min(height, width))
@@ -315,14 +311,6 @@ def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     return tvf.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=False)
 
 
-class View(NamedTuple):
-    """One of the looks that a test takes at an image: normalised `pixels` (C, h, w), mirrored or not."""
-
-    index: int
-    mirrored: bool
-    pixels: Tensor
-
-
 def predict(
     model: nn.Module,
     images: Sequence[Tensor],
@@ -330,7 +318,7 @@ def predict(
     normalize: Callable[[Tensor], Tensor],
     crop_size: tuple[int, int],
     patch_size: int,
-    resize_to: Sequence[int],
+    resize_to: tuple[int, int],
     slide: bool = True,
     multi_scale: bool = False,
     flip: bool = False,
@@ -338,41 +326,41 @@ def predict(
 ) -> list[Tensor]:
     """Label every pixel of images of any sizes, uint8 (C, H, W) each -> int64 (H, W) each.
 
-    Images are resized as in MMSegmentation's test (ratio kept, into the long and short side of `resize_to`),
-    normalised, scored whole or by windows of `crop_size`, up to `batch_size` at once, and the scores brought back to
-    the images' own size. Several scales and flips average probabilities. `model(images).logits` scores the cells.
+    Images are resized as in MMSegmentation's test, to fit within `resize_to` (long side, short side); `normalize`
+    turns uint8 (N, C, h, w) into what the model takes, whose `model(...).logits` are scores of cells. They are scored
+    by windows of `crop_size`, or whole without `slide`, and the scores are brought back to the images' own sizes.
+    `multi_scale` and `flip` average the probabilities of six scales and of the mirror image.
     """
-    views = []
+    views, origins = [], []  # normalised pixels (C, h, w); the index of their image, and whether they are mirrored
     for index, image in enumerate(images):
-        for size in view_sizes(image.shape[-2:], resize_to, crop_size if slide else None, multi_scale):
+        for size in choose_sizes(image.shape[-2:], resize_to, crop_size if slide else None, multi_scale):
             pixels = normalize(resize_image(image, size)[None])[0]
-            views += [
-                View(index, mirrored, pixels.flip(-1) if mirrored else pixels) for mirrored in (False, True)[: 1 + flip]
-            ]
-    pixels = [view.pixels for view in views]
-    score = functools.partial(score_pixels, model)
+            for mirrored in (False, True) if flip else (False,):
+                views.append(pixels.flip(-1) if mirrored else pixels)
+                origins.append((index, mirrored))
+    score_batch = functools.partial(score_pixels, model)
     if slide:
         stride = tuple(2 * side // 3 for side in crop_size)
-        scores = slide_inference(score, pixels, crop_size, stride, batch_size)
+        scores = slide_inference(score_batch, views, crop_size, stride, batch_size)
     else:
-        scores = whole_inference(score, pixels, 2 * patch_size, batch_size)  # two, because the pyramid halves the grid
-    if len(views) == len(images):
+        scores = whole_inference(score_batch, views, 2 * patch_size, batch_size)  # the pyramid halves the patches' grid
+    if not (multi_scale or flip):
         return [label_pixels(score, image.shape[-2:]) for score, image in zip(scores, images, strict=True)]
     answers = []
-    for index, group in itertools.groupby(zip(views, scores, strict=True), key=lambda pair: pair[0].index):
+    for index, group in itertools.groupby(zip(origins, scores, strict=True), key=lambda pair: pair[0][0]):
         total = None
-        for view, score in group:
-            score = score.flip(-1) if view.mirrored else score
+        for (_, mirrored), score in group:
+            score = score.flip(-1) if mirrored else score
             share = resize(score[None], size=images[index].shape[-2:])[0].softmax(dim=0)  # (K, H, W)
             total = share if total is None else total.add_(share)
         answers.append(total.argmax(dim=0))
     return answers
 
 
-def view_sizes(
-    size: tuple[int, int], resize_to: Sequence[int], window: tuple[int, int] | None, multi_scale: bool
+def choose_sizes(
+    size: tuple[int, int], resize_to: tuple[int, int], window: tuple[int, int] | None, multi_scale: bool
 ) -> Iterator[tuple[int, int]]:
-    """Give the sizes at which a test looks at an image: one, or several scales."""
+    """Give the sizes to which a test resizes an image: one, or several scales."""
     for factor in SCALE_FACTORS if multi_scale else (1.0,):
         long_side, short_side = (factor * side for side in resize_to)
         if window and multi_scale:  # as published: no scale smaller than a window
@@ -383,17 +371,9 @@ def view_sizes(
 def whole_inference(
     predict: Callable[[Tensor], Tensor], images: Sequence[Tensor], unit: int, batch_size: int
 ) -> Iterator[Tensor]:
-    """Score whole images of any sizes, (C, h, w) -> (K, h, w), one after the other; neighbours of one size at once.
-
-    Sides are padded to multiples of `unit`, and the padding is cut off again.
-    """
-    padded = [F.pad(image, (0, -image.shape[2] % unit, 0, -image.shape[1] % unit)) for image in images]
-    for _, group in itertools.groupby(range(len(images)), key=lambda index: padded[index].shape):
-        same = list(group)
-        for first in range(0, len(same), batch_size):
-            chunk = same[first : first + batch_size]
-            for index, score in zip(chunk, predict(torch.stack([padded[index] for index in chunk])), strict=True):
-                yield score[:, : images[index].shape[1], : images[index].shape[2]]
+    """Score whole images, padded to multiples of `unit`: each is a window; neighbours of one size share a batch."""
+    for size, group in itertools.groupby(images, lambda image: tuple(side + -side % unit for side in image.shape[1:])):
+        yield from slide_inference(predict, list(group), size, size, batch_size)
 
 
 def score_pixels(model: nn.Module, images: Tensor) -> Tensor:

@@ -1,14 +1,18 @@
-"""What the benchmarks of the networks share: device, clock, alternation, memory, the device's matrix rate, tables."""
+"""What the benchmarks share: flags, clock, turns, memory, processes of their own, the device's matrix rate, tables.
+
+A benchmark that imports this finds the project's modules, whatever folder it is started in.
+"""
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 GPU_MATRIX, CPU_MATRIX = 8192, 2048  # side of the matrices whose product gives the rate
+CPU = torch.device("cpu")
+
+
+def build_parser(description: str, *, rounds: int = 5) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"times that each is measured (default: {rounds})")
+    return parser
 
 
 def choose_device() -> torch.device:
@@ -43,9 +54,7 @@ def describe_machine(device: torch.device) -> str:
     )
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+# ------------------------------------------------------------------------------------------------ time
 
 
 def read_clock() -> float:
@@ -56,36 +65,39 @@ def read_clock() -> float:
     return time.process_time() if alone else time.perf_counter()
 
 
-def time_run(run: Callable[[], object], device: torch.device) -> float:
+def time_run(run: Callable[[], object], device: torch.device, clock: Callable[[], float] = read_clock) -> float:
     """Give the seconds that a run takes."""
-    started = read_clock()
+    started = clock()
     run()
-    synchronize(device)
-    return read_clock() - started
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock() - started
 
 
 def alternate(
-    runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 1
-) -> dict[str, list[float]]:
+    runs: Mapping[Hashable, Callable[[], object]],
+    rounds: int,
+    device: torch.device = CPU,
+    *,
+    warmup: int = 1,
+    clock: Callable[[], float] = read_clock,
+) -> dict[Hashable, list[float]]:
     """Time every run once a round, in turns, so that what disturbs the machine disturbs all: seconds by name."""
     for name, run in runs.items():
         print(f"warming up: {name}", file=sys.stderr, flush=True)
         for _ in range(warmup):
-            run()
-        synchronize(device)
-    times: dict[str, list[float]] = {name: [] for name in runs}
+            time_run(run, device)
+    return take_turns(list(runs), rounds, lambda name: time_run(runs[name], device, clock))
+
+
+def take_turns(names: list, rounds: int, measure: Callable[[Hashable], float]) -> dict[Hashable, list[float]]:
+    """Measure each once a round; nobody always follows the same one."""
+    found = {name: [] for name in names}
     for index in range(rounds):
-        names = list(runs)
-        for name in names[index % len(names) :] + names[: index % len(names)]:  # nobody always follows the same one
-            times[name].append(time_run(runs[name], device))
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            found[name].append(measure(name))
         print(f"round {index + 1} of {rounds}", file=sys.stderr, flush=True)
-    return times
-
-
-def ratio(slower: Sequence[float], faster: Sequence[float]) -> str:
-    """Give how many times as fast the second is: the median over the rounds, smallest and largest."""
-    ratios = [a / b for a, b in zip(slower, faster, strict=True)]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return found
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
@@ -94,6 +106,9 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> 
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     times = alternate({f"matrix product in {dtype}": lambda: a @ b}, repeats, device, warmup=3)
     return 2 * side**3 / min(next(iter(times.values())))
+
+
+# ------------------------------------------------------------------------------------------------ memory and processes
 
 
 def memory_gb(device: torch.device) -> float:
@@ -117,19 +132,40 @@ def measure_apart(script: str, flags: Sequence[str]) -> dict | None:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def find_memory(script: str, flags: Sequence[str]) -> str:
+    """Give the `gb` of such a process as the cell of a table."""
+    found = measure_apart(script, flags)
+    return f"{found['gb']:.2f}" if found else "out of memory"
+
+
+def launch_two(script: str, flags: Sequence[str], device: torch.device = CPU) -> None:
+    """Start a script as two processes, with one thread each on the CPU."""
+    on_gpu = device.type == "cuda"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["--mixed_precision", "bf16" if on_gpu else "no", script, *flags]
+    on_cpu = {} if on_gpu else {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, env=os.environ | on_cpu, check=True)
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def spread(values: Sequence[float], form: str = ".3g") -> str:
+    """Give the median of what was measured, with smallest and largest."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def ratio(slower: Sequence[float], faster: Sequence[float]) -> str:
+    """Give how many times as fast the second is, round by round: median, smallest and largest."""
+    return spread([a / b for a, b in zip(slower, faster, strict=True)], ".2f")
+
+
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a Markdown table under its title."""
     print(f"\n{title}\n")
     for cells in (header, ["---"] * len(header), *rows):
         print("| " + " | ".join(cells) + " |", flush=True)
-
-
-def add_flags(parser: argparse.ArgumentParser, device: torch.device, *, cpu_batch: int, gpu_batch: int) -> None:
-    """Add what all network benchmarks can be told."""
-    batch = gpu_batch if device.type == "cuda" else cpu_batch
-    parser.add_argument("--batch_size", type=int, default=batch, help=f"images of a step (default here: {batch})")
-    parser.add_argument("--rounds", type=int, default=5, help="alternations (default: 5)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
 
 
 def missing(package: str) -> None:

@@ -7,15 +7,17 @@ seeds. Hours on two cores; started again, it goes on where it was. Ends with the
 """
 
 import argparse
+import functools
 import json
-import os
 import statistics
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from measure import ROOT, print_table
+
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--main_process_port", "0"]
 
 SIZE = ["--img_size", "64", "--patch_size", "8", "--encoder_embed_dim", "128", "--encoder_depth", "6"]
@@ -30,14 +32,22 @@ LEARNING_RATES = ("1e-3", "2e-3", "4e-3")
 LAYER_DECAY = {"mae": "0.75", "scratch": "1"}
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path_to_data", required=True, help="train/ and val/ with class folders")
+def build_helps_parser(description: str, *, num_seeds: int, epochs: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--working_directory", type=Path, required=True, help="where all runs are kept")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=5, help="of finetuning (default: 5)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(num_seeds)))
+    parser.add_argument("--epochs", type=int, default=epochs, help=f"of finetuning (default: {epochs})")
     parser.add_argument("--at_once", type=int, default=2, help="runs side by side, one thread each (default: 2)")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = build_helps_parser(__doc__, num_seeds=3, epochs=5)
+    parser.add_argument("--path_to_data", required=True, help="train/ and val/ with class folders")
     return parser.parse_args(argv)
+
+
+# ------------------------------------------------------------------------------------------------ runs
 
 
 def last_row(experiment: Path) -> dict | None:
@@ -57,7 +67,7 @@ def run(working_directory: Path, script: str, name: str, epochs: int, flags: lis
         command += ["--working_directory", str(working_directory), "--resume_from_checkpoint", "latest", *flags]
         experiment.mkdir(parents=True, exist_ok=True)
         with (experiment / "output.txt").open("a") as output:
-            done = subprocess.run(command, stdout=output, stderr=output, env=os.environ, check=False)
+            done = subprocess.run(command, stdout=output, stderr=output, check=False)
         if done.returncode:
             raise RuntimeError(f"{name} failed; see {experiment / 'output.txt'}")
         row = last_row(experiment)
@@ -73,8 +83,29 @@ def pretrain(working_directory: Path, path_to_data: str, seed: int) -> Path:
     return working_directory / name / f"checkpoint_{PRETRAINING_EPOCHS}"
 
 
-def classify(args: argparse.Namespace, start: str, learning_rate: str, times: int, seed: int) -> float:
-    """Give the top-1 at the end, in percent, of a run of `times` the budget; "mae" needs its pretraining done."""
+def run_all(args: argparse.Namespace, act: Callable, runs: list[tuple]) -> dict[tuple, object]:
+    """Give what `act` says of each run, of which some run side by side."""
+    with ThreadPoolExecutor(args.at_once) as pool:
+        return dict(zip(runs, pool.map(lambda a_run: act(*a_run), runs), strict=True))
+
+
+def choose_rates(args: argparse.Namespace, figure: str, act: Callable[[str, str, int], dict]) -> dict[str, str]:
+    """Try all learning rates of each start at the first seed, print what they give, and give the best by start."""
+    seed, best, rows = args.seeds[0], {}, []
+    found = run_all(args, act, [(start, rate, seed) for start in LAYER_DECAY for rate in LEARNING_RATES])
+    for start in LAYER_DECAY:
+        scores = {rate: found[start, rate, seed][figure] for rate in LEARNING_RATES}
+        best[start] = max(scores, key=scores.get)
+        rows.append([start, *(f"{score:.2f}" for score in scores.values())])
+    print_table(f"{figure} after {args.epochs} epochs, seed {seed}", ["learning rate", *LEARNING_RATES], rows)
+    return best
+
+
+# ------------------------------------------------------------------------------------------------ classification
+
+
+def classify(args: argparse.Namespace, start: str, learning_rate: str, seed: int, times: int = 1) -> dict:
+    """Give the row of the last evaluation of a run of `times` the budget; "mae" needs its pretraining done."""
     epochs = times * args.epochs
     flags = [*COMMON, *FINETUNING, "--path_to_data", args.path_to_data, "--seed", str(seed)]
     flags += ["--learning_rate", learning_rate, "--layer_decay", LAYER_DECAY[start]]
@@ -84,53 +115,23 @@ def classify(args: argparse.Namespace, start: str, learning_rate: str, times: in
     else:
         flags += SIZE
     name = f"{start}_{learning_rate}_{epochs}epochs_seed{seed}"
-    return run(args.working_directory, "finetune_classifier.py", name, epochs, flags)["testing_top1_acc"]
+    return run(args.working_directory, "finetune_classifier.py", name, epochs, flags)
 
 
 def main(args: argparse.Namespace) -> None:
-    first_seed, *more_seeds = args.seeds
-    starts = tuple(LAYER_DECAY)
-    scores: dict[tuple[str, str, int, int], float] = {}
-
-    def best_rate(start: str) -> str:
-        return max(LEARNING_RATES, key=lambda rate: scores[start, rate, 1, first_seed])
-
-    with ThreadPoolExecutor(args.at_once) as pool:
-
-        def start_runs(runs: list[tuple[str, str, int, int]]) -> dict[tuple, Future]:
-            return {a_run: pool.submit(classify, args, *a_run) for a_run in runs}
-
-        def wait_for(futures: dict[tuple, Future]) -> None:
-            scores.update({a_run: future.result() for a_run, future in futures.items()})
-
-        pretraining = pool.submit(pretrain, args.working_directory, args.path_to_data, first_seed)
-        wait_for(start_runs([("scratch", rate, 1, first_seed) for rate in LEARNING_RATES]))
-        pretraining.result()
-        trials = start_runs([("mae", rate, 1, first_seed) for rate in LEARNING_RATES])
-        pretrainings = [pool.submit(pretrain, args.working_directory, args.path_to_data, seed) for seed in more_seeds]
-        scratch_rate = best_rate("scratch")
-        from_scratch = start_runs([("scratch", scratch_rate, times, seed) for times in (3, 1) for seed in args.seeds])
-        wait_for(trials | from_scratch)
-        for pretraining in pretrainings:
-            pretraining.result()
-        wait_for(start_runs([("mae", best_rate("mae"), 1, seed) for seed in args.seeds]))
-    rows = {
-        f"MAE, then {args.epochs} epochs": ("mae", best_rate("mae"), 1),
-        f"from scratch, {args.epochs} epochs": ("scratch", best_rate("scratch"), 1),
-        f"from scratch, {3 * args.epochs} epochs": ("scratch", best_rate("scratch"), 3),
-    }
-
-    print(f"\n| top-1 after {args.epochs} epochs, seed {first_seed}, at | " + " | ".join(LEARNING_RATES) + " |")
-    print("|---|" + "---|" * len(LEARNING_RATES))
-    for start in starts:
-        cells = [f"{scores[start, rate, 1, first_seed]:.2f}" for rate in LEARNING_RATES]
-        print(f"| {start} | " + " | ".join(cells) + " |")
-    print("\n| top-1 | learning rate | " + " | ".join(f"seed {seed}" for seed in args.seeds) + " | mean |")
-    print("|---|---|" + "---|" * (len(args.seeds) + 1))
-    for name, row in rows.items():
-        found = [scores[(*row, seed)] for seed in args.seeds]
-        cells = [f"{score:.2f}" for score in (*found, statistics.mean(found))]
-        print(f"| {name} | {row[1]} | " + " | ".join(cells) + " |")
+    act, figure = functools.partial(classify, args), "testing_top1_acc"
+    # Before the runs that share them, so that none is started twice
+    run_all(args, pretrain, [(args.working_directory, args.path_to_data, seed) for seed in args.seeds])
+    best = choose_rates(args, figure, act)
+    kinds = {"MAE": ("mae", 1), "from scratch": ("scratch", 1), "from scratch, three times as long": ("scratch", 3)}
+    runs = [(start, best[start], seed, times) for start, times in kinds.values() for seed in args.seeds]
+    found, rows = run_all(args, act, runs), []
+    for name, (start, times) in kinds.items():
+        scores = [found[start, best[start], seed, times][figure] for seed in args.seeds]
+        cells = [f"{score:.2f}" for score in (*scores, statistics.mean(scores))]
+        rows.append([f"{name}, {times * args.epochs} epochs", best[start], *cells])
+    header = ["top-1", "learning rate", *(f"seed {seed}" for seed in args.seeds), "mean"]
+    print_table("Top-1 on the held-out images at the end, in percent", header, rows)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,27 @@
 """What do the UperNet head, the loss and a whole step of segmentation cost, beside transformers' heads, torch's loss?
 
-    python benchmarks/segmentation.py
+    OMP_NUM_THREADS=1 python benchmarks/segmentation.py
 
-Both heads have the same weights and see the same random maps, on the GPU where there is one and else on one CPU
-thread. The peer is `pip install transformers`; without it there is nothing to compare.
+Both heads have the same weights and see the same random maps, on the GPU where there is one and else on the CPU. The
+peer is `pip install transformers`; without it there is nothing to compare.
 """
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from measure import (
-    add_flags,
     alternate,
+    build_parser,
     choose_device,
     describe_machine,
-    measure_apart,
+    find_memory,
     memory_gb,
     missing,
     print_table,
@@ -39,9 +40,8 @@ PYRAMID = (4, 2, 1, 0.5)  # sides of the four maps, in patches
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    device = choose_device()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, device, cpu_batch=2, gpu_batch=16)
+    parser, batch = build_parser(__doc__), 16 if choose_device().type == "cuda" else 2
+    parser.add_argument("--batch_size", type=int, default=batch, help=f"images of a step (default here: {batch})")
     parser.add_argument("--model", choices=MODEL_CONFIGS, default="mae_vit_base_patch16")
     parser.add_argument("--img_size", type=int, default=512, help="side of the crops in pixels (default: 512)")
     parser.add_argument("--num_classes", type=int, default=150, help="(default: 150)")
@@ -104,47 +104,33 @@ def build_run(part: str, whose: str, mode: str, args: argparse.Namespace, device
     """Give a run forwards and backwards of a part; that of the whole step ends with AdamW."""
     torch.manual_seed(0)
     config, side = MODEL_CONFIGS[args.model], args.img_size
-    patches, width = side // config.patch_size, config.encoder_embed_dim
-    labels = torch.randint(0, args.num_classes, (args.batch_size, side, side), device=device)
+    patches, width, classes = side // config.patch_size, config.encoder_embed_dim, args.num_classes
+    draw = functools.partial(torch.randn, args.batch_size, device=device, requires_grad=part != "step")
+    labels = torch.randint(0, classes, (args.batch_size, side, side), device=device)
+    module, optimizer = nn.Module(), None
     if part == "head":
-        head = UperNetHead([width] * 4, width, args.num_classes)
-        if whose == THEIRS:
-            head, _ = build_their_heads(width, args.num_classes)
-        head = head.to(device).train()
-        sides = [int(patches * share) for share in PYRAMID]
-        maps = [torch.randn(args.batch_size, width, s, s, device=device, requires_grad=True) for s in sides]
-        return backward_run(lambda: head(maps).float().square().mean(), mode, device, maps, head)
-    if part == "loss":
-        cells = 4 * patches
-        scores = torch.randn(args.batch_size, args.num_classes, cells, cells, device=device, requires_grad=True)
-        return backward_run(lambda: LOSSES[whose](scores, labels), mode, device, [scores])
-    model = Segmenter(args, whose).to(device).train()
-    images = torch.randn(args.batch_size, 3, side, side, device=device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    compute_gradients = backward_run(lambda: model(images, labels), mode, device, [], model)
-
-    def step() -> None:
-        compute_gradients()
-        optimizer.step()
-
-    return step
-
-
-def backward_run(
-    compute_loss: Callable[[], Tensor],
-    mode: str,
-    device: torch.device,
-    leaves: Sequence[Tensor],
-    module: nn.Module | None = None,
-) -> Callable[[], None]:
-    leaves = [*leaves, *(module.parameters() if module else [])]
+        module = UperNetHead([width] * 4, width, classes) if whose == OURS else build_their_heads(width, classes)[0]
+        inputs = [draw(width, int(patches * share), int(patches * share)) for share in PYRAMID]
+    elif part == "loss":
+        inputs = [draw(classes, 4 * patches, 4 * patches)]
+    else:
+        module, inputs = Segmenter(args, whose), [draw(3, side, side)]
+        optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    module.to(device).train()
+    compute_loss = {
+        "head": lambda: module(inputs).float().square().mean(),
+        "loss": lambda: LOSSES[whose](*inputs, labels),
+        "step": lambda: module(*inputs, labels),
+    }[part]
 
     def run() -> None:
-        for leaf in leaves:
+        for leaf in (*inputs, *module.parameters()):
             leaf.grad = None
         with torch.autocast(device.type, MODES[mode], enabled=mode != "float32"):
             loss = compute_loss()
         loss.backward()
+        if optimizer is not None:
+            optimizer.step()
 
     return run
 
@@ -161,16 +147,8 @@ def measure_memory(args: argparse.Namespace, device: torch.device) -> None:
     print(json.dumps({"gb": memory_gb(device) - before}))
 
 
-def find_memory(part: str, whose: str, mode: str, args: argparse.Namespace) -> str:
-    names = ("model", "img_size", "num_classes", "batch_size", "threads")
-    flags = [word for name in names for word in (f"--{name}", str(getattr(args, name)))]
-    found = measure_apart(__file__, ["--memory_of", part, whose, mode, *flags])
-    return f"{found['gb']:.2f}" if found else "out of memory"
-
-
 def main(args: argparse.Namespace) -> None:
     device = choose_device()
-    torch.set_num_threads(args.threads)
     if args.memory_of:
         measure_memory(args, device)
         return
@@ -178,14 +156,15 @@ def main(args: argparse.Namespace) -> None:
         missing("transformers")
         return
     print(describe_machine(device), flush=True)
+    names = ("model", "img_size", "num_classes", "batch_size")
+    flags = [word for name in names for word in (f"--{name}", str(getattr(args, name)))]
     rows = []
     for part in args.parts:
         for mode in args.modes if part != "loss" else ["float32"]:
-            times = alternate(
-                {whose: build_run(part, whose, mode, args, device) for whose in (OURS, THEIRS)}, args.rounds, device
-            )
-            seconds = [f"{statistics.median(times[whose]):.3f}" for whose in (OURS, THEIRS)]
-            memory = [find_memory(part, whose, mode, args) for whose in (OURS, THEIRS)]
+            runs = {whose: build_run(part, whose, mode, args, device) for whose in (OURS, THEIRS)}
+            times = alternate(runs, args.rounds, device)
+            seconds = [f"{statistics.median(found):.3f}" for found in times.values()]
+            memory = [find_memory(__file__, [*flags, "--memory_of", part, whose, mode]) for whose in runs]
             rows.append([part, mode, *seconds, ratio(times[THEIRS], times[OURS]), *memory])
     header = ["forwards and backwards", "mode", "s", f"s, {THEIRS}", "times as fast", "GB", f"GB, {THEIRS}"]
     print_table(f"{args.model} under UperNet, {args.img_size} px, batch {args.batch_size}", header, rows)

@@ -1,10 +1,11 @@
 """What does an optimizer step of pretraining cost, in time and memory, beside transformers' and lightly's?
 
-    python benchmarks/step.py
-    python benchmarks/step.py --model mae_vit_large_patch16 --tables mask_ratio
+    OMP_NUM_THREADS=1 python benchmarks/step.py
+    OMP_NUM_THREADS=1 python benchmarks/step.py --model mae_vit_large_patch16 --tables mask_ratio
 
 Networks of the same sizes, with the same AdamW and clipping, take turns on random images, on the GPU where there is
-one and else on one CPU thread. Peers are `pip install transformers lightly`; what is not installed is left out.
+one and else on the CPU. Beside peers each step is taken in a process of its own, because on a CPU this project keeps
+the memory that it frees. Peers are `pip install transformers lightly`; what is not installed is left out.
 """
 
 import argparse
@@ -12,21 +13,22 @@ import dataclasses
 import importlib.util
 import json
 import statistics
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from measure import (
-    add_flags,
     alternate,
+    build_parser,
     choose_device,
     describe_machine,
+    find_memory,
     matrix_rate,
     measure_apart,
     memory_gb,
     missing,
     print_table,
     ratio,
+    take_turns,
     time_run,
 )
 from torch import Tensor, nn
@@ -34,35 +36,26 @@ from torch import Tensor, nn
 from model import MODEL_CONFIGS, MAEConfig, ViTMAEForPreTraining, num_kept_patches
 from training.process import keep_freed_memory
 
-TABLES = ("peers", "memory", "attention", "mask_ratio", "batch", "image_size", "checkpointing")
 MODES = {
     "float32 eager": (torch.float32, False),
     "bfloat16 eager": (torch.bfloat16, False),
     "bfloat16 compiled": (torch.bfloat16, True),
 }
-MASK_RATIOS = (0.5, 0.75, 0.9)
+MASK_RATIO, MASK_RATIOS = 0.75, (0.5, 0.75, 0.9)
+IMG_SIZES = (160, 224, 320)
 OURS, THEIRS = "this project", ("transformers", "lightly")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    device = choose_device()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, device, cpu_batch=8, gpu_batch=128)
+    parser, on_gpu = build_parser(__doc__), choose_device().type == "cuda"
+    batch, batches = (128, [64, 128, 256, 512]) if on_gpu else (8, [1, 4, 16])
+    parser.add_argument("--batch_size", type=int, default=batch, help=f"images of a step (default here: {batch})")
     parser.add_argument("--model", choices=MODEL_CONFIGS, default="mae_vit_base_patch16")
-    parser.add_argument("--mask_ratio", type=float, default=0.75)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the comparison with peers")
-    parser.add_argument(
-        "--as_shipped",
-        action="store_true",
-        help="the optimizers that peers come with: transformers' Trainer clips and fuses, lightly's example does not; "
-        "on a CPU also the memory that only this project keeps, so each step is taken in a process of its own",
-    )
-    batches = [64, 128, 256, 512] if device.type == "cuda" else [1, 4, 16]
-    parser.add_argument(
-        "--batch_sizes", type=int, nargs="+", default=batches, help="of the tables of batches and memory"
-    )
-    parser.add_argument("--img_sizes", type=int, nargs="+", default=[160, 224, 320])
+    shipped = "the optimizers that peers come with: transformers' Trainer clips and fuses, lightly's example does not"
+    parser.add_argument("--as_shipped", action="store_true", help=shipped)
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=batches, help="of the tables batch and memory")
     parser.add_argument("--step_of", nargs=2, metavar=("NETWORK", "MODE"), help=argparse.SUPPRESS)
     parser.add_argument("--activation_checkpointing", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -148,20 +141,12 @@ def build_lightly(config: MAEConfig, mask_ratio: float) -> nn.Module:
 BUILDERS = {OURS: build_ours, "transformers": build_transformers, "lightly": build_lightly}
 
 
-def attends_by_products(name: str, mode: str, device: torch.device) -> bool:
-    """Tell whether a network gives up fused attention, as pretrain_mae.py does on a CPU in bfloat16."""
-    return name == OURS and device.type == "cpu" and MODES[mode][0] == torch.bfloat16
-
-
 def installed_networks() -> list[str]:
     """Give this project and the peers that are there; say which are not."""
-    there = [OURS]
-    for package in THEIRS:
-        if importlib.util.find_spec(package):
-            there.append(package)
-        else:
-            missing(package)
-    return there
+    installed = [package for package in THEIRS if importlib.util.find_spec(package)]
+    for package in set(THEIRS) - set(installed):
+        missing(package)
+    return [OURS, *installed]
 
 
 class FullEncoder(ViTMAEForPreTraining):
@@ -236,33 +221,38 @@ def draw_images(batch_size: int, config: MAEConfig, device: torch.device) -> Ten
     return torch.randn(batch_size, config.input_channels, *config.image_hw, device=device)
 
 
-def build_steps(
-    args: argparse.Namespace, config: MAEConfig, name: str, modes: Sequence[str], images: Tensor
-) -> dict[str, Callable[[], None]]:
-    """Build one network and its steps by mode; they share it, as there may be no room for one apiece."""
-    bare = args.as_shipped and name == "lightly"
-    network = BUILDERS[name](config, args.mask_ratio).to(images.device).train()
-    if attends_by_products(name, modes[0], images.device):
-        network.unfuse_attention()
-    if args.activation_checkpointing:
-        network.activation_checkpointing = True
-    optimizer = build_optimizer(network, fused=not bare)
-    return {mode: build_step(network, optimizer, images, mode, clip=not bare) for mode in modes}
-
-
-def measure_step(args: argparse.Namespace, device: torch.device) -> None:
+def measure_step(args: argparse.Namespace, config: MAEConfig, device: torch.device) -> None:
     """Print peak memory of a few steps above what the libraries take, and seconds; this process does nothing else."""
     name, mode = args.step_of
     if name == OURS and device.type == "cpu":
         keep_freed_memory()
-    config = MODEL_CONFIGS[args.model]
     images = draw_images(args.batch_size, config, device)
     before = memory_gb(device)
-    step = build_steps(args, config, name, [mode], images)[mode]
+    network = BUILDERS[name](config, MASK_RATIO).to(device).train()
+    if name == OURS:
+        network.activation_checkpointing = args.activation_checkpointing
+        if device.type == "cpu" and MODES[mode][0] == torch.bfloat16:  # as pretrain_mae.py does
+            network.unfuse_attention()
+    bare = args.as_shipped and name == "lightly"
+    step = build_step(network, build_optimizer(network, fused=not bare), images, mode, clip=not bare)
     for _ in range(2):
         step()
     seconds = statistics.median(time_run(step, device) for _ in range(3))
     print(json.dumps({"gb": memory_gb(device) - before, "seconds": seconds}))
+
+
+def step_flags(args: argparse.Namespace, name: str, mode: str, batch_size: int, *more: str) -> list[str]:
+    """Give the flags with which a process of its own measures a step."""
+    flags = ["--model", args.model, "--step_of", name, mode, "--batch_size", str(batch_size), *more]
+    return [*flags, "--as_shipped"] if args.as_shipped else flags
+
+
+def measure_seconds(args: argparse.Namespace, name: str, mode: str) -> float:
+    """Give the seconds of a step in a new process: where its memory happens to lie changes the time, too."""
+    found = measure_apart(__file__, step_flags(args, name, mode, args.batch_size))
+    if found is None:
+        raise MemoryError(f"no memory for a step of {name} at batch {args.batch_size}; try a smaller --batch_size")
+    return found["seconds"]
 
 
 # ------------------------------------------------------------------------------------------------ tables
@@ -270,90 +260,53 @@ def measure_step(args: argparse.Namespace, device: torch.device) -> None:
 
 def compare_peers(args: argparse.Namespace, config: MAEConfig, device: torch.device) -> None:
     names = installed_networks()
-    if args.as_shipped and device.type == "cpu":
-        times = time_apart(args, [(name, mode) for name in names for mode in args.modes])
-    else:
-        images, steps = draw_images(args.batch_size, config, device), {}
-        for name in names:
-            for products in (False, True):
-                modes = [mode for mode in args.modes if attends_by_products(name, mode, device) == products]
-                if modes:
-                    built = build_steps(args, config, name, modes, images)
-                    steps.update({(name, mode): step for mode, step in built.items()})
-        times = alternate({", ".join(key): step for key, step in steps.items()}, args.rounds, device, warmup=2)
-        times = {key: times[", ".join(key)] for key in steps}
+    keys = [(name, mode) for name in names for mode in args.modes]
+    times = take_turns(keys, args.rounds, lambda key: measure_seconds(args, *key))
     rates = {dtype: matrix_rate(device, dtype) for dtype in {MODES[mode][0] for mode in args.modes}}
-    flops = training_flops(config, args.mask_ratio) * args.batch_size
-    rows = []
+    flops, rows = training_flops(config, MASK_RATIO) * args.batch_size, []
     for (name, mode), seconds in times.items():
         typical = statistics.median(seconds)
         row = [name, mode, f"{typical:.3f}", f"{args.batch_size / typical:.1f}", f"{flops / typical / 1e12:.3f}"]
         row.append(f"{flops / typical / rates[MODES[mode][0]]:.0%}")
         for peer in names[1:]:
-            same = ratio(times[peer, mode], seconds) if name == OURS else ""
-            shipped = ratio(times[peer, args.modes[0]], seconds) if name == OURS else ""
-            row += [same, shipped]
+            row += [ratio(times[peer, other], seconds) if name == OURS else "" for other in (mode, args.modes[0])]
         rows.append(row)
     header = ["network", "mode", "s/step", "images/s", "TFLOP/s", "of matrix rate"]
     for peer in names[1:]:
         header += [f"times {peer}, same mode", f"times {peer}, {args.modes[0]}"]
-    print_table(
-        f"{args.model}, batch {args.batch_size}, {flops / args.batch_size / 1e9:.1f} GFLOP an image; matrix rate "
-        + ", ".join(f"{rate / 1e12:.2f} TFLOP/s in {str(dtype)[6:]}" for dtype, rate in rates.items()),
-        header,
-        rows,
-    )
-
-
-def time_apart(args: argparse.Namespace, keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], list[float]]:
-    """Time steps in turns, each round in new processes: where their memory happens to lie changes the time, too."""
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
-    for index in range(args.rounds):
-        for key in keys[index % len(keys) :] + keys[: index % len(keys)]:
-            found = run_apart(args, *key, args.batch_size)
-            if found is None:
-                raise MemoryError(f"no memory for a step of {key[0]} at batch {args.batch_size}; try a smaller one")
-            times[key].append(found["seconds"])
-        print(f"round {index + 1} of {args.rounds}", file=sys.stderr, flush=True)
-    return times
-
-
-def run_apart(args: argparse.Namespace, name: str, mode: str, batch_size: int, *more: str) -> dict | None:
-    """Measure a step in a process of its own: peak memory and seconds, None when memory runs out."""
-    flags = ["--model", args.model, "--step_of", name, mode, "--batch_size", str(batch_size), *more]
-    flags += ["--as_shipped"] if args.as_shipped else []
-    return measure_apart(__file__, [*flags, "--threads", str(args.threads), "--mask_ratio", str(args.mask_ratio)])
+    title = f"{args.model}, batch {args.batch_size}, {flops / args.batch_size / 1e9:.1f} GFLOP an image; matrix rate "
+    title += ", ".join(f"{rate / 1e12:.2f} TFLOP/s in {str(dtype)[6:]}" for dtype, rate in rates.items())
+    print_table(title, header, rows)
 
 
 def compare_memory(args: argparse.Namespace, config: MAEConfig, device: torch.device) -> None:
     names, rows = installed_networks(), []
     for batch_size in args.batch_sizes:
         for mode in args.modes:
-            cells = [find_memory(args, name, mode, batch_size) for name in names]
+            cells = [find_memory(__file__, step_flags(args, name, mode, batch_size)) for name in names]
             rows.append([str(batch_size), mode, *cells])
     print_table(f"{args.model}, peak memory of a step in GB", ["batch", "mode", *names], rows)
-
-
-def find_memory(args: argparse.Namespace, name: str, mode: str, batch_size: int, *more: str) -> str:
-    found = run_apart(args, name, mode, batch_size, *more)
-    return f"{found['gb']:.2f}" if found else "out of memory"
 
 
 def compare_attention(args: argparse.Namespace, config: MAEConfig, device: torch.device) -> None:
     images, steps = draw_images(args.batch_size, config, device), {}
     for mode in args.modes:
         for way in ("fused", "by products"):
-            network = build_ours(config, args.mask_ratio).to(device).train()
+            network = build_ours(config, MASK_RATIO).to(device).train()
             if way == "by products":
                 network.unfuse_attention()
-            steps[f"{mode}, {way}"] = build_step(network, build_optimizer(network), images, mode)
+            steps[mode, way] = build_step(network, build_optimizer(network), images, mode)
     times = alternate(steps, args.rounds, device, warmup=2)
     rows = []
     for mode in args.modes:
-        fused, products = (times[f"{mode}, {way}"] for way in ("fused", "by products"))
+        fused, products = times[mode, "fused"], times[mode, "by products"]
         rows.append([mode, *(f"{statistics.median(found):.3f}" for found in (fused, products)), ratio(fused, products)])
     title = f"{args.model}, batch {args.batch_size}: attention by torch's fused kernel, or by matrix products"
     print_table(title, ["mode", "s/step fused", "s/step by products", "times as fast by products"], rows)
+
+
+def default_mode(device: torch.device) -> str:
+    return "bfloat16 eager" if device.type == "cuda" else "float32 eager"
 
 
 def compare_mask_ratios(args: argparse.Namespace, config: MAEConfig, device: torch.device) -> None:
@@ -361,97 +314,83 @@ def compare_mask_ratios(args: argparse.Namespace, config: MAEConfig, device: tor
     networks = {  # all predict every patch, so that only what is encoded differs
         f"{mask_ratio:g} removed": build_ours(config, mask_ratio, predict_visible=True) for mask_ratio in MASK_RATIOS
     }
-    everything = f"{args.mask_ratio:g} removed, all encoded with mask tokens"
-    networks[everything] = FullEncoder(config, args.mask_ratio)
-    shared = next(iter(networks.values()))
+    usual, everything = f"{MASK_RATIO:g} removed", f"{MASK_RATIO:g} removed, all encoded with mask tokens"
+    networks[everything] = FullEncoder(config, MASK_RATIO)
     for network in networks.values():  # one set of weights, as there may be no room for four
-        for name, parameter in shared.named_parameters():
+        for name, parameter in networks[usual].named_parameters():
             owner, _, leaf = name.rpartition(".")
             setattr(network.get_submodule(owner), leaf, parameter)
         network.to(device).train()
     optimizer = build_optimizer(networks[everything])
     steps = {name: build_step(network, optimizer, images, mode) for name, network in networks.items()}
     times = alternate(steps, args.rounds, device)
-    usual = times[f"{args.mask_ratio:g} removed"]
-    rows = [[name, f"{statistics.median(found):.3f}", ratio(found, usual)] for name, found in times.items()]
+    rows = [[name, f"{statistics.median(found):.3f}", ratio(found, times[usual])] for name, found in times.items()]
     title = f"{args.model}, {mode}, batch {args.batch_size}: cost against the mask ratio"
-    print_table(title, ["patches", "s/step", f"cost / that at {args.mask_ratio:g}"], rows)
-
-
-def default_mode(device: torch.device) -> str:
-    return "bfloat16 eager" if device.type == "cuda" else "float32 eager"
+    print_table(title, ["patches", "s/step", f"cost / that at {MASK_RATIO:g}"], rows)
 
 
 def compare_batches(args: argparse.Namespace, config: MAEConfig, device: torch.device) -> None:
-    network, mode = build_ours(config, args.mask_ratio).to(device).train(), default_mode(device)
-    optimizer = build_optimizer(network)
-    steps = {
-        str(size): build_step(network, optimizer, draw_images(size, config, device), mode) for size in args.batch_sizes
-    }
-    times = alternate(steps, args.rounds, device)
-    rows = [
-        [size, f"{statistics.median(found):.3f}", f"{int(size) / statistics.median(found):.2f}"]
-        for size, found in times.items()
-    ]
-    print_table(f"{args.model}, {mode}: batches", ["batch", "s/step", "images/s"], rows)
+    compare_inputs(args, device, {f"batch {size}": (size, config) for size in args.batch_sizes})
 
 
 def compare_image_sizes(args: argparse.Namespace, config: MAEConfig, device: torch.device) -> None:
-    network, mode = build_ours(config, args.mask_ratio).to(device).train(), default_mode(device)
-    optimizer, steps, flops = build_optimizer(network), {}, {}
-    for size in args.img_sizes:
-        resized = dataclasses.replace(config, img_size=size)
-        steps[str(size)] = build_step(network, optimizer, draw_images(args.batch_size, resized, device), mode)
-        flops[str(size)] = training_flops(resized, args.mask_ratio) * args.batch_size
-    times = alternate(steps, args.rounds, device)
+    sizes = {side: dataclasses.replace(config, img_size=side) for side in IMG_SIZES}
+    compare_inputs(args, device, {f"{side} px": (args.batch_size, resized) for side, resized in sizes.items()})
+
+
+def compare_inputs(args: argparse.Namespace, device: torch.device, inputs: dict[str, tuple[int, MAEConfig]]) -> None:
+    """Compare batches of images of several sizes, by name, under one network."""
+    network, mode = build_ours(MODEL_CONFIGS[args.model], MASK_RATIO).to(device).train(), default_mode(device)
+    optimizer = build_optimizer(network)
+    steps = {name: build_step(network, optimizer, draw_images(*of, device), mode) for name, of in inputs.items()}
     rows = []
-    for size, found in times.items():
-        typical = statistics.median(found)
-        rows.append([size, f"{typical:.3f}", f"{args.batch_size / typical:.2f}", f"{flops[size] / typical / 1e12:.3f}"])
-    title = f"{args.model}, {mode}, batch {args.batch_size}: image sizes"
-    print_table(title, ["pixels", "s/step", "images/s", "TFLOP/s"], rows)
+    for name, found in alternate(steps, args.rounds, device).items():
+        (batch_size, config), typical = inputs[name], statistics.median(found)
+        flops = training_flops(config, MASK_RATIO) * batch_size
+        rows.append([name, f"{typical:.3f}", f"{batch_size / typical:.2f}", f"{flops / typical / 1e12:.3f}"])
+    title = f"{args.model}, {mode}; batch {args.batch_size} and {MODEL_CONFIGS[args.model].img_size} px unless said"
+    print_table(title, ["input", "s/step", "images/s", "TFLOP/s"], rows)
 
 
 def compare_checkpointing(args: argparse.Namespace, config: MAEConfig, device: torch.device) -> None:
-    network, mode = build_ours(config, args.mask_ratio).to(device).train(), default_mode(device)
-    optimizer, images = build_optimizer(network), draw_images(args.batch_size, config, device)
-    plain = build_step(network, optimizer, images, mode)
+    mode = default_mode(device)
+    network, images = build_ours(config, MASK_RATIO).to(device).train(), draw_images(args.batch_size, config, device)
+    plain = build_step(network, build_optimizer(network), images, mode)
 
     def run(checkpointing: bool) -> None:
         network.activation_checkpointing = checkpointing
         plain()
 
-    steps = {"kept": lambda: run(False), "computed again": lambda: run(True)}
-    times = alternate(steps, args.rounds, device)
-    cost = ratio(times["computed again"], times["kept"])
+    times = alternate({"kept": lambda: run(False), "computed again": lambda: run(True)}, args.rounds, device)
     rows = []
-    for batch_size in args.batch_sizes:
-        kept = find_memory(args, OURS, mode, batch_size)
-        again = find_memory(args, OURS, mode, batch_size, "--activation_checkpointing")
-        rows.append([str(batch_size), kept, again])
+    for size in args.batch_sizes:
+        flags = step_flags(args, OURS, mode, size), step_flags(args, OURS, mode, size, "--activation_checkpointing")
+        rows.append([str(size), *(find_memory(__file__, way) for way in flags)])
+    cost = ratio(times["computed again"], times["kept"])
     title = f"{args.model}, {mode}: peak memory of a step in GB; --activation_checkpointing takes {cost} times as long"
     print_table(title, ["batch", "activations kept", "--activation_checkpointing"], rows)
 
 
+TABLES = {
+    "peers": compare_peers,
+    "memory": compare_memory,
+    "attention": compare_attention,
+    "mask_ratio": compare_mask_ratios,
+    "batch": compare_batches,
+    "image_size": compare_image_sizes,
+    "checkpointing": compare_checkpointing,
+}
+
+
 def main(args: argparse.Namespace) -> None:
-    device = choose_device()
-    torch.set_num_threads(args.threads)
+    device, config = choose_device(), MODEL_CONFIGS[args.model]
     torch.manual_seed(0)
     if args.step_of:
-        measure_step(args, device)
+        measure_step(args, config, device)
         return
     print(describe_machine(device), flush=True)
-    tables = {
-        "peers": compare_peers,
-        "memory": compare_memory,
-        "attention": compare_attention,
-        "mask_ratio": compare_mask_ratios,
-        "batch": compare_batches,
-        "image_size": compare_image_sizes,
-        "checkpointing": compare_checkpointing,
-    }
     for name in args.tables:
-        tables[name](args, MODEL_CONFIGS[args.model], device)
+        TABLES[name](args, config, device)
 
 
 if __name__ == "__main__":

@@ -280,3 +280,11 @@ def describe_decoder() -> str:
     whole = "torchcodec" if decode_jpeg is not None else "Pillow (faster with: pip install torchcodec)"
     areas = "nvimgcodec (only the crop), " if load_nvimgcodec() is not None else ""
     return areas + whole + ("" if decode_jpeg is None else ", Pillow for what is not plain JPEG")
+
+
+def require_image(path: str | Path, channels: int = 3) -> Image.Image:
+    """Decode a file that cannot be left out, as `read_image` does; ValueError that names it where that fails."""
+    try:
+        return read_image(path, channels)
+    except DECODE_ERRORS as error:
+        raise ValueError(f"cannot decode {path}: {type(error).__name__}: {error}") from error

@@ -1,8 +1,6 @@
 """The benchmarks of the networks: what they count, and that every network they time trains. Nothing is timed here."""
 
 import importlib.util
-import subprocess
-import sys
 from types import ModuleType
 
 import pytest
@@ -28,9 +26,13 @@ def step(monkeypatch) -> ModuleType:
     return load_benchmark("step", monkeypatch)
 
 
-@pytest.fixture
-def segmentation(monkeypatch) -> ModuleType:
-    return load_benchmark("segmentation", monkeypatch)
+def test_measures_take_turns_and_are_compared_round_by_round(monkeypatch, capsys):
+    measure, order = load_benchmark("measure", monkeypatch), []
+    found = measure.take_turns(["a", "b"], 3, lambda name: order.append(name) or len(order))
+    assert order == ["a", "b", "b", "a", "a", "b"] and found == {"a": [1, 4, 5], "b": [2, 3, 6]}
+    assert measure.ratio([2, 4, 9], [1, 2, 3]) == "2.00 (2.00 to 3.00)"
+    measure.print_table("title", ["name", "s"], [["a", "1.0"]])
+    assert capsys.readouterr().out == "\ntitle\n\n| name | s |\n| --- | --- |\n| a | 1.0 |\n"
 
 
 @pytest.mark.parametrize("mask_ratio", [0.5, 0.75])
@@ -62,10 +64,7 @@ def test_fewer_flops_are_made_than_counted(step):
 
 
 def test_every_network_takes_steps_that_lower_its_loss(step):
-    builders = {**step.BUILDERS, "all encoded": step.FullEncoder}
-    if importlib.util.find_spec("lightly") is None:
-        del builders["lightly"]
-    for build in builders.values():
+    for build in [*(step.BUILDERS[name] for name in step.installed_networks()), step.FullEncoder]:
         torch.manual_seed(0)
         network, images = build(TINY, 0.75).train(), torch.randn(2, 3, 16, 16)
         run = step.build_step(network, step.build_optimizer(network), images, "float32 eager")
@@ -86,35 +85,27 @@ def test_networks_compared_have_as_many_weights_to_train(step):
     assert count(step.FullEncoder(TINY, 0.75)) == ours + TINY.encoder_embed_dim
 
 
-def test_heads_compared_give_the_same_loss_and_gradients(segmentation):
+def test_heads_compared_give_the_same_loss_and_gradients(monkeypatch):
     """The whole step of both, from the same weights and of the same images."""
+    segmentation = load_benchmark("segmentation", monkeypatch)
     args = segmentation.parse_args(["--model", "mae_vit_tiny_patch16", "--img_size", "64", "--num_classes", "5"])
     ours, theirs = (segmentation.Segmenter(args, whose).eval() for whose in (segmentation.OURS, segmentation.THEIRS))
-    theirs.load_state_dict(
-        {
-            key.replace(".bn.", ".batch_norm.").replace("conv_seg", "classifier"): value
-            for key, value in ours.state_dict().items()
-        }
-    )
+    weights = {k.replace(".bn.", ".batch_norm."): value for k, value in ours.state_dict().items()}
+    theirs.load_state_dict({k.replace("conv_seg", "classifier"): value for k, value in weights.items()})
     images, labels = torch.randn(1, 3, 64, 64), torch.randint(0, 5, (1, 64, 64))
     labels[:, :9] = segmentation.IGNORED
     losses = [network(images, labels) for network in (ours, theirs)]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
-    gradients = [
-        torch.autograd.grad(loss, net.neck.parameters()) for loss, net in zip(losses, (ours, theirs), strict=True)
-    ]
+    gradients = [torch.autograd.grad(losses[i], net.neck.parameters()) for i, net in enumerate((ours, theirs))]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
 
 
-def test_steps_as_shipped_are_taken_in_processes_of_their_own():
-    flags = ["--tables", "peers", "--modes", "float32 eager", "--rounds", "1", "--batch_size", "1"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "step.py", "--as_shipped", "--model", "mae_vit_tiny_patch16", *flags],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
+def test_steps_beside_peers_are_taken_in_processes_of_their_own(step, monkeypatch, capsys):
+    monkeypatch.setattr(step, "matrix_rate", lambda device, dtype: 1e12)
+    flags = ["--tables", "peers", "--modes", "float32 eager", "--rounds", "1", "--batch_size", "1", "--as_shipped"]
+    step.main(step.parse_args(["--model", "mae_vit_tiny_patch16", *flags]))
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
     ours, theirs = (next(row for row in rows if row[0] == name) for name in ("this project", "transformers"))
     assert float(ours[2]) > 0 and float(theirs[2]) > 0
     assert float(ours[6].split()[0]) == pytest.approx(float(theirs[2]) / float(ours[2]), rel=0.03)

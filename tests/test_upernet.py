@@ -1,6 +1,8 @@
-"""The heads against transformers' own and hand-made cases; windows by counting and by constants."""
+"""The heads against transformers' own and hand-made cases; windows by counting and by constants; labels by hand."""
 
 import functools
+import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -8,10 +10,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as tvf
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead as TheirFCNHead
 from transformers.models.upernet.modeling_upernet import UperNetHead as TheirHead
 
 import upernet
+from dataset import normalize
+from model import MAEConfig, ViTMAEForSegmentation
 from upernet import (
     FCNHead,
     Feature2Pyramid,
@@ -19,6 +24,8 @@ from upernet import (
     UperNetHead,
     build_norm,
     conv3x3_over_resized,
+    label_pixels,
+    predict,
     resize,
     resized_cross_entropy,
     slide_inference,
@@ -335,3 +342,125 @@ def test_overlaps_are_averaged():
     answers = iter([torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)])
     (out,) = slide_inference(lambda windows: next(answers), [torch.zeros(1, 4, 6)], (4, 4), (2, 2), 1)
     assert out[0, 0].tolist() == [0, 0, 0.5, 0.5, 1, 1]
+
+
+# -------------------------------------------------------------------------------- whole images
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+MODES = [{}, {"flip": True}, {"multi_scale": True}, {"multi_scale": True, "flip": True}]
+MODES += [{"slide": False, **mode} for mode in MODES[:3]]
+
+
+@pytest.fixture(scope="module")
+def opinionated() -> ViTMAEForSegmentation:
+    """A segmenter for 32 x 24 pixels, not trained, whose answers change from place to place and are sure."""
+    torch.manual_seed(0)
+    config = MAEConfig(img_size=(32, 24), patch_size=4, encoder_embed_dim=32, encoder_depth=4, encoder_num_heads=2)
+    model = ViTMAEForSegmentation(config, 4, channels=16)
+    nn.init.normal_(model.decode_head.conv_seg.weight, std=3.0)
+    for module in model.modules():  # with the statistics of real maps, else one class has the most everywhere
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model(torch.randn(8, 3, 32, 24))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def odd_images() -> list[Tensor]:
+    """Blocks of colour in three sizes: of several windows, smaller than one, and so wide that the long side binds."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (3, 3, 13, 13), generator=generator, dtype=torch.uint8)
+    sizes = ((50, 81), (20, 17), (24, 66))
+    return [tvf.resize(x, list(size), antialias=False) for x, size in zip(blocks, sizes, strict=True)]
+
+
+@torch.no_grad()
+def label(model: ViTMAEForSegmentation, images: list[Tensor], resize_to=(70, 28), **mode: bool) -> list[Tensor]:
+    to_input = functools.partial(normalize, mean=MEAN, std=STD)
+    sizes = dict(crop_size=(32, 24), patch_size=4, resize_to=resize_to)
+    return predict(model, images, normalize=to_input, **sizes, batch_size=3, **mode)
+
+
+def label_by_hand(
+    model: ViTMAEForSegmentation, image: Tensor, *, slide: bool = True, multi_scale: bool = False, flip: bool = False
+) -> Tensor:
+    """Label a uint8 (C, H, W) as `label` does: one view, one window, one step after the other."""
+    total, (height, width) = 0, image.shape[1:]
+    for factor in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75) if multi_scale else (1.0,):
+        scale = min(factor * 70 / max(height, width), factor * 28 / min(height, width))
+        if multi_scale and slide:  # at least a window, and as long as it comes
+            scale = max(factor * 28, 32) / min(height, width)
+        size = [math.floor(side * scale + 0.5) for side in (height, width)]
+        view = tvf.resize(image, size, antialias=False).float() / 255
+        view = (view - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+        for mirrored in (False, True) if flip else (False,):
+            score = score_by_hand(model, view.flip(-1) if mirrored else view, slide)
+            score = score.flip(-1) if mirrored else score
+            total = total + F.interpolate(score[None], (height, width), mode="bilinear")[0].softmax(dim=0)
+    return total.argmax(dim=0)
+
+
+def score_by_hand(model: ViTMAEForSegmentation, view: Tensor, slide: bool) -> Tensor:
+    """Score the pixels of one view by windows of 32 x 24, 21 and 16 apart, or padded to whole cells of 8 x 8."""
+    height, width = view.shape[1:]
+    crop, stride = ((32, 24), (21, 16)) if slide else ([math.ceil(side / 8) * 8 for side in (height, width)], (1, 1))
+    tops, lefts = (
+        {min(start, max(0, side - length)) for start in range(0, max(0, side - length) + step, step)}
+        for side, length, step in zip((height, width), crop, stride, strict=True)
+    )
+    total, visits = torch.zeros(4, height, width), torch.zeros(height, width)
+    for top, left in itertools.product(tops, lefts):
+        pixels = view[:, top : top + crop[0], left : left + crop[1]]
+        window = torch.zeros(1, 3, *crop)
+        window[0, :, : pixels.shape[1], : pixels.shape[2]] = pixels
+        score = F.interpolate(model(window).logits, crop, mode="bilinear")[0]
+        total[:, top : top + crop[0], left : left + crop[1]] += score[:, : pixels.shape[1], : pixels.shape[2]]
+        visits[top : top + crop[0], left : left + crop[1]] += 1
+    return total / visits
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_predict_equals_one_view_and_window_at_a_time(opinionated, odd_images, mode):
+    """But for 0.2 % of the pixels, where two classes may be as good as equal and the order of sums decides."""
+    answers = label(opinionated, odd_images, **mode)
+    for answer, image in zip(answers, odd_images, strict=True):
+        with torch.no_grad():
+            expected = label_by_hand(opinionated, image, **mode)
+        assert answer.shape == expected.shape == image.shape[1:] and answer.dtype == torch.int64
+        assert (answer != expected).float().mean() <= 0.002
+
+
+def test_every_mode_of_a_test_answers_otherwise(opinionated, odd_images):
+    """Else the test above would not notice an option that is ignored."""
+    found = [label(opinionated, odd_images[-1:], **mode)[0] for mode in MODES]
+    for one, other in itertools.combinations(found, 2):
+        assert (one != other).float().mean() > 0.1
+
+
+@pytest.mark.parametrize("size", [(40, 29), (7, 9), (13, 40), (25, 8), (13, 17)])
+def test_label_pixels_is_bilinear_then_argmax_however_the_rows_are_cut(monkeypatch, size):
+    """But for one pixel in a thousand, where two classes may be as good as equal."""
+    monkeypatch.setattr(upernet, "BAND_ROWS", 6)
+    score = torch.randn(5, 13, 17, generator=torch.Generator().manual_seed(0))
+    whole = F.interpolate(score[None], size, mode="bilinear", align_corners=False)[0].argmax(dim=0)
+    answer = label_pixels(score, size)
+    assert answer.shape == size and (answer != whole).float().mean() <= 0.001
+
+
+def test_no_scale_of_a_windowed_test_is_smaller_than_a_window(opinionated, monkeypatch):
+    seen = []
+
+    def score_nothing(predict, views, crop_size, stride, batch_size):
+        seen.extend(tuple(view.shape[-2:]) for view in views)
+        return [torch.zeros(4, *view.shape[-2:]) for view in views]
+
+    monkeypatch.setattr(upernet, "slide_inference", score_nothing)
+    label(opinionated, [torch.zeros(3, 40, 60, dtype=torch.uint8)], resize_to=(128, 32), multi_scale=True)
+    assert seen == [(32, 48), (32, 48), (32, 48), (40, 60), (48, 72), (56, 84)]  # short side 32 x 0.5 ... 1.75
+
+
+def test_flipped_test_of_a_mirrored_image_is_the_mirror_image(opinionated):
+    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    (answer,), (mirrored,) = (label(opinionated, [x], flip=True, slide=False) for x in (image, image.flip(-1)))
+    assert answer.unique().numel() > 1 and (answer.flip(-1) == mirrored).float().mean() > 0.99

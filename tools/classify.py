@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset import IMAGENET_MEAN, IMAGENET_STD, ResizeCenterCrop, eval_crop_ratio, normalize
 from model import load_classifier
-from storage.decoding import DECODE_ERRORS, read_image
+from storage.decoding import require_image
 from utils import describe_class
 
 TOP = 5
@@ -23,9 +23,8 @@ TOP = 5
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="of any size; resized and cropped to the model's")
-    parser.add_argument(
-        "--checkpoint", required=True, help="checkpoint folder of finetune_classifier.py, or mae_finetuned_vit_*.pth"
-    )
+    source = "checkpoint folder of finetune_classifier.py, or mae_finetuned_vit_*.pth"
+    parser.add_argument("--checkpoint", required=True, help=source)
     return parser.parse_args(argv)
 
 
@@ -42,15 +41,11 @@ def main(args: argparse.Namespace) -> None:
     model, record = load_classifier(args.checkpoint)
     model.eval()
     names = class_names_of(record, model.num_classes)
-    hw = model.config.image_hw
-    fit = ResizeCenterCrop(hw, eval_crop_ratio(hw))
+    fit = ResizeCenterCrop(model.config.image_hw, eval_crop_ratio(model.config.image_hw))
     mean, std = record.get("image_mean", IMAGENET_MEAN), record.get("image_std", IMAGENET_STD)
     for path in args.images:
-        try:
-            image = read_image(path, model.config.input_channels)
-        except DECODE_ERRORS as error:
-            raise ValueError(f"cannot decode {path}: {type(error).__name__}: {error}") from error
-        probabilities = model(normalize(fit(image)[None], mean, std)).softmax(dim=1)[0]
+        image = fit(require_image(path, model.config.input_channels))  # (C, H, W)
+        probabilities = model(normalize(image[None], mean, std)).softmax(dim=1)[0]
         print(path)
         best = probabilities.topk(min(TOP, len(names)))
         for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset import IMAGENET_MEAN, IMAGENET_STD, ResizeCenterCrop, denormalize, normalize
 from model import find_weights, load_pretrained_mae, num_kept_patches, read_config
-from storage.decoding import DECODE_ERRORS, read_image
+from storage.decoding import require_image
 from utils import draw_rows, reconstruction_titles
 
 
@@ -42,17 +42,11 @@ def main(args: argparse.Namespace) -> None:
         raise FileExistsError(f"{args.output} exists; choose another --output or add --overwrite")
     model = load_pretrained_mae(args.checkpoint, norm_pix_loss=args.norm_pix_loss).eval()
     num_kept_patches(model.config.num_patches, args.mask_ratio)
-    record = read_config(find_weights(args.checkpoint)) or {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
-    mean, std = record["image_mean"], record["image_std"]
+    record = read_config(find_weights(args.checkpoint)) or {}
+    mean, std = record.get("image_mean", IMAGENET_MEAN), record.get("image_std", IMAGENET_STD)
     fit = ResizeCenterCrop(model.config.image_hw)
-    pictures = []
-    for path in args.images:
-        try:
-            image = read_image(path, model.config.input_channels)
-        except DECODE_ERRORS as error:
-            raise ValueError(f"cannot decode {path}: {type(error).__name__}: {error}") from error
-        pictures.append(fit(image))
-    images = normalize(torch.stack(pictures), mean, std)  #                            (N, C, H, W)
+    pictures = [fit(require_image(path, model.config.input_channels)) for path in args.images]
+    images = normalize(torch.stack(pictures), mean, std)  # (N, C, H, W)
     noise = torch.rand(len(images), model.config.num_patches, generator=torch.Generator().manual_seed(args.seed))
     _, pred, mask = model(images, args.mask_ratio, noise)
     panels = [denormalize(x, mean, std) for x in (images, *model.reconstruct(images, pred, mask))]

@@ -6,21 +6,23 @@ The label PNGs hold class numbers as the training's label maps do (with ADE20K 1
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as tvf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from finetune_segmentation import predict
+from dataset import normalize
 from model import load_segmenter
-from storage.decoding import DECODE_ERRORS, read_image
+from storage.decoding import require_image
 from storage.lists import scan_images
 from storage.pairs import LABEL_COLOURS
+from upernet import predict
 from utils import colour_classes, draw_legend
 
 SHOWN_CLASSES = 12
@@ -52,9 +54,8 @@ def find_images(paths: list[Path]) -> dict[str, Path]:
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"no image or folder at {path}; nothing was written")
-        files = [path / name for name in scan_images(path)[0]] if path.is_dir() else [path]
-        for file in files:
-            name = "_".join((file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix("").parts)
+        for file in [path / name for name in scan_images(path)[0]] if path.is_dir() else [path]:
+            name = "_".join(file.relative_to(path if path.is_dir() else path.parent).with_suffix("").parts)
             if name in found:
                 raise ValueError(f"{found[name]} and {file} would both be written as {name}; give them one at a time")
             found[name] = file
@@ -66,52 +67,36 @@ def find_images(paths: list[Path]) -> dict[str, Path]:
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     files = find_images(args.images)
-    outputs = {name: [args.output / f"{name}_{kind}.png" for kind in ("overlay", "labels")] for name in files}
-    existing = [str(path) for pair in outputs.values() for path in pair if path.exists()]
-    if existing and not args.overwrite:
-        raise FileExistsError(f"{existing[0]} exists; choose another --output or add --overwrite")
+    for path in (args.output / f"{name}_{kind}.png" for name in files for kind in ("overlay", "labels")):
+        if path.exists() and not args.overwrite:
+            raise FileExistsError(f"{path} exists; choose another --output or add --overwrite")
     model, record = load_segmenter(args.checkpoint)
     model.to(args.device).eval()
-    config = model.backbone.config
-    settings = argparse.Namespace(
-        img_size=config.img_size,
-        mean=record["image_mean"],
-        std=record["image_std"],
-        resize_to=record["resize_to"],
-        slide=args.slide,
-        multi_scale=args.multi_scale,
-        flip=args.flip,
-        window_batch_size=args.batch_size,
-    )
-    names = record["class_names"]
+    config, names = model.backbone.config, record["class_names"]
+    to_input = functools.partial(normalize, mean=record["image_mean"], std=record["image_std"])
+    options = {name: getattr(args, name) for name in ("slide", "multi_scale", "flip", "batch_size")}
+    options |= dict(crop_size=config.image_hw, patch_size=config.patch_size, resize_to=record["resize_to"])
     args.output.mkdir(parents=True, exist_ok=True)
     for name, file in files.items():
-        try:
-            image = tvf.pil_to_tensor(read_image(file, config.input_channels))
-        except DECODE_ERRORS as error:
-            raise ValueError(f"cannot decode {file}: {type(error).__name__}: {error}") from error
-        classes = predict(model, [image.to(args.device)], settings)[0].cpu()  # (H, W)
+        image = tvf.pil_to_tensor(require_image(file, config.input_channels))
+        classes = predict(model, [image.to(args.device)], normalize=to_input, **options)[0].cpu()  # (H, W)
         counts = torch.bincount(classes.flatten(), minlength=len(names))
-        order = [k for k in counts.argsort(descending=True, stable=True).tolist() if counts[k]]
-        overlay_file, labels_file = outputs[name]
-        raw = classes.numpy().astype(np.uint8) + int(record["ignore_zero"])
-        Image.fromarray(raw.astype(np.uint8)).save(labels_file)
-        draw_overlay(image, classes, [(names[k], k) for k in order[:SHOWN_CLASSES]], args.opacity).save(overlay_file)
+        shown = [k for k in counts.argsort(descending=True, stable=True).tolist() if counts[k]][:SHOWN_CLASSES]
+        labels = (classes + record["ignore_zero"]).numpy().astype(np.uint8)
+        Image.fromarray(labels).save(args.output / f"{name}_labels.png")
+        overlay_file = args.output / f"{name}_overlay.png"
+        draw_overlay(image, classes, {names[k]: k for k in shown}, args.opacity).save(overlay_file)
         print(f"{file}: {overlay_file}")
-        for k in order[:SHOWN_CLASSES]:
+        for k in shown:
             print(f"  {100 * counts[k].item() / classes.numel():6.2f} %  {names[k]}")
 
 
-def draw_overlay(
-    image: torch.Tensor, classes: torch.Tensor, shown: list[tuple[str, int]], opacity: float
-) -> Image.Image:
-    """Lay the classes' colours over an image, uint8 (C, H, W), with a legend below."""
-    picture = image[:3].expand(3, -1, -1) if len(image) < 3 else image[:3]
-    mixed = (1 - opacity) * picture / 255 + opacity * colour_classes(classes, LABEL_COLOURS)
+def draw_overlay(image: torch.Tensor, classes: torch.Tensor, shown: dict[str, int], opacity: float) -> Image.Image:
+    """Lay the classes' colours over an image, uint8 (C, H, W), with a legend of those `shown` below."""
+    mixed = (1 - opacity) * image[:3] / 255 + opacity * colour_classes(classes, LABEL_COLOURS)  # (3, H, W), grey too
     top = Image.fromarray((mixed * 255).round().byte().permute(1, 2, 0).numpy())
-    legend = draw_legend({name: tuple(LABEL_COLOURS[k]) for name, k in shown}, max(320, top.width))
-    canvas = Image.new("RGB", (max(top.width, legend.width), top.height + legend.height), "white")
-    canvas.paste(top, (0, 0))
+    legend = draw_legend({name: tuple(LABEL_COLOURS[k]) for name, k in shown.items()}, max(320, top.width))
+    canvas = ImageOps.expand(top, (0, 0, legend.width - top.width, legend.height), "white")
     canvas.paste(legend, (0, top.height))
     return canvas
 
