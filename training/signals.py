@@ -13,14 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from storage.workers import STOP_SIGNALS
 from training.checkpoints import Checkpoints
 from training.process import process_slice
 from training.records import RunLog
 
 GO_ON, SAVE, STOP = 0, 1, 2
-
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 ONE_REQUEST_S = 3  # signals this close together are one request: a scheduler and a launcher both pass it on
