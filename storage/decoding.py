@@ -1,6 +1,6 @@
-"""Bytes to pixels: a whole picture, or an area of it, the same pixels whichever library decodes.
+"""Bytes to pixels: a whole picture or an area of it, the same pixels whichever library decodes.
 
-Which files there are is known to lists.py, what becomes of the pixels to dataset.py.
+Finding the files is the task of lists.py and packs.py, what becomes of the pixels that of dataset.py.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import struct
 import tempfile
 import zlib
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -26,31 +27,15 @@ try:
 except (ImportError, OSError, RuntimeError):  # not installed, or built for another torch: Pillow decodes
     decode_jpeg = None
 
-
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # the contents decide, not the file name
-
-
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-
+JPEG_END = b"\xff\xd9"
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # not a stuffed 255, padding or a restart
 
 # What Pillow raises on files that are cut, damaged, disguised or hostile. DecompressionBombError is Pillow's own
 # limit on the declared size, checked before anything is decoded.
-DECODE_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
+DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, AttributeError, OverflowError)
+DECODE_ERRORS += (MemoryError, struct.error, zlib.error, Image.DecompressionBombError)
 
 CHANNEL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -105,8 +90,10 @@ def scale_to_8_bit(image: Image.Image) -> Image.Image:
 
 # Three decoders, one result. Training crops come from torchcodec, or from nvimgcodec, which decodes no more than the
 # crop; Pillow decodes what they refuse or might see differently, and everything where neither is installed. All three
-# stand on libjpeg-turbo and give the same pixels bit for bit, so a run does not hang on what is installed. Evaluation
-# and label maps are always Pillow's.
+# use libjpeg-turbo and give the same pixels bit for bit, so a run does not depend on what is installed. Evaluation and
+# label maps are always decoded by Pillow.
+# nvimgcodec is worth 1.15 times torchcodec's crops a second on a core (40 ImageNet photographs; benchmarks/RESULTS.md,
+# "Input"), to those whose GPU waits for data.
 
 
 class Area(NamedTuple):
@@ -134,7 +121,7 @@ class Picture:
 
 
 class JPEGPicture(Picture):
-    """A JPEG file that every decoder sees alike, decoded when it is cut, and where possible no further than the cut."""
+    """A JPEG file that every decoder sees alike, decoded when it is cut, and where possible the cut alone."""
 
     def __init__(self, data: bytes, height: int, width: int, channels: int, scan_start: int | None):
         self.data, self.height, self.width, self.channels = data, height, width, channels
@@ -167,12 +154,6 @@ class JPEGPicture(Picture):
         return Picture(to_pixels(read_image(io.BytesIO(self.data), self.channels)))
 
 
-JPEG_END = b"\xff\xd9"
-
-
-JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # not a stuffed 255, padding or a restart
-
-
 class NamedBytes(io.BytesIO):
     """A file in memory, by whose name Pillow's errors call it."""
 
@@ -192,7 +173,7 @@ def open_picture(file: NamedBytes, channels: int = 3) -> Picture:
     image = Image.open(file, formats=IMAGE_FORMATS)
     refuse_bomb(image)
     if is_plain_jpeg(image, channels):
-        # Pillow has read up to where the compressed pixels begin. Progressive files have several such places.
+        # Pillow has read up to where the compressed pixels begin; progressive files have several such places.
         scan_start = None if "progressive" in image.info else file.tell()
         return JPEGPicture(file.getvalue(), image.height, image.width, channels, scan_start)
     file.seek(0)
@@ -211,9 +192,8 @@ def is_plain_jpeg(image: Image.Image, channels: int) -> bool:
     except DECODE_ERRORS:
         return False
     # torchcodec also reads what Pillow does not take for EXIF, so the tag's bytes, in either order, may not be there.
-    return orientation == 1 or (
-        orientation is None and not any(tag in segment for segment in segments for tag in (b"\x01\x12", b"\x12\x01"))
-    )
+    tags = (b"\x01\x12", b"\x12\x01")
+    return orientation == 1 or (orientation is None and not any(tag in part for part in segments for tag in tags))
 
 
 def to_pixels(image: Image.Image) -> Tensor:
@@ -235,31 +215,27 @@ def decode_area(data: bytes, area: Area) -> Tensor | None:
 
 
 @functools.cache
-def load_nvimgcodec():
-    """Import nvimgcodec with its JPEG decoder for the CPU alone; None where it is not installed.
+def load_nvimgcodec() -> ModuleType | None:
+    """Import nvimgcodec with no decoder but that for JPEG on the CPU; None where it is not installed.
 
     Its other parts look for CUDA libraries when they are loaded, print errors where there are none, and have no
     business in a worker process.
     """
-    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.nvimgcodec") is None:
+    try:
+        extensions = Path(importlib.util.find_spec("nvidia.nvimgcodec").origin).parent / "extensions"
+    except (ImportError, AttributeError):  # no package `nvidia`, or none of this name in it
         return None
-    package = Path(importlib.util.find_spec("nvidia.nvimgcodec").origin).parent
-    before = os.environ.get(EXTENSIONS_VARIABLE)
+    variable, before = "NVIMGCODEC_EXTENSIONS_PATH", os.environ.get("NVIMGCODEC_EXTENSIONS_PATH")
     with tempfile.TemporaryDirectory() as folder:
-        for extension in (package / "extensions").glob("libjpeg_turbo_ext*"):
+        for extension in extensions.glob("libjpeg_turbo_ext*"):
             os.symlink(extension, os.path.join(folder, extension.name))
-        os.environ[EXTENSIONS_VARIABLE] = folder
+        os.environ[variable] = folder
         try:
             return importlib.import_module("nvidia.nvimgcodec")
         except (ImportError, OSError):  # no build for this Python or machine
             return None
         finally:
-            del os.environ[EXTENSIONS_VARIABLE]
-            if before is not None:
-                os.environ[EXTENSIONS_VARIABLE] = before
-
-
-EXTENSIONS_VARIABLE = "NVIMGCODEC_EXTENSIONS_PATH"
+            os.environ.pop(variable) if before is None else os.environ.update({variable: before})
 
 
 @functools.cache

@@ -1,29 +1,24 @@
-"""Drawn scenes: a data set that needs no download, for the demos of the three scripts."""
+"""Drawn scenes: a data set that needs no download, for the demos of the three scripts.
 
-import json
+Only drawing and writing; the scenes are read like any other folder of images.
+"""
+
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from storage.files import read_json, write_json, written_whole
+
 # One large object of ten kinds before a gradient and a pattern. Colour, place, size and tilt are drawn without regard
 # to the kind, so only the outline gives it away. A scene follows from (seed, kind, size) alone.
 DEMO_KINDS = ("circle", "ring", "square", "triangle", "star", "cross", "heart", "crescent", "house", "tree")
-
-
 # The index is the value in a label map. 0 is ADE20K's "other", which training and metrics ignore:
 # here the rim of a shape, where antialiasing mixes two regions in one pixel.
 DEMO_LABEL_NAMES = ("other", "background", *DEMO_KINDS, "clutter")
-
-
 DEMO_OVERSAMPLING = 4  # drawn this many times larger, then averaged: antialiased edges
-
-
 DEMO_VAL_SEED = 2_000_000  # training scenes have the seeds below, validation scenes those from here on
-
-
 DEMO_VERSION = 1  # raise it with every change to the drawing: data on disk is reused only if it agrees
 
 
@@ -128,37 +123,28 @@ def draw_demo_scene(seed: int, kind: int, size: int = 80) -> tuple[Image.Image, 
 
 
 def write_demo_data(root: Path, num_train: int = 3000, num_val: int = 400) -> None:
-    """Write the scenes below `root` as imagefolder/ and as ADEChallengeData2016/, once.
+    """Write the scenes below `root` as imagefolder/ and as ADEChallengeData2016/, unless they are there already.
 
-    Does nothing where `root` already holds the same scenes. Raises FileExistsError where it holds anything else.
+    FileExistsError where `root` holds anything else.
     """
     recipe = {"version": DEMO_VERSION, "num_train": num_train, "num_val": num_val}
     stamp = root / "demo.json"
-    if stamp.is_file() and json.loads(stamp.read_text()) == recipe:
+    if stamp.is_file() and read_json(stamp) == recipe:
         return
     if root.exists():
         raise FileExistsError(f"{root} exists and is not the demo data for {recipe}; remove it or name another folder")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed only when complete, so a killed run leaves no half data set under the final name.
-    partial = Path(tempfile.mkdtemp(prefix=f"{root.name}.", dir=root.parent))
-    try:
-        splits = (("train", "training", num_train, 0), ("val", "validation", num_val, DEMO_VAL_SEED))
+    splits = (("train", "training", num_train, 0), ("val", "validation", num_val, DEMO_VAL_SEED))
+    with written_whole(root, unique=True, flush=False) as partial:
         for split, ade_split, num_scenes, first_seed in splits:
-            for kind in DEMO_KINDS:
-                (partial / "imagefolder" / split / kind).mkdir(parents=True)
-            ade_folders = [partial / "ADEChallengeData2016" / part / ade_split for part in ("images", "annotations")]
-            for folder in ade_folders:
+            classes = [partial / "imagefolder" / split / kind for kind in DEMO_KINDS]
+            ade = partial / "ADEChallengeData2016"
+            images, annotations = ade / "images" / ade_split, ade / "annotations" / ade_split
+            for folder in (*classes, images, annotations):
                 folder.mkdir(parents=True)
             for index in range(num_scenes):
-                kind = index % len(DEMO_KINDS)
+                kind, stem = index % len(DEMO_KINDS), f"demo_{split}_{index:06d}"
                 image, labels = draw_demo_scene(first_seed + index, kind)
-                stem = f"demo_{split}_{index:06d}"
-                ade_image = ade_folders[0] / f"{stem}.jpg"
-                image.save(ade_image, quality=92, subsampling=0)  # 4:4:4, or thin shapes lose their colour
-                shutil.copyfile(ade_image, partial / "imagefolder" / split / DEMO_KINDS[kind] / ade_image.name)
-                labels.save(ade_folders[1] / f"{stem}.png")
-        (partial / stamp.name).write_text(json.dumps(recipe))
-        if not stamp.is_file():  # else another run was faster
-            partial.rename(root)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+                image.save(images / f"{stem}.jpg", quality=92, subsampling=0)  # 4:4:4, or thin shapes lose their colour
+                shutil.copyfile(images / f"{stem}.jpg", classes[kind] / f"{stem}.jpg")
+                labels.save(annotations / f"{stem}.png")
+        write_json(partial / stamp.name, recipe)

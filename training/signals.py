@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from storage.workers import PROTECTED_SIGNALS as STOP_SIGNALS
+from storage.workers import STOP_SIGNALS
 from training.checkpoints import Checkpoints
 from training.process import process_slice
 
