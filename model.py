@@ -255,9 +255,9 @@ class VisionTransformer(nn.Module):
                 nn.init.normal_(getattr(self, name), std=0.02)
         if not custom_weight_init:
             return
-        # The patch convolution is a linear layer on flattened patches, and is initialised like one.
+        # The patch convolution's weight is initialised like a linear layer's on flattened patches; its bias keeps
+        # Conv2d's own values, within 1 / sqrt(P*P*C) of zero.
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
-        nn.init.zeros_(self.patch_embed.proj.bias)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

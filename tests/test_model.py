@@ -492,7 +492,19 @@ def test_custom_weight_init_follows_the_original():
     assert patch.weight.std().item() == pytest.approx(math.sqrt(2 / (384 + 768)), rel=0.02)
     assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.1)
     assert model.mask_token.std().item() == pytest.approx(0.02, rel=0.1)
-    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+    biased = [name for name, p in model.named_parameters() if name.endswith("bias") and p.any()]
+    assert biased == ["patch_embed.proj.bias"]
+
+
+def test_custom_weight_init_keeps_the_patch_bias_of_conv2d():
+    """The original release initialises the bias of nn.Linear alone; Conv2d's is uniform within 1 / sqrt(P*P*C)."""
+    biases = []
+    for custom_weight_init in (True, False):
+        torch.manual_seed(0)
+        model = ViTMAEForPreTraining(MODEL_CONFIGS["mae_vit_tiny_patch16"], custom_weight_init=custom_weight_init)
+        biases.append(model.patch_embed.proj.bias)
+    assert torch.equal(*biases) and biases[0].abs().max() <= 768**-0.5
+    assert biases[0].std().item() == pytest.approx((768 * 3) ** -0.5, rel=0.1)
 
 
 def test_no_custom_weight_init_leaves_the_layers_own():
