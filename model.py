@@ -1,20 +1,18 @@
 """The networks: the ViT encoder, once, and on top of it the masked autoencoder, the classifier and the segmenter.
 
-Masking, decoder, pixel loss, initialisation, sizes and the reading of weight files live here; layers come from
-timm; what happens to images before they are a tensor lives in dataset.py. State-dict keys are those of the
-original release, so that its files, and timm's, load by name.
+Masking, decoder, pixel loss, initialisation, sizes and loading live here; layers come from timm; how weight files are
+read lives in storage/weights.py, what happens to images before they are a tensor in dataset.py. State-dict keys are
+those of the original release, so that its files, and timm's, load by name.
 
 Shapes   N batch   L patches   D width   P patch size   C channels   H W image   h w patch grid   K classes
 Masks    1 = removed, 0 = kept
 """
 
+import argparse
 import dataclasses
 import functools
-import math
-import re
 import shlex
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,18 +20,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, DropPath, PatchEmbed
+from timm.layers import Attention, DropPath, PatchEmbed, gen_relative_position_index
 from timm.models import vision_transformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from storage.files import check_entries, read_json
-from storage.weights import count_blocks, mlp_width, read_state_dict
+from storage.layouts import BIAS_TABLE
+from storage.weights import convert_command, find_weights, read_config, read_weights, sizes_from_shapes
 from upernet import FCNHead, Feature2Pyramid, UperNetHead
 
 LAYER_NORM_EPS = 1e-6
-
-
 NORM_PIX_EPS = 1e-6
 
 
@@ -83,6 +79,18 @@ class MAEConfig:
         if self.norm_pix_loss and self.patch_dim < 2:
             raise ValueError("norm_pix_loss needs at least two values in a patch; a 1x1 patch of one channel has one")
 
+    @classmethod
+    def from_flags(cls, args: argparse.Namespace, base: "MAEConfig | None" = None) -> "MAEConfig":
+        """Build the sizes that were given as flags, which are named like the fields; the rest is as in `base`."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+        return dataclasses.replace(base or cls(), **given)
+
+    def as_record(self, *, decoder: bool) -> dict:
+        """Give the sizes as config.json holds them; what has no decoder leaves out the decoder's."""
+        sizes = dataclasses.asdict(self)
+        return sizes if decoder else without_decoder(sizes)
+
     @property
     def image_hw(self) -> tuple[int, int]:
         return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
@@ -99,6 +107,11 @@ class MAEConfig:
     @property
     def patch_dim(self) -> int:
         return self.patch_size**2 * self.input_channels
+
+
+def without_decoder(sizes: dict) -> dict:
+    """Leave out the fields of MAEConfig that only pretraining needs."""
+    return {name: value for name, value in sizes.items() if not name.startswith(("decoder", "norm_pix"))}
 
 
 # B, L and H are the paper's, with its one decoder for all. Tiny and small are ViT-Ti and ViT-S of DeiT.
@@ -194,24 +207,11 @@ def build_blocks(dim: int, depth: int, num_heads: int, mlp_ratio: float, drop_pa
     return blocks
 
 
-def relative_position_index(grid_size: tuple[int, int]) -> Tensor:
-    """Give for each pair of tokens, cls token first, its row of a relative position table: (1 + h*w, 1 + h*w) int64.
-
-    Row (dy + h - 1) * (2w - 1) + dx + w - 1 is for a query dy below and dx right of a key; the last three rows are for
-    cls to patch, patch to cls, and cls to cls (BEiT, arXiv 2106.08254, as its release numbers them).
-    """
-    h, w = grid_size
-    rows, columns = (axis.flatten() for axis in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
-    down, right = rows[:, None] - rows + h - 1, columns[:, None] - columns + w - 1
-    size = (2 * h - 1) * (2 * w - 1)
-    index = torch.empty(1 + h * w, 1 + h * w, dtype=torch.int64)
-    index[1:, 1:] = down * (2 * w - 1) + right
-    index[0, :], index[:, 0], index[0, 0] = size, size + 1, size + 2
-    return index
-
-
 def resample_relative_positions(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Resample a ((2h-1)*(2w-1) + 3, heads) table to another grid, bicubic; the last three rows stay."""
+    """Resample a ((2h-1)*(2w-1) + 3, heads) table to another grid, bicubic; the last three rows stay.
+
+    These three are for cls to patch, patch to cls, and cls to cls. (timm's function mishandles rectangles.)
+    """
     if new_grid == old_grid:
         return table
     old, new = ((2 * h - 1, 2 * w - 1) for h, w in (old_grid, new_grid))
@@ -255,9 +255,9 @@ class VisionTransformer(nn.Module):
                 nn.init.normal_(getattr(self, name), std=0.02)
         if not custom_weight_init:
             return
-        # The patch convolution is a linear layer on flattened patches, and is initialised like one.
+        # The patch convolution's weight is initialised like a linear layer's on flattened patches; its bias keeps
+        # Conv2d's own values, within 1 / sqrt(P*P*C) of zero.
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
-        nn.init.zeros_(self.patch_embed.proj.bias)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -334,7 +334,8 @@ class VisionTransformer(nn.Module):
 
     def relative_index(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         if (grid, device) not in self.relative_indices:
-            self.relative_indices[grid, device] = relative_position_index(grid).to(device)
+            index = gen_relative_position_index(grid, class_token=True)  # BEiT's numbering (arXiv 2106.08254)
+            self.relative_indices[grid, device] = index.to(device)
         return self.relative_indices[grid, device]
 
     def encode_blocks(self, images: Tensor, last: int) -> Iterator[Tensor]:
@@ -491,11 +492,7 @@ class ViTMAEForPreTraining(VisionTransformer):
         return self.norm(x), mask, ids_restore
 
     def forward_decoder(
-        self,
-        latent: Tensor,
-        ids_restore: Tensor,
-        grid_size: tuple[int, int] | None = None,
-        only: Tensor | None = None,
+        self, latent: Tensor, ids_restore: Tensor, grid_size: tuple[int, int] | None = None, only: Tensor | None = None
     ) -> Tensor:
         """Predict every patch from the visible ones, or those at the indices `only` (N, m). The cls token takes part.
 
@@ -528,12 +525,7 @@ class ViTMAEForPreTraining(VisionTransformer):
             return (loss * mask).sum() / mask.sum()
 
     def forward(
-        self,
-        images: Tensor,
-        mask_ratio: float = 0.75,
-        noise: Tensor | None = None,
-        *,
-        predict_visible: bool = True,
+        self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None, *, predict_visible: bool = True
     ) -> MAEOutput:
         """Mask, encode, decode and compare (N, C, H, W) normalised images; `noise` (N, L), smallest kept.
 
@@ -574,11 +566,7 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------ classifier
 
 HEAD_INIT_STD = 2e-5  # so small that finetuning starts from even scores
-
-
 PROBE_INIT_STD = 0.01
-
-
 PROBE_NORM_EPS = 1e-6
 
 
@@ -726,7 +714,7 @@ class ViTMAEForSegmentation(nn.Module):
         Deviation: MMSegmentation decays these three, because its test looks for names without `backbone.`. Reason: its
         own recipe means to leave them out. Effect: not measured.
         """
-        tables = [name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")]
+        tables = [name for name, _ in self.named_parameters() if name.endswith(BIAS_TABLE)]
         return {"backbone.cls_token", "backbone.pos_embed", *tables}
 
     @property
@@ -750,110 +738,7 @@ class ViTMAEForSegmentation(nn.Module):
         return SegmentationOutput(logits, self.auxiliary_head(maps[2]))  #  (N, K, h, w)
 
 
-# Blocks and pyramids of BEiT's kind, which have our names and more; and what other projects have and ours never do.
-BEIT_ONLY = r"\.(ls[12]\.gamma|gamma_[12]|attn\.(q_bias|v_bias|relative_position_index))$|^(backbone\.)?fpn[12]\."
-
-
-NO_COUNTERPART = r"(^|\.)(pooler|embeddings\.mask_token|embed2image|dec_pos_embed|upernet)(\.|$)"
-
-
-TABLE = "relative_position_bias_table"
-
-
-def convert_command(path: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> str:
-    """Give the command that makes weights ours, with the flags that their keys show it to need."""
-    state_dict = state_dict or {}
-    source, target = (shlex.quote(str(Path(path)) + ending) for ending in ("", "_ours"))
-    flags = " --drop" if any(re.search(NO_COUNTERPART, key) for key in state_dict) else ""
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    told = (folder / "config.json").is_file() or any(key.endswith(TABLE) for key in state_dict)
-    width = next((len(value.flatten()) for key, value in state_dict.items() if key.endswith("cls_token")), None)
-    if not told and width not in (None, *(config.encoder_embed_dim for config in MODEL_CONFIGS.values())):
-        flags += " --encoder_num_heads N"
-    return f"convert it once with: python tools/convert_weights.py {source} {target} --to ours{flags}"
-
-
-def refuse_foreign(path: str | Path, state_dict: dict[str, Tensor]) -> None:
-    """Raise ValueError, with the command that converts them, for weights in the key names of another project."""
-    foreign = sorted(key for key in state_dict if re.search(BEIT_ONLY, key))
-    if not foreign and not any(key.startswith(("blocks.", "backbone.blocks.")) for key in state_dict):
-        foreign = sorted(state_dict)
-    if foreign:
-        raise ValueError(
-            f"{path} has other key names than the original release, such as {foreign[:3]}; "
-            f"{convert_command(path, state_dict)}"
-        )
-
-
-def find_weights(path: str | Path) -> Path:
-    """Give the weight file of a checkpoint folder, or the file itself; FileNotFoundError says what was looked for."""
-    path = Path(path)
-    if path.is_dir():
-        file = path / "model.safetensors"
-        if not file.is_file():
-            other = list(path.glob("*.bin")) + list(path.glob("*.index.json"))
-            way_out = convert_command(path) if other else "give a checkpoint folder such as checkpoint_800"
-            raise FileNotFoundError(f"{path} holds no model.safetensors; {way_out}")
-        return file
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint folder or weight file at {path}")
-    if path.name.endswith(".index.json"):
-        raise ValueError(f"{path} lists files of weights; {convert_command(path)}")
-    return path
-
-
-def read_config(weights: Path) -> dict | None:
-    """Read the config.json beside a weight file: sizes, image mean and std; None where there is none.
-
-    ValueError for the config.json of another project, and for entries of another kind than the scripts write.
-    """
-    file = weights.with_name("config.json")
-    if not file.is_file():
-        return None
-    record = read_json(file)
-    if not isinstance(record.get("config"), dict):
-        source = weights.parent if weights.name == "model.safetensors" else weights
-        command = convert_command(source, read_state_dict(weights))
-        raise ValueError(f"{file} is not of this project: it has no sizes under 'config'; {command}")
-    check_entries(file, record)
-    unknown = record["config"].keys() - {field.name for field in dataclasses.fields(MAEConfig)}
-    if unknown:
-        raise ValueError(f"{sorted(unknown)[0]} in {file} is no size of a model here")
-    return record
-
-
-def sizes_from_shapes(state_dict: dict[str, Tensor], path: str | Path) -> dict:
-    """Read the sizes of weights, with or without a decoder, off their names and shapes, as fields of MAEConfig.
-
-    Shapes do not tell the number of heads, nor a rectangle: the image is taken for a square. ValueError names what
-    the weights lack.
-    """
-    try:
-        _, channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
-        width = statistics.mode(
-            state_dict[key].shape[-1] for key in ("cls_token", "pos_embed", "blocks.0.norm1.weight")
-        )
-        sizes = dict(
-            img_size=math.isqrt(state_dict["pos_embed"].shape[1] - 1) * patch_size,
-            patch_size=patch_size,
-            input_channels=channels,
-            encoder_embed_dim=width,
-            encoder_depth=count_blocks(state_dict, "blocks"),
-            encoder_mlp_ratio=mlp_width(state_dict, "blocks") / width,
-        )
-        if "decoder_embed.weight" in state_dict:
-            decoder_width = len(state_dict["decoder_embed.weight"])
-            sizes |= dict(
-                decoder_embed_dim=decoder_width,
-                decoder_depth=count_blocks(state_dict, "decoder_blocks"),
-                decoder_mlp_ratio=mlp_width(state_dict, "decoder_blocks") / decoder_width,
-            )
-    except KeyError as error:
-        raise ValueError(
-            f"{error} is not among these weights, whose names are such as {sorted(state_dict)[:3]}; they are not in "
-            f"the layout of the original release; {convert_command(path)}"
-        ) from error
-    return sizes
+# ------------------------------------------------------------------------------------------------ loading
 
 
 def named_heads(sizes: dict) -> dict | None:
@@ -881,15 +766,30 @@ def infer_config(state_dict: dict[str, Tensor], path: str | Path, norm_pix_loss:
     return MAEConfig(**sizes, **heads, norm_pix_loss=norm_pix_loss)
 
 
+def read_sizes(path: str | Path) -> dict:
+    """Give the config.json of a checkpoint folder or weight file, or as much of it as the shapes tell."""
+    record = read_config(find_weights(path))
+    if record is None:
+        _, state_dict = read_weights(path)
+        record = {"config": dataclasses.asdict(infer_config(state_dict, path))}
+    return record
+
+
+def load_all(model: nn.Module, state_dict: dict[str, Tensor], file: Path, title: str) -> None:
+    """Load weights into the model that was built for them; ValueError names those that do not fit."""
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise ValueError(f"{file} does not fit {title}: {error}") from error
+
+
 def load_pretrained_mae(path: str | Path, *, norm_pix_loss: bool = True) -> ViTMAEForPreTraining:
     """Load a whole masked autoencoder, decoder included, from a checkpoint folder or a weight file.
 
     The sizes come from the config.json beside the weights; without one (files of the original release) from the
     shapes, and `norm_pix_loss` says how the file was trained. Encoder-only files raise ValueError.
     """
-    file = find_weights(path)
-    state_dict = read_state_dict(file)
-    refuse_foreign(path, state_dict)
+    file, state_dict = read_weights(path)
     if not any(key.startswith("decoder_") for key in state_dict):
         raise ValueError(
             f"{file} holds an encoder only, so it cannot draw; a decoder is in the checkpoints of pretrain_mae.py and "
@@ -898,11 +798,40 @@ def load_pretrained_mae(path: str | Path, *, norm_pix_loss: bool = True) -> ViTM
     record = read_config(file)
     config = MAEConfig(**record["config"]) if record else infer_config(state_dict, path, norm_pix_loss)
     model = ViTMAEForPreTraining(config)
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise ValueError(f"{file} does not fit a masked autoencoder of {config}: {error}") from error
+    load_all(model, state_dict, file, f"a masked autoencoder of {config}")
     return model
+
+
+def load_classifier(path: str | Path) -> tuple[ViTMAEForImageClassification, dict]:
+    """Load a finetuned classifier, and its config.json, from a checkpoint folder or a weight file.
+
+    Files of the original finetuned release have no config.json: sizes come from the shapes. ValueError when there is
+    no classifier in it.
+    """
+    file, state_dict = read_weights(path)
+    head = "head.1" if "head.1.weight" in state_dict else "head"
+    if f"{head}.weight" not in state_dict:
+        raise ValueError(
+            f"{file} holds no classifier (no head.weight); give a checkpoint of finetune_classifier.py or an original "
+            "mae_finetuned_vit_*.pth"
+        )
+    record, pool = read_sizes(path), "avg" if "fc_norm.weight" in state_dict else "cls"
+    config, num_classes = MAEConfig(**record["config"]), len(state_dict[f"{head}.weight"])
+    model = ViTMAEForImageClassification(config, num_classes, pool, probe_head=head == "head.1")
+    load_all(model, state_dict, file, f"a classifier of {config}")
+    return model, record
+
+
+def load_segmenter(path: str | Path) -> tuple[ViTMAEForSegmentation, dict]:
+    """Load a segmenter, and its config.json, from a checkpoint folder; ValueError when there is none in it."""
+    file, state_dict = read_weights(path)
+    record = read_config(file) or {}
+    if record.get("architecture") != "ViTMAEForSegmentation":
+        raise ValueError(f"{file} holds no segmenter; give a checkpoint folder of finetune_segmentation.py")
+    options = {name: record[name] for name in ("taps", "channels", "norm", "rel_pos_bias")}
+    model = ViTMAEForSegmentation(MAEConfig(**record["config"]), record["num_classes"], **options)
+    load_all(model, state_dict, file, "the segmenter of its config.json")
+    return model, record
 
 
 class LoadReport(NamedTuple):
@@ -922,66 +851,7 @@ class LoadReport(NamedTuple):
         return ", ".join(lines)
 
 
-def read_sizes(path: str | Path) -> dict:
-    """Give the config.json of a checkpoint folder or weight file, or as much of it as the shapes tell."""
-    file = find_weights(path)
-    record = read_config(file)
-    if record is None:
-        state_dict = read_state_dict(file)
-        refuse_foreign(path, state_dict)
-        record = {"config": dataclasses.asdict(infer_config(state_dict, path))}
-    return record
-
-
-def load_classifier(path: str | Path) -> tuple[ViTMAEForImageClassification, dict]:
-    """Load a finetuned classifier, and its config.json, from a checkpoint folder or a weight file.
-
-    Files of the original finetuned release have no config.json: sizes come from the shapes. ValueError when there is
-    no classifier in it.
-    """
-    file = find_weights(path)
-    state_dict = read_state_dict(file)
-    refuse_foreign(path, state_dict)
-    head = "head.1" if "head.1.weight" in state_dict else "head"
-    if f"{head}.weight" not in state_dict:
-        raise ValueError(
-            f"{file} holds no classifier (no head.weight); give a checkpoint of finetune_classifier.py or an original "
-            "mae_finetuned_vit_*.pth"
-        )
-    record = read_sizes(path)
-    model = ViTMAEForImageClassification(
-        MAEConfig(**record["config"]),
-        len(state_dict[f"{head}.weight"]),
-        "avg" if "fc_norm.weight" in state_dict else "cls",
-        probe_head=head == "head.1",
-    )
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise ValueError(f"{file} does not fit a classifier of {model.config}: {error}") from error
-    return model, record
-
-
-def load_segmenter(path: str | Path) -> tuple[ViTMAEForSegmentation, dict]:
-    """Load a segmenter, and its config.json, from a checkpoint folder; ValueError when there is none in it."""
-    file = find_weights(path)
-    record = read_config(file)
-    if record is None:
-        refuse_foreign(path, read_state_dict(file))
-    if record is None or record.get("architecture") != "ViTMAEForSegmentation":
-        raise ValueError(f"{file} holds no segmenter; give a checkpoint folder of finetune_segmentation.py")
-    options = {name: record[name] for name in ("taps", "channels", "norm", "rel_pos_bias")}
-    model = ViTMAEForSegmentation(MAEConfig(**record["config"]), record["num_classes"], **options)
-    try:
-        model.load_state_dict(read_state_dict(file))
-    except RuntimeError as error:
-        raise ValueError(f"{file} does not fit the segmenter of its config.json: {error}") from error
-    return model, record
-
-
 MAY_BE_MISSING = ("head.", "fc_norm.")  # new in finetuning
-
-
 MAY_BE_UNEXPECTED = ("decoder_", "mask_token", "norm.", "head.")  # of pretraining, and heads for other classes
 
 
@@ -991,17 +861,15 @@ def load_pretrained_encoder(model: VisionTransformer, path: str | Path) -> LoadR
     Only a new head may be missing, only the decoder, the final norm and a head of other classes or another kind left
     over; anything else raises ValueError with the names, before a weight is touched.
     """
-    file = find_weights(path)
-    state_dict = read_state_dict(file)
-    refuse_foreign(path, state_dict)
+    file, state_dict = read_weights(path)
+    own = model.state_dict()
     if any(key.startswith("backbone.") for key in state_dict):
         source, target = (shlex.quote(str(Path(path)) + ending) for ending in ("", "_encoder.pth"))
         raise ValueError(
             f"{path} is a segmenter, and an encoder is needed to start from; take it out with: python "
             f"tools/convert_weights.py {source} {target} --to original --drop"
         )
-    own = model.state_dict()
-    if any(key.endswith(TABLE) for key in state_dict) and not any(key.endswith(TABLE) for key in own):
+    if any(key.endswith(BIAS_TABLE) for key in state_dict) and not any(key.endswith(BIAS_TABLE) for key in own):
         raise ValueError(
             f"{path} has relative positions, which a segmenter takes with --rel_pos_bias and a classifier never does"
         )
@@ -1011,18 +879,14 @@ def load_pretrained_encoder(model: VisionTransformer, path: str | Path) -> LoadR
         for key, value in state_dict.items()
         if key in own and (key not in heads[0] or heads[0] == heads[1])  # a head is taken whole or not at all
     }
-    missing = sorted(own.keys() - loaded.keys())
-    unexpected = sorted(state_dict.keys() - loaded.keys())
-    new = [key for key in missing if key.startswith(MAY_BE_MISSING) or key.endswith(TABLE)]
+    missing, unexpected = sorted(own.keys() - loaded.keys()), sorted(state_dict.keys() - loaded.keys())
+    left_over = MAY_BE_UNEXPECTED + (() if isinstance(model, ViTMAEForImageClassification) else MAY_BE_MISSING)
+    new = [key for key in missing if key.startswith(MAY_BE_MISSING) or key.endswith(BIAS_TABLE)]
     problems = [f"missing: {key}" for key in missing if key not in new]
-    left_over = MAY_BE_UNEXPECTED
-    if not isinstance(model, ViTMAEForImageClassification):
-        left_over += MAY_BE_MISSING
     problems += [f"unexpected: {key}" for key in unexpected if not key.startswith(left_over)]
     resampled = []
     if "pos_embed" in loaded:
-        record = read_config(file)
-        num_patches = loaded["pos_embed"].shape[1] - 1
+        num_patches, record = loaded["pos_embed"].shape[1] - 1, read_config(file)
         side = round(num_patches**0.5)
         old_grid = MAEConfig(**record["config"]).grid_size if record else (side, side)
         if old_grid[0] * old_grid[1] != num_patches:

@@ -15,6 +15,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 
 def unused_name(path: Path, suffix: str) -> Path:
@@ -135,6 +136,13 @@ def read_json(file: Path) -> dict:
     return content
 
 
+class Kind(NamedTuple):
+    """What an entry of a JSON file has to be: in words, and as a check."""
+
+    words: str
+    check: Callable[[object], bool]
+
+
 def is_whole(value: object, least: int = 1) -> bool:
     return type(value) is int and value >= least
 
@@ -151,57 +159,28 @@ def is_list(value: object, check: Callable[[object], bool]) -> bool:
     return isinstance(value, list) and all(check(item) for item in value)
 
 
-def is_numbered(value: object) -> bool:
-    """Say whether this is a table of texts by "0", "1" and so on, in any order."""
-    return (
-        isinstance(value, dict)
-        and value.keys() == set(map(str, range(len(value))))
-        and all(map(is_text, value.values()))
-    )
+WHOLE = Kind("a whole number above 0", is_whole)
+WHOLE_OR_NULL = Kind("a whole number above 0, or null", lambda value: value is None or is_whole(value))
+ONE_OR_TWO = Kind(
+    "one or two whole numbers above 0", lambda value: is_whole(value) or (is_list(value, is_whole) and len(value) == 2)
+)
+NOT_NEGATIVE = Kind("a number of at least 0", lambda value: is_number(value) and value >= 0)
+TRUE_OR_FALSE = Kind("true or false", lambda value: isinstance(value, bool))
+TEXT = Kind("a text", is_text)
+TABLE = Kind("a table", lambda value: isinstance(value, dict))
+TEXTS = Kind("a list of texts", lambda value: is_list(value, is_text))
+NUMBERS = Kind("a list of numbers", lambda value: is_list(value, is_number))
+INDICES = Kind("a list of whole numbers", lambda value: is_list(value, lambda item: is_whole(item, 0)))
 
 
-CHECKS = {
-    "a whole number above 0": is_whole,
-    "a whole number above 0, or null": lambda value: value is None or is_whole(value),
-    "a number of at least 0": lambda value: is_number(value) and value >= 0,
-    "true or false": lambda value: isinstance(value, bool),
-    "a text": is_text,
-    "gelu, as in all models here": lambda value: value == "gelu",
-    "a table": lambda value: isinstance(value, dict),
-    "a table of texts": lambda value: isinstance(value, dict) and is_list(list(value.values()), is_text),
-    "a list of texts": lambda value: is_list(value, is_text),
-    "texts by number from 0": lambda value: is_list(value, is_text) or is_numbered(value),
-    "a list of numbers": lambda value: is_list(value, is_number),
-    "a list of whole numbers": lambda value: is_list(value, lambda item: is_whole(item, 0)),
-    "one or two whole numbers above 0": lambda value: is_whole(value) or (is_list(value, is_whole) and len(value) == 2),
-}
+def check_entries(file: Path, entries: Mapping[str, object], kinds: Mapping[Kind, str]) -> None:
+    """Raise ValueError, naming file and entry, where an entry, also of a table within, is not of the kind it has to be.
 
-
-# What entries of config.json and the like have to be, here, in transformers and in timm
-ENTRIES = {
-    "one or two whole numbers above 0": "img_size image_size",
-    "a whole number above 0": "patch_size input_channels encoder_embed_dim encoder_depth encoder_num_heads "
-    "decoder_embed_dim decoder_depth decoder_num_heads num_channels hidden_size num_hidden_layers num_attention_heads "
-    "decoder_hidden_size decoder_num_hidden_layers decoder_num_attention_heads num_heads",
-    "a whole number above 0, or null": "channels",  # of a segmenter, null is the encoder's width
-    "a number of at least 0": "encoder_mlp_ratio decoder_mlp_ratio layer_norm_eps mask_ratio",
-    "true or false": "norm_pix_loss rel_pos_bias ignore_zero",
-    "a text": "architecture global_pool norm",
-    "gelu, as in all models here": "hidden_act act_layer",
-    "a table": "config pretrained_cfg model_args",
-    "a table of texts": "weight_map",
-    "a list of texts": "class_names",
-    "texts by number from 0": "id2label label_names",
-    "a list of numbers": "image_mean image_std mean std",
-    "a list of whole numbers": "taps resize_to",
-}
-
-
-def check_entries(file: Path, entries: Mapping[str, object]) -> None:
-    """Raise ValueError, naming file and entry, where an entry of a JSON file is not of the kind it has to be."""
-    for kind, names in ENTRIES.items():
+    `kinds` gives the names of the entries of each kind, with spaces between them.
+    """
+    for kind, names in kinds.items():
         for name in names.split():
-            if name in entries and not CHECKS[kind](entries[name]):
-                raise ValueError(f"{name} in {file} has to be {kind}, not {reprlib.repr(entries[name])}")
-            if kind == "a table" and name in entries:
-                check_entries(file, entries[name])
+            if name in entries and not kind.check(entries[name]):
+                raise ValueError(f"{name} in {file} has to be {kind.words}, not {reprlib.repr(entries[name])}")
+            if kind is TABLE and name in entries:
+                check_entries(file, entries[name], kinds)

@@ -1,13 +1,16 @@
-"""Weight files, read without executing anything in them.
+"""Weight files: found, read without executing anything in them, and refused where they are not ours.
 
-Key names of other projects live in layouts.py, what becomes of the tensors in model.py.
+Key names of other projects live in layouts.py; what becomes of the tensors in model.py.
 """
 
 import argparse
+import math
 import pickle
 import re
+import shlex
 import statistics
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,12 +18,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from storage import files
+from storage.layouts import BEIT_ONLY, BIAS_TABLE, NO_COUNTERPART, PUBLISHED_WIDTHS
+
+# ------------------------------------------------------------------------------------------------ reading files
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+TEXTS_BY_NAME = files.Kind(
+    "a table of texts", lambda table: isinstance(table, dict) and all(map(files.is_text, table.values()))
+)
 WRAPPERS = ("model", "state_dict", "module")
-
-
 PREFIXES = ("module.", "_orig_mod.", "model.")
-
-
 # Objects of logs and arguments that trainings save beside the weights; `Inert` is built in their place.
 BESIDE_WEIGHTS = (
     "mmengine.logging.history_buffer.HistoryBuffer",
@@ -30,19 +38,9 @@ BESIDE_WEIGHTS = (
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
     *(f"{module}.{name}Path" for module in ("pathlib", "pathlib._local") for name in ("Posix", "Windows")),
 )
-
-
 # What torch raises for files that are cut short or no weights at all
-DAMAGED = (
-    RuntimeError,
-    EOFError,
-    LookupError,
-    UnicodeDecodeError,
-    struct.error,
-    AssertionError,
-    AttributeError,
-    TypeError,
-)
+DAMAGED = (RuntimeError, EOFError, LookupError, UnicodeDecodeError, struct.error)
+DAMAGED += (AssertionError, AttributeError, TypeError)
 
 
 class Inert:
@@ -56,7 +54,7 @@ class Inert:
 
 
 def read_file(file: Path) -> dict:
-    """Read a safetensors or pickled file, told apart by content, without executing anything in it.
+    """Read a safetensors or pickled file, detected from the content, without executing anything in it.
 
     ValueError says what is wrong with it.
     """
@@ -109,6 +107,132 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return unwrap(read_file(Path(path)), Path(path))
 
 
+def find_sources(path: Path) -> list[Path]:
+    """Give the weight files, or indices of shards, that a path means, the one to be read first."""
+    names = [f"{name}{ending}" for name in WEIGHT_FILES for ending in ("", ".index.json")] if path.is_dir() else [""]
+    found = [path / name for name in names if (path / name).is_file()]
+    if not found:
+        expected = f"no {', no '.join(names)} in" if path.is_dir() else "no weight file or folder at"
+        raise FileNotFoundError(f"{expected} {path}; give the weight file itself")
+    return found
+
+
+def read_shards(index: Path) -> dict[str, Tensor]:
+    """Read the files that an index.json lists; ValueError where they and the index disagree."""
+    places = files.read_json(index).get("weight_map", {})
+    files.check_entries(index, {"weight_map": places}, {TEXTS_BY_NAME: "weight_map"})
+    tensors = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise ValueError(f"{index} lists the shard {name!r}, which is no file in {index.parent}")
+        shard = read_file(index.parent / name)
+        expected = {key for key, place in places.items() if place == name}
+        if shard.keys() != expected:
+            key = sorted(shard.keys() ^ expected)[0]
+            raise ValueError(f"{index} and {name} disagree about {key}")
+        tensors |= shard
+    return tensors
+
+
+def other_weights(content: dict) -> list[str]:
+    """Name what holds tensors beside that which `unwrap` takes, such as a moving average of the weights."""
+    taken = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+    tables = {key: value for key, value in content.items() if isinstance(value, dict) and key != taken}
+    return [str(key) for key, value in tables.items() if any(isinstance(item, Tensor) for item in value.values())]
+
+
+# ------------------------------------------------------------------------------------------------ files of ours
+
+# What entries of config.json have to be: the sizes under "config", which are the fields of MAEConfig, and the rest
+SIZES = {
+    files.ONE_OR_TWO: "img_size",
+    files.WHOLE: "patch_size input_channels encoder_embed_dim encoder_depth encoder_num_heads decoder_embed_dim "
+    "decoder_depth decoder_num_heads",
+    files.NOT_NEGATIVE: "encoder_mlp_ratio decoder_mlp_ratio",
+    files.TRUE_OR_FALSE: "norm_pix_loss",
+}
+ENTRIES = SIZES | {
+    files.TABLE: "config",
+    files.TRUE_OR_FALSE: "norm_pix_loss rel_pos_bias ignore_zero",
+    files.TEXT: "architecture global_pool norm",
+    files.TEXTS: "class_names",
+    files.NUMBERS: "image_mean image_std",
+    files.INDICES: "taps resize_to",
+    files.WHOLE_OR_NULL: "channels",  # of a segmenter; null is the encoder's width
+}
+
+
+def convert_command(path: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> str:
+    """Give the command that makes weights ours, with the flags that their keys show it to need."""
+    state_dict = state_dict or {}
+    source, target = (shlex.quote(str(Path(path)) + ending) for ending in ("", "_ours"))
+    flags = " --drop" if any(re.search(NO_COUNTERPART, key) for key in state_dict) else ""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    told = (folder / "config.json").is_file() or any(key.endswith(BIAS_TABLE) for key in state_dict)
+    width = next((len(value.flatten()) for key, value in state_dict.items() if key.endswith("cls_token")), None)
+    if not told and width not in (None, *PUBLISHED_WIDTHS):
+        flags += " --encoder_num_heads N"
+    return f"convert it once with: python tools/convert_weights.py {source} {target} --to ours{flags}"
+
+
+def refuse_foreign(path: str | Path, state_dict: dict[str, Tensor]) -> None:
+    """Raise ValueError, with the command that converts them, for weights in the key names of another project."""
+    foreign = sorted(key for key in state_dict if re.search(BEIT_ONLY, key))
+    if not foreign and not any(key.startswith(("blocks.", "backbone.blocks.")) for key in state_dict):
+        foreign = sorted(state_dict)
+    if foreign:
+        raise ValueError(
+            f"{path} has other key names than the original release, such as {foreign[:3]}; "
+            f"{convert_command(path, state_dict)}"
+        )
+
+
+def find_weights(path: str | Path) -> Path:
+    """Give the weight file of a checkpoint folder, or the file itself; FileNotFoundError says what was looked for."""
+    path = Path(path)
+    file = path / "model.safetensors" if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        foreign = any(path.glob("*.bin")) or any(path.glob("*.index.json"))
+        way_out = convert_command(path) if foreign else "give a checkpoint folder such as checkpoint_800"
+        raise FileNotFoundError(f"{path} holds no model.safetensors; {way_out}")
+    if not file.is_file():
+        raise FileNotFoundError(f"no checkpoint folder or weight file at {path}")
+    if path.name.endswith(".index.json"):
+        raise ValueError(f"{path} lists files of weights; {convert_command(path)}")
+    return file
+
+
+def read_weights(path: str | Path) -> tuple[Path, dict[str, Tensor]]:
+    """Give the weight file that a path means and the tensors in it; ValueError for names of another project."""
+    file = find_weights(path)
+    state_dict = read_state_dict(file)
+    refuse_foreign(path, state_dict)
+    return file, state_dict
+
+
+def read_config(weights: Path) -> dict | None:
+    """Read the config.json beside a weight file: sizes, image mean and std; None where there is none.
+
+    ValueError for the config.json of another project, and for entries of another kind than the scripts write.
+    """
+    file = weights.with_name("config.json")
+    if not file.is_file():
+        return None
+    record = files.read_json(file)
+    if not isinstance(record.get("config"), dict):
+        source = weights.parent if weights.name == "model.safetensors" else weights
+        command = convert_command(source, read_state_dict(weights))
+        raise ValueError(f"{file} is not of this project: it has no sizes under 'config'; {command}")
+    files.check_entries(file, record, ENTRIES)
+    unknown = record["config"].keys() - {name for names in SIZES.values() for name in names.split()}
+    if unknown:
+        raise ValueError(f"{sorted(unknown)[0]} in {file} is no size of a model here")
+    return record
+
+
+# ------------------------------------------------------------------------------------------------ sizes by shapes
+
+
 def count_blocks(state_dict: dict[str, Tensor], name: str) -> int:
     """Count the blocks of a list; ValueError where their numbers leave one out, before any of them is built."""
     numbers = {int(match[1]) for key in state_dict if (match := re.match(rf"{name}\.([0-9]{{1,9}})\.", key))}
@@ -122,3 +246,29 @@ def mlp_width(state_dict: dict[str, Tensor], name: str) -> int:
     """Give the width of most blocks' MLPs, so that a block with another one is what is reported not to fit."""
     keys = [key for key in state_dict if re.fullmatch(rf"{name}\.\d+\.mlp\.fc1\.weight", key)]
     return statistics.mode(len(state_dict[key]) for key in keys or [f"{name}.0.mlp.fc1.weight"])
+
+
+def sizes_from_shapes(state_dict: dict[str, Tensor], path: str | Path) -> dict:
+    """Read the sizes of weights, with or without a decoder, off their names and shapes, as fields of MAEConfig.
+
+    Shapes do not tell the number of heads, nor a rectangle: the image is taken for a square. ValueError names what
+    the weights lack.
+    """
+    try:
+        _, channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
+        widths = [state_dict[key].shape[-1] for key in ("cls_token", "pos_embed", "blocks.0.norm1.weight")]
+        parts = {"encoder": ("blocks", statistics.mode(widths))}
+        if "decoder_embed.weight" in state_dict:
+            parts["decoder"] = "decoder_blocks", len(state_dict["decoder_embed.weight"])
+        side = math.isqrt(state_dict["pos_embed"].shape[1] - 1)
+        sizes = {"img_size": side * patch_size, "patch_size": patch_size, "input_channels": channels}
+        for part, (blocks, width) in parts.items():
+            sizes[f"{part}_embed_dim"] = width
+            sizes[f"{part}_depth"] = count_blocks(state_dict, blocks)
+            sizes[f"{part}_mlp_ratio"] = mlp_width(state_dict, blocks) / width
+    except KeyError as error:
+        raise ValueError(
+            f"{error} is not among these weights, whose names are such as {sorted(state_dict)[:3]}; they are not in "
+            f"the layout of the original release; {convert_command(path)}"
+        ) from error
+    return sizes

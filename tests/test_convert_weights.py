@@ -38,7 +38,6 @@ from model import (
     load_pretrained_mae,
     load_segmenter,
     read_sizes,
-    relative_position_index,
 )
 from storage.pairs import ADE20K_CLASS_NAMES
 
@@ -599,12 +598,6 @@ MMSEG_CONVS = """
 """
 
 
-def test_relative_positions_are_numbered_as_in_beit():
-    for grid in ((4, 4), (2, 5), (32, 32)):
-        theirs = gen_relative_position_index(grid, class_token=True).view(1 + grid[0] * grid[1], -1)
-        assert torch.equal(relative_position_index(grid), theirs)
-
-
 def test_encoder_for_mmsegmentation_is_what_its_own_converter_gives(tmp_path):
     model = build("encoder")
     written = torch.load(convert(write_ours(tmp_path / "ours", model), tmp_path / "out.pth", "mmseg"))
@@ -749,7 +742,7 @@ def test_positions_of_another_grid_are_refused_without_computing_ours(tmp_path, 
     for layer in (0, 1, 3):
         del tensors[f"backbone.layers.{layer}.attn.relative_position_index"]
     torch.save({"state_dict": tensors}, tmp_path / "theirs.pth")
-    monkeypatch.setattr(tool, "relative_position_index", None)
+    monkeypatch.setattr(tool, "gen_relative_position_index", None)
     with pytest.raises(ValueError, match=r"blocks\.2\.attn\.relative_position_index numbers positions otherwise"):
         convert(tmp_path / "theirs.pth", tmp_path / "ours", "ours")
 
@@ -1324,15 +1317,15 @@ def test_links_are_followed_and_stay(tmp_path, layout):
 
 def test_what_a_kill_leaves_behind_is_put_right_by_the_next_conversion(tmp_path):
     source, target = write_ours(tmp_path / "ours", build("encoder")), tmp_path / "out"
-    (tmp_path / "out.convert_tmp").mkdir()
-    (tmp_path / "out.convert_tmp" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "model.safetensors").write_bytes(b"half")
     convert(source, target, "huggingface")
     before = weights(target)
-    os.rename(target, tmp_path / "out.convert_old")  # killed between the two renames
+    os.rename(target, tmp_path / "out.old")  # killed between the two renames
     with pytest.raises(FileExistsError, match="out exists"):
         convert(source, target, "huggingface")
     assert_same(weights(target), before)
-    shutil.copytree(target, tmp_path / "out.convert_old")  # killed after them
+    shutil.copytree(target, tmp_path / "out.old")  # killed after them
     convert(source, target, "huggingface", "--overwrite")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "out"]
 
@@ -1351,7 +1344,7 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
     def no_rename(*_):
         raise OSError("no rename")
 
-    monkeypatch.setattr(tool.os, "replace", no_rename)  # the second of the two
+    monkeypatch.setattr(os, "replace", no_rename)  # the second of the two
     with pytest.raises(OSError, match="no rename"):
         convert(source, target, "huggingface", "--overwrite")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -3,21 +3,19 @@
     python tools/convert_weights.py SOURCE TARGET --to {ours,original,timm,huggingface,mmseg,tutorial}
     python tools/convert_weights.py --inspect SOURCE
 
-SOURCE is a weight file or a folder with one, whole or in shards; its layout is read from its keys. LAYOUTS is the map,
-one table for each layout, read both ways. Tensors are renamed, and q, k and v cut or joined, without touching a bit.
-What a target has no place for is named, and needs --drop. A target is whole or not there: it is written as
-TARGET.convert_tmp and renamed. A kill between the two renames of --overwrite leaves a folder as TARGET.convert_old,
-which the next conversion to TARGET puts back before it looks.
+SOURCE is a weight file or a folder with one, whole or in shards; its layout is read from its keys. LAYOUTS of
+storage/layouts.py is the map, one table for each layout, read both ways. Tensors are renamed, and q, k and v cut or
+joined, without touching a bit. What a target has no place for is named, and needs --drop. A target is whole or not
+there: it is written as TARGET.tmp and renamed. A kill between the two renames of --overwrite leaves a folder as
+TARGET.old, which the next conversion to TARGET puts back before it looks.
 """
 
 import argparse
 import dataclasses
-import functools
 import math
 import os
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from timm.layers import gen_relative_position_index
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -39,136 +38,39 @@ from model import (
     ViTMAEForImageClassification,
     ViTMAEForPreTraining,
     ViTMAEForSegmentation,
-    convert_command,
     default_taps,
     named_heads,
-    read_config,
     read_sizes,
-    relative_position_index,
-    sizes_from_shapes,
+    without_decoder,
 )
-from storage.files import check_entries, read_json, write_json
+from storage import files
+from storage.files import read_json, recover, write_json, written_whole
+from storage.layouts import (
+    BIAS_TABLE,
+    BUFFERS,
+    DECODER_PARTS,
+    HUGGINGFACE_SIZES,
+    LAYOUTS,
+    NOT_OF_THE_ENCODER,
+    ORIGINAL_OR_TIMM,
+    RANKS,
+    SEGMENTER_PARTS,
+    detect_layout,
+    our_name,
+    their_names,
+)
 from storage.pairs import ADE20K_CLASS_NAMES, ADE20K_NUM_CLASSES, LABEL_COLOURS
-from storage.weights import WRAPPERS, count_blocks, read_file, unwrap
-
-# ------------------------------------------------------------------------------------------------ the map
-
-# Our name: theirs, without .weight and .bias; N is the number of a block. Of three names the first is of q, the second
-# of k, the third of v.
-Table = dict[str, str]
-
-
-def same(names: str) -> Table:
-    return {name: name for name in names.split()}
-
-
-def blocks(ours: str, theirs: str, parts: Table) -> Table:
-    """Put the table of one block under both projects' names for the list of blocks."""
-    return {f"{ours}.N.{name}": " ".join(f"{theirs}.N.{part}" for part in parts[name].split()) for name in parts}
-
-
-BLOCK = same("norm1 attn.qkv attn.proj norm2 mlp.fc1 mlp.fc2")
-# What blocks of BEiT's kind have more; of it ours have the table, and `simplify` expresses the rest.
-BEIT_BLOCK = same("gamma_1 gamma_2 attn.q_bias attn.v_bias attn.relative_position_bias_table")
-BEIT_BLOCK |= same("attn.relative_position_index")
-TIMM = same("cls_token pos_embed patch_embed.proj norm fc_norm head") | blocks("blocks", "blocks", BLOCK)
-DECODER = same("mask_token decoder_pos_embed decoder_embed decoder_norm decoder_pred")
-ORIGINAL = TIMM | same("head.N") | DECODER | blocks("decoder_blocks", "decoder_blocks", BLOCK)
-SEGMENTER = same(
-    """
-    neck.upsample_4x.N neck.upsample_2x.N
-    decode_head.psp_modules.N.1.conv decode_head.psp_modules.N.1.bn decode_head.bottleneck.conv
-    decode_head.bottleneck.bn decode_head.lateral_convs.N.conv decode_head.lateral_convs.N.bn
-    decode_head.fpn_convs.N.conv decode_head.fpn_convs.N.bn decode_head.fpn_bottleneck.conv
-    decode_head.fpn_bottleneck.bn decode_head.conv_seg
-    auxiliary_head.convs.N.conv auxiliary_head.convs.N.bn auxiliary_head.conv_seg
-    """
+from storage.weights import (
+    convert_command,
+    count_blocks,
+    find_sources,
+    other_weights,
+    read_config,
+    read_file,
+    read_shards,
+    sizes_from_shapes,
+    unwrap,
 )
-MMSEG = SEGMENTER | same("cls_token pos_embed norm") | {"patch_embed.proj": "patch_embed.projection"}
-MMSEG_BLOCK = {"norm1": "ln1", "norm2": "ln2", "mlp.fc1": "ffn.layers.0.0", "mlp.fc2": "ffn.layers.1"}
-MMSEG |= blocks("blocks", "layers", BLOCK | MMSEG_BLOCK | BEIT_BLOCK)
-TUTORIAL = {"cls_token": "enc_cls_token", "pos_embed": "enc_pos_embed", "norm": "encoder_layer_norm"}
-TUTORIAL |= same("patch_embed.proj") | blocks("blocks", "encoder_blocks", BLOCK)
-TUTORIAL = {ours: f"encoder.{theirs}" for ours, theirs in TUTORIAL.items()} | same("head")
-HUGGINGFACE_BLOCK = {
-    "norm1": "layernorm_before",
-    "attn.qkv": "attention.attention.query attention.attention.key attention.attention.value",
-    "attn.proj": "attention.output.dense",
-    "norm2": "layernorm_after",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a project calls its tensors and writes them to."""
-
-    title: str
-    table: Table
-    suffix: str = ""  # of the file that is written; none is a folder
-    needs_norm: bool = False  # its encoders always have the last norm
-    spellings: Iterable[tuple[str, str]] = ()  # others that are read, as (pattern, the table's), applied in this order
-    left_over: str = "(?!)"  # its keys that are known to have no counterpart in ours
-    reason: str = ""  # why they have none
-
-
-def huggingface(name: str, title: str) -> Layout:
-    """Give the layout of transformers' model `name`; its versions spell some keys in other ways."""
-    table = {
-        "cls_token": f"{name}.embeddings.cls_token",
-        "pos_embed": f"{name}.embeddings.position_embeddings",
-        "patch_embed.proj": f"{name}.embeddings.patch_embeddings.projection",
-        "norm": f"{name}.layernorm",
-        "fc_norm": f"{name}.pooler.layernorm",  # of beit
-        "head": "classifier",
-        **{name: f"decoder.{name}" for name in DECODER},
-        **blocks("blocks", f"{name}.encoder.layer", HUGGINGFACE_BLOCK),
-        **blocks("decoder_blocks", "decoder.decoder_layers", HUGGINGFACE_BLOCK),
-    }
-    spellings = (
-        (r"^(?=(embeddings|encoder|layers|layernorm|pooler)\.)", f"{name}."),  # of a model without a head
-        (rf"^{name}\.layers\.", f"{name}.encoder.layer."),  # what transformers 5 has in memory
-        (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),  # what transformers 5 saves
-        (r"\.attention\.q_proj\.", ".attention.attention.query."),
-        (r"\.attention\.k_proj\.", ".attention.attention.key."),
-        (r"\.attention\.v_proj\.", ".attention.attention.value."),
-        (r"\.attention\.o_proj\.", ".attention.output.dense."),
-        (r"\.mlp\.fc1\.", ".intermediate.dense."),
-        (r"\.mlp\.fc2\.", ".output.dense."),
-    )
-    left_over = rf"({name}\.)?(pooler\.dense|embeddings\.mask_token)\b"
-    return Layout(title, table, "", name == "vit", spellings, left_over, "ours read the tokens as they are")
-
-
-OF_TIMM_AND_BEIT = (
-    (r"^backbone\.", ""),
-    (r"\.ls([12])\.gamma$", r".gamma_\1"),  # timm's
-    (r"^fpn1\.", "neck.upsample_4x."),  # BEiT's own segmenter
-    (r"^fpn2\.", "neck.upsample_2x."),
-)
-OF_THE_TUTORIALS_ENCODER = r"^(?=(patch_embed|enc_cls_token|enc_pos_embed|encoder_blocks|encoder_layer_norm)\b)"
-LAYOUTS = {
-    "ours": Layout(
-        "this project's", ORIGINAL | SEGMENTER | blocks("blocks", "blocks", BEIT_BLOCK), spellings=OF_TIMM_AND_BEIT
-    ),
-    "original": Layout("the original release's", ORIGINAL, ".pth"),
-    "timm": Layout("timm's", TIMM, ".safetensors", needs_norm=True),
-    "huggingface": huggingface("vit", "Hugging Face's ViT and ViTMAE"),
-    # ViTForImageClassification looks at the cls token; the mean of the patches behind a norm is BeitFor...'s.
-    "beit": huggingface("beit", "Hugging Face's BEiT"),
-    "mmseg": Layout("MMSegmentation's", MMSEG, ".pth", spellings=((r"^backbone\.", ""),)),
-    "tutorial": Layout(
-        "PyTorch-Adventures'",
-        TUTORIAL,
-        ".safetensors",
-        needs_norm=True,
-        spellings=((OF_THE_TUTORIALS_ENCODER, "encoder."),),
-        left_over=r"(decoder|embed2image|upernet)\b",
-        reason="its decoder never sees the cls token, its pyramid has other bins",
-    ),
-}
-ORIGINAL_OR_TIMM = f"{LAYOUTS['original'].title} (or timm's, which has the same names)"
 
 # What a source can be: our class for it, and transformers' class and type
 KINDS = {
@@ -185,101 +87,34 @@ OPENS_HERE = {
     "ViTMAEForImageClassification": "tools/classify.py --checkpoint {0}",
     "ViTMAEForSegmentation": "tools/segment.py --checkpoint {0}",
 }
-# Fields of MAEConfig in transformers' config.json
-HUGGINGFACE_SIZES = (
-    dict(img_size="image_size", patch_size="patch_size", input_channels="num_channels", norm_pix_loss="norm_pix_loss")
-    | dict(encoder_embed_dim="hidden_size", encoder_depth="num_hidden_layers", encoder_num_heads="num_attention_heads")
-    | dict(decoder_embed_dim="decoder_hidden_size", decoder_depth="decoder_num_hidden_layers")
-    | dict(decoder_num_heads="decoder_num_attention_heads")
-)
 
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-SEGMENTER_PARTS = ("neck.", "decode_head.", "auxiliary_head.")
-DECODER_PARTS = ("decoder_", "mask_token")
-NOT_OF_THE_ENCODER = ("fc_norm.", "head.", *SEGMENTER_PARTS, *DECODER_PARTS)
-TABLE = ".relative_position_bias_table"
-# Numbers of dimensions, so that all later code may rely on them; the rest have one.
-RANKS = {
-    r".*\.num_batches_tracked": 0,
-    r"blocks\..*\.relative_position_(index|bias_table)": 2,
-    r"((decoder_)?blocks\..*\.(attn|mlp)\..*|decoder_embed|decoder_pred|head.*)\.weight": 2,
-    r"cls_token|mask_token|(decoder_)?pos_embed": 3,
-    r"patch_embed\.proj\.weight": 4,
+
+def texts_by_number(labels: dict[str, str] | list[str]) -> list[str]:
+    """Give texts in the order of their numbers "0", "1" and so on, or as listed."""
+    return [labels[str(index)] for index in range(len(labels))] if isinstance(labels, dict) else labels
+
+
+def is_numbered(labels: object) -> bool:
+    if isinstance(labels, dict) and labels.keys() == {str(index) for index in range(len(labels))}:
+        labels = texts_by_number(labels)
+    return files.TEXTS.check(labels)
+
+
+# What entries of the JSON files of transformers and timm have to be
+GELU = files.Kind("gelu, as in all models here", lambda value: value == "gelu")
+NUMBERED = files.Kind("texts by number from 0", is_numbered)
+ENTRIES = {
+    files.ONE_OR_TWO: "image_size img_size",
+    files.WHOLE: "patch_size num_channels hidden_size num_hidden_layers num_attention_heads num_heads "
+    "decoder_hidden_size decoder_num_hidden_layers decoder_num_attention_heads",
+    files.NOT_NEGATIVE: "layer_norm_eps mask_ratio",
+    files.TRUE_OR_FALSE: "norm_pix_loss",
+    files.TEXT: "global_pool",
+    files.TABLE: "pretrained_cfg model_args",
+    files.NUMBERS: "image_mean image_std mean std",
+    GELU: "hidden_act act_layer",
+    NUMBERED: "id2label label_names",
 }
-
-
-def split_name(name: str) -> tuple[str, str, str]:
-    """Split blocks.3.norm1.weight into blocks.N.norm1, 3 and .weight; what is missing is empty."""
-    stem, _, leaf = name.rpartition(".")
-    stem, leaf = (stem, f".{leaf}") if leaf in ("weight", "bias", *BUFFERS) else (name, "")
-    number = re.search(r"\.([0-9]{1,9})(?=\.|$)", stem)
-    if number is None:
-        return stem, "", leaf
-    return f"{stem[: number.start()]}.N{stem[number.end() :]}", number[1], leaf
-
-
-def their_names(name: str, layout: str) -> list[str]:
-    """Give what a layout calls a tensor of ours: one name, or three of q, k, v; none where it has no such thing."""
-    template, number, leaf = split_name(name)
-    theirs = LAYOUTS[layout].table.get(template, "").split()
-    return [name.replace(".N", f".{number}", 1) + leaf for name in theirs]
-
-
-@functools.cache
-def inverse_table(layout: str) -> dict[str, tuple[str, int]]:
-    pairs = [(ours, theirs.split()) for ours, theirs in LAYOUTS[layout].table.items()]
-    return {name: (ours, index) for ours, theirs in pairs for index, name in enumerate(theirs)}
-
-
-def our_name(key: str, layout: str) -> tuple[str, int] | None:
-    """Give our name for a key of a layout, and which third of q, k, v it is; None for keys that the table lacks."""
-    for pattern, replacement in LAYOUTS[layout].spellings:
-        key = re.sub(pattern, replacement, key)
-    template, number, leaf = split_name(key)
-    if template not in inverse_table(layout):
-        return None
-    ours, index = inverse_table(layout)[template]
-    return ours.replace(".N", f".{number}", 1) + leaf, index
-
-
-# ------------------------------------------------------------------------------------------------ reading files
-
-WHOLE = ("model.safetensors", "pytorch_model.bin")
-
-
-def find_sources(path: Path) -> list[Path]:
-    """Give the weight files, or indices of shards, that a path means, the one to be read first."""
-    names = [f"{name}{ending}" for name in WHOLE for ending in ("", ".index.json")] if path.is_dir() else [""]
-    found = [path / name for name in names if (path / name).is_file()]
-    if not found:
-        expected = f"no {', no '.join(names)} in" if path.is_dir() else "no weight file or folder at"
-        raise FileNotFoundError(f"{expected} {path}; give the weight file itself")
-    return found
-
-
-def read_shards(index: Path) -> dict[str, Tensor]:
-    """Read the files that an index.json lists; ValueError where they and the index disagree."""
-    places = read_json(index).get("weight_map", {})
-    check_entries(index, {"weight_map": places})
-    tensors = {}
-    for name in sorted(set(places.values())):
-        if Path(name).name != name or not (index.parent / name).is_file():
-            raise ValueError(f"{index} lists the shard {name!r}, which is no file in {index.parent}")
-        shard = read_file(index.parent / name)
-        expected = {key for key, place in places.items() if place == name}
-        if shard.keys() != expected:
-            key = sorted(shard.keys() ^ expected)[0]
-            raise ValueError(f"{index} and {name} disagree about {key}")
-        tensors |= shard
-    return tensors
-
-
-def other_weights(content: dict) -> list[str]:
-    """Name what holds tensors beside that which `unwrap` takes, such as a moving average of the weights."""
-    taken = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
-    tables = {key: value for key, value in content.items() if isinstance(value, dict) and key != taken}
-    return [str(key) for key, value in tables.items() if any(isinstance(item, Tensor) for item in value.values())]
-
 
 # ------------------------------------------------------------------------------------------------ what a source is
 
@@ -317,7 +152,7 @@ class Source:
 
     @property
     def tables(self) -> list[str]:
-        return [name for name in self.tensors if name.endswith(TABLE)]
+        return [name for name in self.tensors if name.endswith(BIAS_TABLE)]
 
     def key_of(self, name: str) -> str:
         """Give what the source calls, or would call, a tensor of ours."""
@@ -338,16 +173,6 @@ class Source:
         for name in [name for name in self.tensors if name.startswith(beginnings)]:
             self.left_over[self.key_of(name)] = reason
             del self.tensors[name]
-
-
-def detect_layout(keys: Collection[str], path: Path) -> str:
-    """Give the layout whose table knows most of these keys; ValueError when none knows any."""
-    counts = {layout: sum(our_name(key, layout) is not None for key in keys) for layout in LAYOUTS}
-    best = max(LAYOUTS, key=counts.get)  # of several the first, so that what shares our names is read as ours
-    if counts[best] == 0:
-        known, found = ", ".join(layout.title for layout in LAYOUTS.values()), sorted(keys)[:3]
-        raise ValueError(f"{path} is in no layout known here: its keys are such as {found}. Known are {known}")
-    return best
 
 
 def read_source(path: str | Path) -> Source:
@@ -485,8 +310,8 @@ def add_facts(source: Source, folder: Path, content: dict) -> None:
 def add_facts_of_huggingface(source: Source, file: Path, config: dict) -> None:
     preprocessor_file = file.with_name("preprocessor_config.json")
     preprocessor = read_json(preprocessor_file) if preprocessor_file.is_file() else {}
-    check_entries(file, config)
-    check_entries(preprocessor_file, preprocessor)
+    files.check_entries(file, config, ENTRIES)
+    files.check_entries(preprocessor_file, preprocessor, ENTRIES)
     source.known = {ours: config[theirs] for ours, theirs in HUGGINGFACE_SIZES.items() if theirs in config}
     source.record = {name: preprocessor[name] for name in ("image_mean", "image_std") if name in preprocessor}
     class_names = texts_by_number(config.get("id2label", {}))
@@ -500,7 +325,7 @@ def add_facts_of_huggingface(source: Source, file: Path, config: dict) -> None:
 
 
 def add_facts_of_timm(source: Source, file: Path, config: dict) -> None:
-    check_entries(file, config)
+    files.check_entries(file, config, ENTRIES)
     pretrained, arguments = config.get("pretrained_cfg", config), config.get("model_args", {})
     source.title, source.pooling = LAYOUTS["timm"].title, arguments.get("global_pool", config.get("global_pool"))
     names = {"num_heads": "encoder_num_heads", "img_size": "img_size"}
@@ -508,10 +333,6 @@ def add_facts_of_timm(source: Source, file: Path, config: dict) -> None:
     source.record = {f"image_{name}": pretrained[name] for name in ("mean", "std") if name in pretrained}
     if "label_names" in config:
         source.record["class_names"] = texts_by_number(config["label_names"])
-
-
-def texts_by_number(labels: dict[str, str] | list[str]) -> list[str]:
-    return [labels[str(index)] for index in range(len(labels))] if isinstance(labels, dict) else labels
 
 
 # ------------------------------------------------------------------------------------------------ sizes
@@ -609,7 +430,9 @@ def check(source: Source, sizes: dict) -> None:
     problems += describe_shapes(source, expected)
     num_tokens = 1 + config.num_patches
     for block, index in source.indices.items():
-        if index.shape != (num_tokens, num_tokens) or not torch.equal(index, relative_position_index(config.grid_size)):
+        if index.shape != (num_tokens, num_tokens) or not torch.equal(
+            index, gen_relative_position_index(config.grid_size, class_token=True)
+        ):
             problems.append(f"{block}.attn.relative_position_index numbers positions otherwise than BEiT")
     source.refuse(problems)
 
@@ -683,7 +506,7 @@ def mmseg_checkpoint(tensors: dict[str, Tensor], config: MAEConfig, record: dict
     """Add what MMSegmentation's MAE has in every layer and ours need not have, at values that change nothing."""
     if record["norm"] != "batch":
         raise ValueError(f"MMSegmentation's heads have batch norm, not {record['norm']} norm")
-    index = relative_position_index(config.grid_size)
+    index = gen_relative_position_index(config.grid_size, class_token=True)
     ones = torch.ones(config.encoder_embed_dim, dtype=tensors["cls_token"].dtype)
     table = torch.zeros(int(index.max()) + 1, config.encoder_num_heads, dtype=ones.dtype)
     added = {}
@@ -701,10 +524,6 @@ def mmseg_checkpoint(tensors: dict[str, Tensor], config: MAEConfig, record: dict
 
 def flags_for(untold: list[str]) -> str:
     return "".join(" --[no-]norm_pix_loss" if name == "norm_pix_loss" else f" --{name} N" for name in untold)
-
-
-def without_decoder(sizes: dict) -> dict:
-    return {name: value for name, value in sizes.items() if not name.startswith(("decoder", "norm_pix"))}
 
 
 def build_record(source: Source, config: MAEConfig, args: argparse.Namespace) -> dict:
@@ -775,10 +594,6 @@ def huggingface_configs(kind: str, config: MAEConfig, record: dict) -> dict[str,
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def beside(target: Path, ending: str) -> Path:
-    return target.with_name(f"{target.name}.convert_{ending}")
-
-
 def check_target(target: Path, layout: str, overwrite: bool) -> None:
     """Refuse a target before any work: one of the wrong kind, or there already, or a folder with more than weights."""
     suffix = LAYOUTS[layout].suffix
@@ -799,40 +614,22 @@ def check_target(target: Path, layout: str, overwrite: bool) -> None:
             raise ValueError(f"{target} also holds {sorted(others)[0]}, so --overwrite does not replace it")
 
 
-def recover(target: Path) -> None:
-    """Put back the folder that a killed --overwrite had set aside."""
-    if not os.path.lexists(target) and beside(target, "old").exists():
-        os.rename(beside(target, "old"), target)
-
-
-def write_target(target: Path, files: Mapping[str, object]) -> None:
-    """Write files beside the target and rename them in its place: one file under the name "", or those of a folder."""
-    temporary, old = beside(target, "tmp"), beside(target, "old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        for name, content in files.items():
-            file = temporary / (name or target.name)
-            if file.suffix == ".json":
+def write_target(target: Path, contents: Mapping[str, object]) -> None:
+    """Write a target whole or not at all: one file under the name "", or those of a folder."""
+    with written_whole(target) as temporary:
+        if "" not in contents:
+            temporary.mkdir()
+        for name, content in contents.items():
+            file = temporary / name
+            if name.endswith(".json"):
                 write_json(file, content)
-            elif file.suffix == ".safetensors":
-                file.touch()
-                mode = file.stat().st_mode
+            elif (name or target.name).endswith(".safetensors"):
                 save_file(content, file, metadata={"format": "pt"})
-                file.chmod(mode)  # safetensors lets nobody else read
             else:
                 torch.save(content, file)
-        if target.is_dir():  # a folder cannot be renamed over another
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(target, old)
-        os.replace(temporary / target.name if "" in files else temporary, target)
-    finally:
-        recover(target)
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
-def build_files(source: Source, converted: Converted, sizes: dict, args: argparse.Namespace) -> tuple[dict, str]:
+def build_contents(source: Source, converted: Converted, sizes: dict, args: argparse.Namespace) -> tuple[dict, str]:
     """Build what a target consists of, and say what opens it."""
     tensors, kind, target = converted.tensors, converted.kind, str(args.target)
     if args.to == "original":
@@ -852,9 +649,9 @@ def build_files(source: Source, converted: Converted, sizes: dict, args: argpars
     if args.to == "mmseg":
         return {"": mmseg_checkpoint(tensors, config, record)}, f"mmseg.apis.init_model(config, {target!r})"
     if args.to == "huggingface":
-        files = {"model.safetensors": tensors, **huggingface_configs(kind, config, record)}
+        contents = {"model.safetensors": tensors, **huggingface_configs(kind, config, record)}
         more = ", add_pooling_layer=False" if kind == "encoder" else ""
-        return files, f"transformers.{KINDS[kind][1]}.from_pretrained({target!r}{more})"
+        return contents, f"transformers.{KINDS[kind][1]}.from_pretrained({target!r}{more})"
     tensors = add_backbone(tensors) if kind == "segmenter" else tensors
     opening = OPENS_HERE[record["architecture"]].format(shlex.quote(target))
     return {"model.safetensors": tensors, "config.json": record}, opening
@@ -971,8 +768,8 @@ def main(args: argparse.Namespace) -> None:
         because, shown = f" ({reasons(source)})" if source.left_over else "", describe_names(converted.left_out)
         refusal = f"{LAYOUTS[args.to].title} layout has no place for {shown} of {args.source}{because}"
         raise ValueError(f"{refusal}; add --drop to leave them out")
-    files, opening = build_files(source, converted, sizes, args)
-    write_target(place, files)
+    contents, opening = build_contents(source, converted, sizes, args)
+    write_target(place, contents)
     say("note", *source.notes)
     if converted.left_out:
         say("left out", describe_names(converted.left_out))

@@ -1,0 +1,179 @@
+"""Files written whole or not at all, after errors and kills, and JSON files whose entries make no sense."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from storage import files
+from storage.files import check_entries, read_json, recover, write_json, written_whole
+
+KINDS = ["file", "folder"]
+
+
+def write(path: Path, kind: str, text: str) -> None:
+    if kind == "folder":
+        path.mkdir()
+        path = path / "inside"
+        path.mkdir()
+        path = path / "content"
+    path.write_text(text)
+    path.chmod(0o600)  # as safetensors does
+
+
+def content_of(path: Path) -> str:
+    return (path / "inside" / "content" if path.is_dir() else path).read_text()
+
+
+@pytest.fixture
+def target(tmp_path) -> Path:
+    return tmp_path / "new" / "target"
+
+
+@pytest.mark.parametrize("unique", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_written_whole_puts_the_new_in_the_place_of_the_old(target, kind, unique):
+    for text in ("first", "second"):
+        with written_whole(target, unique=unique) as temporary:
+            assert temporary.parent == target.parent and temporary != target
+            write(temporary, kind, text)
+            assert text == "first" or content_of(target) == "first"
+        assert content_of(target) == text and list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("unique", [False, True])
+@pytest.mark.parametrize("there_before", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_leaves_the_old_target_and_nothing_beside_it(target, kind, there_before, unique):
+    target.parent.mkdir()
+    if there_before:
+        write(target, kind, "old")
+    with pytest.raises(OSError, match="no space left"), written_whole(target, unique=unique) as temporary:
+        write(temporary, kind, "half of the n")
+        raise OSError("no space left")
+    assert list(target.parent.iterdir()) == [target] * there_before
+    assert not there_before or content_of(target) == "old"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rename_that_fails_brings_the_old_target_back(target, kind, monkeypatch):
+    def no_rename(*_):
+        raise OSError("no rename")
+
+    target.parent.mkdir()
+    write(target, kind, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", no_rename)
+        with pytest.raises(OSError, match="no rename"), written_whole(target) as temporary:
+            write(temporary, kind, "new")
+    assert list(target.parent.iterdir()) == [target] and content_of(target) == "old"
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+import storage.files
+with storage.files.written_whole(Path(sys.argv[1])) as temporary:
+    (temporary / "inside").mkdir(parents=True)
+    (temporary / "inside" / "content").write_text("new")
+    {moment}
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "left", "content"),
+    [
+        ("os._exit(9)", {"target", "target.tmp"}, "old"),
+        ("os.replace = lambda *_: os._exit(9)", {"target.old", "target.tmp"}, "old"),
+        ("storage.files.remove = lambda *_: os._exit(9)", {"target", "target.old"}, "new"),
+    ],
+    ids=["before the renames", "between the renames", "after the renames"],
+)
+def test_recover_after_a_kill_leaves_one_whole_folder(target, moment, left, content):
+    target.parent.mkdir()
+    write(target, "folder", "old")
+    command = [sys.executable, "-c", KILLED.format(moment=moment), str(target)]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 9
+    assert {path.name for path in target.parent.iterdir()} == left
+    recover(target)
+    assert list(target.parent.iterdir()) == [target] and content_of(target) == content
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_next_write_recovers_first(target, kind):
+    target.parent.mkdir()
+    write(target.with_name("target.old"), kind, "old")  # a kill between the renames
+    write(target.with_name("target.tmp"), kind, "half")
+    with written_whole(target) as temporary:
+        assert content_of(target) == "old" and not temporary.exists()
+        write(temporary, kind, "new")
+    assert content_of(target) == "new" and list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_modes_of_files_follow_the_umask(target, kind, umask, mode):
+    before = os.umask(umask)
+    try:
+        with written_whole(target) as temporary:
+            write(temporary, kind, "new")
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    file = target / "inside" / "content" if kind == "folder" else target
+    assert file.stat().st_mode & 0o777 == mode
+
+
+def test_writers_of_unique_names_do_not_touch_what_others_write(target):
+    target.parent.mkdir()
+    others = target.with_name("target.tmp"), target.with_name("target.1.tmp")
+    for other in others:
+        other.write_text("of another process")
+    with written_whole(target, unique=True) as temporary:
+        assert temporary not in others
+        temporary.write_text("ours")
+    assert target.read_text() == "ours" and all(other.read_text() == "of another process" for other in others)
+
+
+def test_json_comes_back_and_what_is_no_table_is_named(tmp_path):
+    file = tmp_path / "a.json"
+    write_json(file, {"a": [1, None]})
+    assert read_json(file) == {"a": [1, None]}
+    for text, message in (("[1]", "holds a list, not entries"), ("{", "is no JSON"), ("[" * 99999, "is no JSON")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=rf"a\.json {message}"):
+            read_json(file)
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        ("WHOLE", [1, 12], [0, True, 1.0, "1", None]),
+        ("WHOLE_OR_NULL", [1, None], [0, False]),
+        ("ONE_OR_TWO", [1, [2, 3]], [0, [1], [1, 2, 3], [0, 1], (1, 2)]),
+        ("NOT_NEGATIVE", [0, 0.5, 2], [-1, float("nan"), float("inf"), True, "1"]),
+        ("TRUE_OR_FALSE", [True, False], [0, 1, None]),
+        ("TEXT", ["", "a"], [None, 1, ["a"]]),
+        ("TABLE", [{}], [[], None]),
+        ("TEXTS", [[], ["a"]], ["a", ["a", 1], {"0": "a"}]),
+        ("NUMBERS", [[], [0.5, -1]], [0.5, ["a"], [None], [float("nan")]]),
+        ("INDICES", [[0, 2]], [[-1], [1.0], 1]),
+    ],
+)
+def test_check_entries_names_file_entry_and_kind(kind, good, bad):
+    kind = getattr(files, kind)
+    for value in good:
+        check_entries(Path("a.json"), {"one": value}, {kind: "one other"})
+    for value in bad:
+        with pytest.raises(ValueError, match=rf"^one in a\.json has to be {kind.words}, not "):
+            check_entries(Path("a.json"), {"one": value}, {kind: "other one"})
+
+
+def test_check_entries_looks_into_tables_and_shortens_what_is_long():
+    kinds = {files.TABLE: "inner", files.TEXT: "name"}
+    check_entries(Path("a.json"), {"inner": {"inner": {"name": "a"}}, "unknown": 3}, kinds)
+    with pytest.raises(ValueError, match=r"^name in a\.json has to be a text, not \[0, 1, 2, 3, 4, 5, \.\.\.\]$"):
+        check_entries(Path("a.json"), {"inner": {"inner": {"name": list(range(99))}}}, kinds)
