@@ -204,14 +204,7 @@ def choose_recipe(recipe: str, from_scratch: bool, linear_probe: bool, width: in
 
 
 def build_config(args: argparse.Namespace) -> MAEConfig:
-    sizes = {name: value for name, value in vars(args).items() if name.startswith("encoder")}
-    return MAEConfig(
-        **sizes,
-        patch_size=args.patch_size,
-        img_size=args.img_size,
-        input_channels=args.input_channels,
-        norm_pix_loss=False,
-    )
+    return MAEConfig.from_flags(args, MAEConfig(norm_pix_loss=False))
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -575,10 +568,9 @@ def build_record(
     model: ViTMAEForImageClassification, files: storage.FileList, args: argparse.Namespace
 ) -> dict[str, object]:
     """Give the config.json that lies beside the weights."""
-    sizes = dataclasses.asdict(model.config)
     return {
         "architecture": "ViTMAEForImageClassification",
-        "config": {name: v for name, v in sizes.items() if not name.startswith(("decoder", "norm_pix"))},
+        "config": model.config.as_record(decoder=False),
         "num_classes": len(files.classes),
         "global_pool": args.global_pool,
         "class_names": list(files.classes),

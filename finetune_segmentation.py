@@ -194,14 +194,7 @@ def read_class_names(args: argparse.Namespace) -> list[str]:
 
 
 def build_config(args: argparse.Namespace) -> MAEConfig:
-    sizes = {name: value for name, value in vars(args).items() if name.startswith("encoder")}
-    return MAEConfig(
-        **sizes,
-        patch_size=args.patch_size,
-        img_size=args.img_size,
-        input_channels=args.input_channels,
-        norm_pix_loss=False,
-    )
+    return MAEConfig.from_flags(args, MAEConfig(norm_pix_loss=False))
 
 
 def build_model(args: argparse.Namespace) -> ViTMAEForSegmentation:
@@ -475,10 +468,9 @@ def choose_warmup(args: argparse.Namespace, steps_per_epoch: int, total_steps: i
 
 def build_record(args: argparse.Namespace) -> dict[str, object]:
     """Give the config.json that lies beside the weights."""
-    sizes = dataclasses.asdict(build_config(args))
     return {
         "architecture": "ViTMAEForSegmentation",
-        "config": {name: v for name, v in sizes.items() if not name.startswith(("decoder", "norm_pix"))},
+        "config": build_config(args).as_record(decoder=False),
         "num_classes": args.num_classes,
         "ignore_zero": args.ignore_zero,
         "class_names": args.class_names,

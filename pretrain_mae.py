@@ -12,7 +12,6 @@ This code at that size: not run yet.
 """
 
 import argparse
-import dataclasses
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -118,9 +117,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def build_config(args: argparse.Namespace) -> MAEConfig:
     """Take the named size and override what was given by flag."""
-    fields = {field.name for field in dataclasses.fields(MAEConfig)} & vars(args).keys()
-    given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
-    return dataclasses.replace(MODEL_CONFIGS[args.model], **given)
+    return MAEConfig.from_flags(args, MODEL_CONFIGS[args.model])
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -278,7 +275,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         total_steps=total_steps,
         config={
             "architecture": "ViTMAEForPreTraining",
-            "config": dataclasses.asdict(config),
+            "config": config.as_record(decoder=True),
             "image_mean": args.mean,
             "image_std": args.std,
         },

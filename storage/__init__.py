@@ -14,7 +14,7 @@ from storage.pairs import (
     label_table,
     list_pairs,
 )
-from storage.weights import read_state_dict
+from storage.weights import find_weights, read_state_dict
 
 __all__ = [
     "ADE20K_CLASS_NAMES",
@@ -29,6 +29,7 @@ __all__ = [
     "describe_decoder",
     "find_splits",
     "find_validation",
+    "find_weights",
     "label_table",
     "list_images",
     "list_pairs",

@@ -52,8 +52,8 @@ def sync_to_disk(path: Path) -> None:
 
 
 def beside(target: Path, ending: str) -> Path:
-    """Give TARGET.tmp, where a target is written until it is whole, or TARGET.old, what it replaces meanwhile."""
-    return target.with_name(f"{target.name}.{ending}")
+    """Give TARGET.unfinished.tmp, where a target is written until it is whole, or TARGET.replaced.old meanwhile."""
+    return target.with_name(f"{target.name}.{ending}")  # names that nobody gives to files of his own
 
 
 def remove(path: Path) -> None:
@@ -66,10 +66,10 @@ def remove(path: Path) -> None:
 
 def recover(target: Path) -> None:
     """Undo what a kill in the middle of `written_whole` left: an older folder comes back, a half-written one goes."""
-    old = beside(target, "old")
+    old = beside(target, "replaced.old")
     if old.exists():
         remove(old) if os.path.lexists(target) else os.rename(old, target)
-    remove(beside(target, "tmp"))
+    remove(beside(target, "unfinished.tmp"))
 
 
 def publish(temporary: Path, target: Path, *, flush: bool = True) -> None:
@@ -86,11 +86,11 @@ def publish(temporary: Path, target: Path, *, flush: bool = True) -> None:
             sync_to_disk(path)
     replaces_folder = target.is_dir()
     if replaces_folder:  # a folder cannot be renamed over another
-        os.rename(target, beside(target, "old"))
+        os.rename(target, beside(target, "replaced.old"))
     os.replace(temporary, target)
     sync_to_disk(target.parent)
-    if replaces_folder:  # beside a file, TARGET.old is somebody's own
-        remove(beside(target, "old"))
+    if replaces_folder:
+        remove(beside(target, "replaced.old"))
 
 
 @contextlib.contextmanager
@@ -101,7 +101,7 @@ def written_whole(target: Path, *, unique: bool = False, flush: bool = True) -> 
     processes may write at once: of folders the first stays, and so does what a kill leaves. `flush` off is for what
     can be made again after a power cut: 10,000 small files take 40 s to flush.
     """
-    temporary = beside(target, f"{secrets.token_hex(4)}.tmp" if unique else "tmp")
+    temporary = beside(target, f"{secrets.token_hex(4)}.tmp" if unique else "unfinished.tmp")
     target.parent.mkdir(parents=True, exist_ok=True)
     if not unique:
         recover(target)
