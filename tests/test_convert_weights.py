@@ -39,7 +39,9 @@ from model import (
     load_segmenter,
     read_sizes,
 )
+from storage.layouts import detect_layout
 from storage.pairs import ADE20K_CLASS_NAMES
+from storage.weights import find_sources, read_file, unwrap
 
 tool = load_tool("convert_weights")
 
@@ -278,8 +280,8 @@ def test_names_and_shapes_of_published_sizes_are_a_bijection(name, encoder, full
     num_blocks = config.encoder_depth + (config.decoder_depth if kind == "masked autoencoder" else 0)
     tensors = {"masked autoencoder": full, "encoder": encoder, "classifier of the mean": encoder + 2}[kind]
     assert len(converted) == tensors + more * num_blocks
-    assert tool.detect_layout(converted, Path("there")) == {"original": "ours", "timm": "ours"}.get(layout, layout)
-    back = tool.Source(Path("there"), tool.detect_layout(converted, Path("there")), {})
+    assert detect_layout(converted, Path("there")) == {"original": "ours", "timm": "ours"}.get(layout, layout)
+    back = tool.Source(Path("there"), detect_layout(converted, Path("there")), {})
     tool.rename(back, converted)
     assert {key: value.shape for key, value in back.tensors.items()} == {
         k: value.shape for k, value in expected.items()
@@ -1008,7 +1010,7 @@ def test_renamed_missing_and_misshapen_keys_are_named_and_nothing_is_written(tmp
 @pytest.mark.parametrize("layout", ["original", "huggingface", "mmseg", "tutorial"])
 def test_tensors_of_no_sensible_shape_are_named(tmp_path, layout, shape):
     source = foreign_files(tmp_path)[layout]
-    tensors = tool.unwrap(tool.read_file(tool.find_sources(source)[0]), source)
+    tensors = unwrap(read_file(find_sources(source)[0]), source)
     one_block = r"(^|layer\.|layers\.|blocks\.)1\.|^[a-z_.]+$"
     for key in [key for key in tensors if re.search(one_block, key) and not re.match("neck|.*_head", key)]:
         if layout != "tutorial" or key.startswith("encoder."):
@@ -1330,6 +1332,15 @@ def test_what_a_kill_leaves_behind_is_put_right_by_the_next_conversion(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "out"]
 
 
+def test_a_refused_conversion_touches_nothing_beside_its_target(tmp_path):
+    source = write_ours(tmp_path / "ours", build("encoder"))
+    for name in ("out", "out.old", "out.tmp"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(FileExistsError, match="out exists"):
+        convert(source, tmp_path / "out", "huggingface")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "out", "out.old", "out.tmp"]
+
+
 def test_weights_may_be_read_by_whom_the_system_lets(tmp_path):
     folder = convert(write_ours(tmp_path / "ours", build("encoder")), tmp_path / "out", "huggingface")
     modes = {file.stat().st_mode for file in folder.iterdir()}
@@ -1360,7 +1371,7 @@ def test_a_write_that_fails_leaves_everything_as_it_was(tmp_path, monkeypatch, o
     def full_disk(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(tool, "write_json", full_disk)  # after the weights
+    monkeypatch.setattr(tool.files, "write_json", full_disk)  # after the weights
     with pytest.raises(OSError, match="no space left"):
         convert(source, target, "ours", *["--overwrite"] * overwrite)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -43,34 +43,9 @@ from model import (
     read_sizes,
     without_decoder,
 )
-from storage import files
-from storage.files import read_json, recover, write_json, written_whole
-from storage.layouts import (
-    BIAS_TABLE,
-    BUFFERS,
-    DECODER_PARTS,
-    HUGGINGFACE_SIZES,
-    LAYOUTS,
-    NOT_OF_THE_ENCODER,
-    ORIGINAL_OR_TIMM,
-    RANKS,
-    SEGMENTER_PARTS,
-    detect_layout,
-    our_name,
-    their_names,
-)
+from storage import files, layouts, weights
+from storage.layouts import LAYOUTS, NOT_OF_THE_ENCODER, SEGMENTER_PARTS, their_names
 from storage.pairs import ADE20K_CLASS_NAMES, ADE20K_NUM_CLASSES, LABEL_COLOURS
-from storage.weights import (
-    convert_command,
-    count_blocks,
-    find_sources,
-    other_weights,
-    read_config,
-    read_file,
-    read_shards,
-    sizes_from_shapes,
-    unwrap,
-)
 
 # What a source can be: our class for it, and transformers' class and type
 KINDS = {
@@ -142,7 +117,7 @@ class Source:
     def kind(self) -> str:
         if self.has(*SEGMENTER_PARTS):
             return "segmenter"
-        if self.has(*DECODER_PARTS):
+        if self.has(*layouts.DECODER_PARTS):
             return "masked autoencoder"
         if self.has("head.1."):
             return "linear probe"
@@ -152,7 +127,7 @@ class Source:
 
     @property
     def tables(self) -> list[str]:
-        return [name for name in self.tensors if name.endswith(BIAS_TABLE)]
+        return [name for name in self.tensors if name.endswith(layouts.BIAS_TABLE)]
 
     def key_of(self, name: str) -> str:
         """Give what the source calls, or would call, a tensor of ours."""
@@ -178,19 +153,19 @@ class Source:
 def read_source(path: str | Path) -> Source:
     """Read weights of any layout under our names; ValueError names every key that no table explains."""
     path = Path(path)
-    file, *passed_over = find_sources(path)
-    content = read_shards(file) if file.name.endswith(".index.json") else read_file(file)
-    tensors = unwrap(content, file)
-    source = Source(path, detect_layout(tensors, path), {})
+    file, *passed_over = weights.find_sources(path)
+    content = weights.read_shards(file) if file.name.endswith(".index.json") else weights.read_file(file)
+    tensors = weights.unwrap(content, file)
+    source = Source(path, layouts.detect_layout(tensors, path), {})
     if passed_over:
         source.notes.append(f"{file.name} is read, and not {', '.join(other.name for other in passed_over)} beside it")
-    if others := other_weights(content):
+    if others := weights.other_weights(content):
         source.notes.append(f"{', '.join(others)} in the same file not read; these are other weights")
     rename(source, tensors)
     add_facts(source, file.parent, content)
     if not source.title:  # the layouts that share our names, as far as that can be seen
         beit = source.layout == "ours" and any(re.search(r"gamma|_bias$|relative|^backbone", key) for key in tensors)
-        names = ORIGINAL_OR_TIMM if source.layout == "ours" else LAYOUTS[source.layout].title
+        names = layouts.ORIGINAL_OR_TIMM if source.layout == "ours" else LAYOUTS[source.layout].title
         source.title = "BEiT's" if beit else names
     simplify(source)
     pooling = "avg" if source.has("fc_norm.") else "token"
@@ -211,7 +186,7 @@ def rename(source: Source, tensors: Mapping[str, Tensor]) -> None:
         if re.match(layout.left_over, key):
             source.left_over[key] = layout.reason
             continue
-        name, third = our_name(key, source.layout) or (None, 0)
+        name, third = layouts.our_name(key, source.layout) or (None, 0)
         if name is None:
             problems.append(f"unknown key {key}")
         elif misfit := describe_misfit(name, tensor):
@@ -239,7 +214,7 @@ def describe_misfit(name: str, tensor: Tensor) -> str | None:
     """Say what is wrong with the type or the dimensions of a tensor of this name; a segmenter's are compared later."""
     if not tensor.is_floating_point() and not name.endswith(("relative_position_index", "num_batches_tracked")):
         return f"is of {tensor.dtype}, not of floating point"
-    rank = next((rank for pattern, rank in RANKS.items() if re.fullmatch(pattern, name)), 1)
+    rank = next((rank for pattern, rank in layouts.RANKS.items() if re.fullmatch(pattern, name)), 1)
     if tensor.ndim != rank and not name.startswith(SEGMENTER_PARTS):
         return f"has the shape {tuple(tensor.shape)} instead of one of {rank} dimensions"
     return None
@@ -247,7 +222,7 @@ def describe_misfit(name: str, tensor: Tensor) -> str | None:
 
 def simplify(source: Source) -> None:
     """Express what blocks of BEiT's kind have more than ours by what ours have, so that outputs stay the same."""
-    tensors, depth, folded = source.tensors, count_blocks(source.tensors, "blocks"), 0
+    tensors, depth, folded = source.tensors, weights.count_blocks(source.tensors, "blocks"), 0
     for gamma, layer in (("gamma_1", "attn.proj"), ("gamma_2", "mlp.fc2")):
         names = [f"blocks.{index}.{gamma}" for index in range(depth)]
         absent = [f"missing {source.key_of(name)}" for name in names if name not in tensors]
@@ -285,11 +260,11 @@ def add_facts(source: Source, folder: Path, content: dict) -> None:
     The config.json of another layout than the weights' happens to lie in the same folder, and says nothing.
     """
     file = folder / "config.json"
-    config = read_json(file) if file.is_file() else {}
+    config = files.read_json(file) if file.is_file() else {}
     if source.layout in ("huggingface", "beit") and "model_type" in config:
         add_facts_of_huggingface(source, file, config)
     elif source.layout == "ours" and isinstance(config.get("config"), dict):
-        source.title, source.record = LAYOUTS["ours"].title, read_config(file)
+        source.title, source.record = LAYOUTS["ours"].title, weights.read_config(file)
         source.known = source.record.pop("config")
     elif source.layout == "ours" and "architecture" in config:
         add_facts_of_timm(source, file, config)
@@ -309,10 +284,10 @@ def add_facts(source: Source, folder: Path, content: dict) -> None:
 
 def add_facts_of_huggingface(source: Source, file: Path, config: dict) -> None:
     preprocessor_file = file.with_name("preprocessor_config.json")
-    preprocessor = read_json(preprocessor_file) if preprocessor_file.is_file() else {}
+    preprocessor = files.read_json(preprocessor_file) if preprocessor_file.is_file() else {}
     files.check_entries(file, config, ENTRIES)
     files.check_entries(preprocessor_file, preprocessor, ENTRIES)
-    source.known = {ours: config[theirs] for ours, theirs in HUGGINGFACE_SIZES.items() if theirs in config}
+    source.known = {ours: config[theirs] for ours, theirs in layouts.HUGGINGFACE_SIZES.items() if theirs in config}
     source.record = {name: preprocessor[name] for name in ("image_mean", "image_std") if name in preprocessor}
     class_names = texts_by_number(config.get("id2label", {}))
     if class_names and class_names[0] != "LABEL_0":  # which is no name
@@ -351,7 +326,7 @@ def resolve_sizes(source: Source, args: argparse.Namespace) -> dict:
     lists = ("blocks", "decoder_blocks") if "decoder_embed.weight" in source.tensors else ("blocks",)
     needed += [f"{name}.0.{part}.weight" for name in lists for part in ("norm1", "mlp.fc1")]
     source.refuse([f"missing {source.key_of(name)}" for name in needed if name not in source.tensors])
-    sizes = sizes_from_shapes(source.tensors, source.path)
+    sizes = weights.sizes_from_shapes(source.tensors, source.path)
     for part in ("encoder", "decoder"):  # a ratio need not give a whole number, and is then rounded down
         name, width = f"{part}_mlp_ratio", sizes.get(f"{part}_embed_dim", 0)
         if name in sizes and source.known.get(name, -1) * width // 1 == round(sizes[name] * width):
@@ -566,7 +541,7 @@ def huggingface_configs(kind: str, config: MAEConfig, record: dict) -> dict[str,
     elif height != width:
         raise ValueError(f"transformers' ViTMAE takes square images only, not {height} x {width}")
     content = {"architectures": [KINDS[kind][1]], "model_type": KINDS[kind][2], "hidden_act": "gelu"}
-    content |= {HUGGINGFACE_SIZES[name]: value for name, value in sizes.items() if name in HUGGINGFACE_SIZES}
+    content |= {theirs: sizes[ours] for ours, theirs in layouts.HUGGINGFACE_SIZES.items() if ours in sizes}
     content["intermediate_size"] = int(config.encoder_embed_dim * config.encoder_mlp_ratio)
     content["layer_norm_eps"] = LAYER_NORM_EPS  # transformers' default, 1e-12, is not the original's
     content |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -616,13 +591,13 @@ def check_target(target: Path, layout: str, overwrite: bool) -> None:
 
 def write_target(target: Path, contents: Mapping[str, object]) -> None:
     """Write a target whole or not at all: one file under the name "", or those of a folder."""
-    with written_whole(target) as temporary:
+    with files.written_whole(target) as temporary:
         if "" not in contents:
             temporary.mkdir()
         for name, content in contents.items():
             file = temporary / name
             if name.endswith(".json"):
-                write_json(file, content)
+                files.write_json(file, content)
             elif (name or target.name).endswith(".safetensors"):
                 save_file(content, file, metadata={"format": "pt"})
             else:
@@ -690,7 +665,7 @@ def open_source(path: str, args: argparse.Namespace) -> tuple[Source, dict]:
 def inspect(path: str, args: argparse.Namespace) -> None:
     """Print what a source is, and what it can serve here."""
     source, sizes = open_source(path, args)
-    num_values = sum(value.numel() for name, value in source.tensors.items() if not name.endswith(BUFFERS))
+    num_values = sum(value.numel() for name, value in source.tensors.items() if not name.endswith(layouts.BUFFERS))
     has_decoder, segmenter = source.kind == "masked autoencoder", source.kind == "segmenter"
     classifier = KINDS[source.kind][0] is ViTMAEForImageClassification
     shown = sizes if has_decoder else without_decoder(sizes)
@@ -712,9 +687,9 @@ def inspect(path: str, args: argparse.Namespace) -> None:
     if untold:
         say("nobody tells", ", ".join(untold))
     flags = flags_for(untold) + (" --drop" if source.left_over else "")
-    own = source.title in (LAYOUTS["ours"].title, ORIGINAL_OR_TIMM)
+    own = source.title in (LAYOUTS["ours"].title, layouts.ORIGINAL_OR_TIMM)
     as_it_is = own and not source.left_over and scripts_take(path)
-    say("to use it here", "as it is" if as_it_is else convert_command(path) + flags)
+    say("to use it here", "as it is" if as_it_is else weights.convert_command(path) + flags)
 
 
 def reasons(source: Source) -> str:
@@ -760,7 +735,8 @@ def main(args: argparse.Namespace) -> None:
     if args.inspect is not None:
         return inspect(args.inspect, args)
     place = Path(os.path.realpath(args.target))  # of a link, what it leads to
-    recover(place)
+    if not os.path.lexists(place):
+        files.recover(place)
     check_target(args.target, args.to, args.overwrite)
     source, sizes = open_source(args.source, args)
     converted = convert(source, args.to)
