@@ -34,15 +34,14 @@ from dataset import (
     Batch,
     ImageDataset,
     PairMixing,
-    ResizeCenterCrop,
     SampleKey,
     StepSampler,
+    build_eval_images,
     build_eval_loader,
     build_finetuning_transform,
     build_probing_transform,
     build_training_loader,
     denormalize,
-    eval_crop_ratio,
     normalize,
 )
 from model import (
@@ -58,7 +57,7 @@ from model import (
 )
 from storage.demo import write_demo_data
 from storage.files import rename_aside, write_json
-from storage.lists import FileList, check_same_classes, find_splits, find_validation, list_images
+from storage.lists import FileList, ListCache, check_same_classes, find_splits, find_validation, list_images
 from storage.weights import read_state_dict
 from training.checkpoints import BEST_CHECKPOINT, LAST_CHECKPOINT, Checkpoints, check_weights, find_checkpoints, resume
 from training.flags import HelpFormatter, add_run_flags, check_run_flags, micro_batch_size
@@ -498,9 +497,9 @@ def run_knn(args: argparse.Namespace) -> dict[str, float]:
 
 def list_labelled(accelerator: Accelerator, folder: Path, args: argparse.Namespace) -> FileList:
     """List the images of a folder, whose every image has to lie in a class folder."""
+    rescan = args.rescan_data and accelerator.is_local_main_process
     with accelerator.local_main_process_first():
-        cache = Path(args.working_directory) / "file_lists"
-        files = list_images(folder, cache, rescan=args.rescan_data and accelerator.is_local_main_process)
+        files = list_images(folder, ListCache(Path(args.working_directory) / "file_lists", rescan))
     if not files.classes:
         check_same_classes(files.classes, ("",), folder, "this data set")
     return files
@@ -525,8 +524,8 @@ def list_splits(accelerator: Accelerator, args: argparse.Namespace) -> tuple[Fil
 
 
 def build_eval_data(files: FileList, config: MAEConfig, args: argparse.Namespace) -> ImageDataset:
-    fit = ResizeCenterCrop(config.image_hw, eval_crop_ratio(config.image_hw))
-    return ImageDataset(files, fit, seed=args.seed, channels=args.input_channels, replace_bad_files=False)
+    common = dict(seed=args.seed, channels=args.input_channels)
+    return build_eval_images(files, config.image_hw, replace_bad_files=False, **common)
 
 
 def build_training_data(

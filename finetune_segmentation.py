@@ -55,6 +55,7 @@ from model import (
 )
 from storage.demo import DEMO_LABEL_NAMES, write_demo_data
 from storage.files import rename_aside, write_json
+from storage.lists import ListCache
 from storage.pairs import (
     ADE20K_CLASS_NAMES,
     ADE20K_NUM_CLASSES,
@@ -553,16 +554,15 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
 def list_checked_pairs(accelerator: Accelerator, args: argparse.Namespace, split: str) -> PairList:
     """Pair the images and label maps of a split, "training" or "validation", and check that all can be used."""
     pairs = list_pairs(args.path_to_data, split)
-    cache = Path(args.working_directory) / "file_lists"
+    rescan = args.rescan_data and accelerator.is_local_main_process
     accelerator.print(f"{'checking':<16}{pairs.describe()}")
     with accelerator.local_main_process_first():
         check_pairs(
             pairs,
             label_table(args.num_classes, args.ignore_zero),
             cap_workers(args.num_workers),
-            cache,
+            ListCache(Path(args.working_directory) / "file_lists", rescan),
             decode=split == "validation",  # where an image that cannot be decoded is not replaced by another
-            rescan=args.rescan_data and accelerator.is_local_main_process,
         )
     return pairs
 

@@ -31,18 +31,18 @@ from dataset import (
     ResizeCenterCrop,
     SampleKey,
     StepSampler,
+    build_eval_images,
     build_eval_loader,
     build_pretraining_transform,
     build_training_loader,
     collate,
     denormalize,
-    eval_crop_ratio,
     normalize,
 )
 from model import MODEL_CONFIGS, MAEConfig, ViTMAEForPreTraining, num_kept_patches
 from storage.decoding import describe_decoder
 from storage.demo import write_demo_data
-from storage.lists import FileList, check_same_classes, find_splits, list_images
+from storage.lists import FileList, ListCache, check_same_classes, find_splits, list_images
 from training.checkpoints import Checkpoints, check_weights, resume
 from training.flags import HelpFormatter, add_run_flags, check_run_flags, micro_batch_size
 from training.process import (
@@ -294,16 +294,15 @@ def build_probe_loaders(
     if val_folder is None:
         raise FileNotFoundError(f"--probe_every needs {root} to hold train/ and val/, or give --path_to_probe_data")
     with accelerator.local_main_process_first():
-        cache = Path(args.working_directory) / "file_lists"
         rescan = args.rescan_data and accelerator.is_local_main_process
-        lists = [list_images(folder, cache, rescan=rescan) for folder in (train_folder, val_folder)]
+        cache = ListCache(Path(args.working_directory) / "file_lists", rescan)
+        lists = [list_images(folder, cache) for folder in (train_folder, val_folder)]
     check_same_classes(lists[1].classes, lists[0].classes, val_folder, str(train_folder))
     if not lists[0].classes:
         raise ValueError(f"--probe_every needs labels, but {train_folder} has images outside class folders")
-    fit = ResizeCenterCrop(config.image_hw, eval_crop_ratio(config.image_hw))
     return tuple(
         build_eval_loader(
-            ImageDataset(files.subsample(args.probe_images), fit, channels=args.input_channels),
+            build_eval_images(files.subsample(args.probe_images), config.image_hw, channels=args.input_channels),
             micro_batch_size(args),
             num_workers,
             *process_slice(accelerator),
@@ -354,10 +353,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     train_folder, val_folder = find_splits(args.path_to_data)
     refuse_inside(args.working_directory, train_folder)
     with accelerator.local_main_process_first():
-        cache = Path(args.working_directory) / "file_lists"
         rescan = args.rescan_data and accelerator.is_local_main_process  # the others read what it found
-        train_files = list_images(train_folder, cache, rescan=rescan)
-        val_files = list_images(val_folder, cache, rescan=rescan) if val_folder else None
+        cache = ListCache(Path(args.working_directory) / "file_lists", rescan)
+        train_files = list_images(train_folder, cache)
+        val_files = list_images(val_folder, cache) if val_folder else None
     sample = dict(seed=args.seed, channels=args.input_channels, noise_size=config.num_patches)
     repeated = args.repeated_sampling
     augment = build_pretraining_transform(config.image_hw, args.min_crop_scale)
