@@ -125,6 +125,11 @@ def random_key(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
+def fingerprint(content: bytes) -> str:
+    """Hash bytes into 16 hexadecimal digits, by which a resumed run tells whether its data is still the same."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def read_json(file: Path) -> dict:
     """Read a JSON file of entries by name; ValueError names a file that holds anything else."""
     try:

@@ -1,10 +1,9 @@
-"""Folders of images: splits, classes, lists of files and their cache.
+"""Folders of images: splits, classes, lists of files, and what is remembered of them between runs.
 
-Decoding lives in decoding.py, packs of many images in packs.py.
+Decoding lives in decoding.py, the files of a pack in packs.py, images with label maps in pairs.py.
 """
 
 import dataclasses
-import hashlib
 import os
 import zipfile
 import zlib
@@ -15,7 +14,13 @@ import numpy as np
 from PIL import Image
 
 from storage.decoding import CHANNEL_MODES, IMAGE_SUFFIXES, NamedBytes, Picture, open_picture, read_image, to_pixels
+from storage.files import fingerprint, random_key, written_whole
 from storage.packs import Pack, PackedRows, is_packed, open_pack
+
+LAYOUT = """expected one of
+  <path_to_data>/train/<class>/*.jpg  and  <path_to_data>/val/<class>/*.jpg   (or validation/; ImageNet's layout)
+  <path_to_data>/any/folders/*.jpg                                           (pretraining only: no classes needed)
+with files ending in """ + " ".join(IMAGE_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -47,24 +52,48 @@ class FileList:
 
     def fingerprint(self) -> str:
         """Hash the relative paths, so that a resumed run can tell whether its data is still the same."""
-        return hashlib.sha256(b"\0".join(self.paths.tolist())).hexdigest()[:16]
+        return fingerprint(b"\0".join(self.paths.tolist()))
 
     def subsample(self, count: int) -> "FileList":
         """Give at most `count` images, spread evenly over the list and so over the classes."""
         if len(self) <= count:
             return self
         kept = np.linspace(0, len(self) - 1, count).round().astype(np.int64)
-        return dataclasses.replace(self, paths=self.paths[kept], labels=self.labels[kept])
+        arrays = {name: value[kept] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return dataclasses.replace(self, **arrays)  # every array has an entry for each image
 
     def describe(self) -> str:
         classes = f" in {len(self.classes):,} classes" if self.classes else ""
         return f"{len(self):,} images{classes} in {self.root}"
 
 
-LAYOUT = """expected one of
-  <path_to_data>/train/<class>/*.jpg  and  <path_to_data>/val/<class>/*.jpg   (or validation/; ImageNet's layout)
-  <path_to_data>/any/folders/*.jpg                                           (pretraining only: no classes needed)
-with files ending in """ + " ".join(IMAGE_SUFFIXES)
+@dataclass(frozen=True)
+class PackedImages(FileList):
+    """A `FileList` whose images lie in a pack; image i is record `records[i]`."""
+
+    pack: Pack
+    records: np.ndarray
+
+    def read_image(self, index: int, channels: int) -> Image.Image:
+        record = int(self.records[index])
+        if self.pack.header["encoding"] != "raw":
+            return read_image(self.pack.read(record), channels)
+        pixels = PackedRows(self.pack, record).decoded().pixels.permute(1, 2, 0)
+        return Image.fromarray(pixels.numpy()).convert(CHANNEL_MODES[channels])
+
+    def open_picture(self, index: int, channels: int) -> Picture:
+        record = int(self.records[index])
+        if self.pack.header["encoding"] != "raw":
+            return open_picture(self.pack.read(record), channels)
+        return PackedRows(self.pack, record) if channels == 3 else Picture(to_pixels(self.read_image(index, channels)))
+
+    def fingerprint(self) -> str:
+        return fingerprint(f"{super().fingerprint()} {self.pack.digest}".encode())
+
+    def describe(self) -> str:
+        side = self.pack.header["short_side"]
+        size = f", short side at most {side}" if side else ""
+        return f"{super().describe()}, packed as {self.pack.header['encoding']}{size}"
 
 
 def find_splits(path_to_data: str | Path) -> tuple[Path, Path | None]:
@@ -134,113 +163,87 @@ def scan_images(root: Path) -> tuple[list[str], dict[str, int]]:
     return sorted(files), folders
 
 
-def list_images(root: Path, cache_folder: Path | None = None, *, rescan: bool = False) -> FileList:
+@dataclass(frozen=True)
+class ListCache:
+    """A folder where lists of images, and checks that passed, are remembered until a file or folder changes.
+
+    `rescan` looks again in any case. An entry that is damaged, or of an earlier format, counts as none.
+    """
+
+    folder: Path
+    rescan: bool = False
+
+    def list_file(self, root: Path) -> Path:
+        return self.folder / f"{root.name}-{fingerprint(os.fsencode(root))}.npz"
+
+    def read_list(self, root: Path) -> FileList | None:
+        """Give the list of the images below a folder; None where there is none that still holds."""
+        if self.rescan:
+            return None
+        try:
+            with np.load(self.list_file(root), allow_pickle=False) as content:
+                stored = {name: content[name] for name in content.files}
+            unchanged = os.fsdecode(stored["root"].item()) == str(root) and all(
+                os.stat(os.path.join(root, os.fsdecode(folder))).st_mtime_ns == time
+                for folder, time in zip(stored["folders"], stored["folder_times"], strict=True)
+            )
+            classes = tuple(os.fsdecode(name) for name in stored["classes"])
+            return FileList(root, stored["paths"], stored["labels"], classes) if unchanged else None
+        except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile):
+            return None
+
+    def write_list(self, files: FileList, folders: dict[str, int]) -> None:
+        """Remember a list with the modification times (ns) of its folders."""
+        entries = dict(
+            root=np.array(os.fsencode(files.root)),
+            paths=files.paths,
+            labels=files.labels,
+            classes=np.array([os.fsencode(name) for name in files.classes], dtype=bytes),
+            folders=np.array([os.fsencode(folder) for folder in folders]),
+            folder_times=np.array(list(folders.values()), dtype=np.int64),
+        )
+        with written_whole(self.list_file(files.root), unique=True) as temporary, temporary.open("wb") as file:
+            np.savez(file, **entries)
+
+    def passed(self, *question: object) -> bool:
+        """Tell whether a check is remembered; `question` is all that decides its answer."""
+        return not self.rescan and self.mark_of(question).exists()
+
+    def remember(self, *question: object) -> None:
+        """Remember that a check passed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.mark_of(question).touch()
+
+    def mark_of(self, question: tuple) -> Path:
+        return self.folder / f"checked-{random_key(*question):016x}"
+
+
+def list_images(root: Path, cache: ListCache | None = None) -> FileList:
     """List the images below `root`; the first folder of a path is its class, where every image has one.
 
-    With `cache_folder` the list is kept there, one file per root, and is read again while no folder has changed:
-    a million-file tree on a network disk is then a thousand look-ups instead of minutes. FileNotFoundError shows the
-    expected layout beside what is there. A folder that tools/pack_dataset.py wrote brings its own list.
+    A cached list is used while no folder has changed: a million-file tree on a network disk is then a thousand look-ups
+    instead of minutes. A folder that tools/pack_dataset.py wrote brings its own list. FileNotFoundError shows the
+    expected layout beside what was found.
     """
     root = Path(root).resolve()
     if is_packed(root):
-        return read_packed_images(root)
-    cache = None
-    if cache_folder is not None:
-        cache = Path(cache_folder) / f"{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.npz"
-        if cache.is_file() and not rescan:
-            cached = read_file_list(cache, root)
-            if cached is not None:
-                return cached
+        pack = open_pack(root, "images")
+        labels, classes = pack.table["label"].astype(np.int32), tuple(pack.header["classes"])
+        return PackedImages(root, pack.names, labels, classes, pack, np.arange(len(pack.names)))
+    cached = cache.read_list(root) if cache is not None else None
+    if cached is not None:
+        return cached
     files, folders = scan_images(root)
     if not files:
-        raise FileNotFoundError(f"no images below {root}; {LAYOUT}\nwhat is there: {contents(root)}")
+        raise FileNotFoundError(f"no images below {root}; {LAYOUT}\nfound: {contents(root)}")
     first_folders = [file.split(os.sep, 1)[0] if os.sep in file else None for file in files]
     classes = () if None in first_folders else tuple(sorted(set(first_folders)))
     index = {name: i for i, name in enumerate(classes)}
-    file_list = FileList(
-        root,
-        np.array([os.fsencode(file) for file in files]),
-        np.array([index.get(name, -1) for name in first_folders], dtype=np.int32),
-        classes,
-    )
+    labels = np.array([index.get(name, -1) for name in first_folders], dtype=np.int32)
+    file_list = FileList(root, np.array([os.fsencode(file) for file in files]), labels, classes)
     if cache is not None:
-        write_file_list(cache, file_list, folders)
+        cache.write_list(file_list, folders)
     return file_list
-
-
-def write_file_list(cache: Path, file_list: FileList, folders: dict[str, int]) -> None:
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp.npz")
-    np.savez(
-        temporary,
-        root=np.array(os.fsencode(file_list.root)),
-        paths=file_list.paths,
-        labels=file_list.labels,
-        classes=np.array([os.fsencode(name) for name in file_list.classes], dtype=bytes),
-        folders=np.array([os.fsencode(folder) for folder in folders]),
-        folder_times=np.array(list(folders.values()), dtype=np.int64),
-    )
-    os.replace(temporary, cache)
-
-
-def read_file_list(cache: Path, root: Path) -> FileList | None:
-    """Read a cached list; None when it is damaged, is of another root, or a folder has changed since."""
-    try:
-        with np.load(cache, allow_pickle=False) as content:
-            stored = {name: content[name] for name in content.files}
-        same_root = os.fsdecode(stored["root"].item()) == str(root)
-        unchanged = same_root and all(
-            os.stat(os.path.join(root, os.fsdecode(folder))).st_mtime_ns == time
-            for folder, time in zip(stored["folders"], stored["folder_times"], strict=True)
-        )
-        classes = tuple(os.fsdecode(name) for name in stored["classes"])
-        return FileList(root, stored["paths"], stored["labels"], classes) if unchanged else None
-    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile):
-        return None
-
-
-@dataclass(frozen=True)
-class PackedImages(FileList):
-    """A `FileList` whose images lie in a pack; image i is record `records[i]`."""
-
-    pack: Pack
-    records: np.ndarray
-
-    def read_image(self, index: int, channels: int) -> Image.Image:
-        record = int(self.records[index])
-        if self.pack.header["encoding"] != "raw":
-            return read_image(self.pack.read(record), channels)
-        pixels = PackedRows(self.pack, record).decoded().pixels.permute(1, 2, 0)
-        return Image.fromarray(pixels.numpy()).convert(CHANNEL_MODES[channels])
-
-    def open_picture(self, index: int, channels: int) -> Picture:
-        record = int(self.records[index])
-        if self.pack.header["encoding"] != "raw":
-            return open_picture(self.pack.read(record), channels)
-        return PackedRows(self.pack, record) if channels == 3 else Picture(to_pixels(self.read_image(index, channels)))
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(f"{super().fingerprint()} {self.pack.digest}".encode()).hexdigest()[:16]
-
-    def subsample(self, count: int) -> "PackedImages":
-        if len(self) <= count:
-            return self
-        kept = np.linspace(0, len(self) - 1, count).round().astype(np.int64)
-        return dataclasses.replace(self, paths=self.paths[kept], labels=self.labels[kept], records=self.records[kept])
-
-    def describe(self) -> str:
-        side = self.pack.header["short_side"]
-        size = f", short side at most {side}" if side else ""
-        return f"{super().describe()}, packed as {self.pack.header['encoding']}{size}"
-
-
-def read_packed_images(folder: Path) -> PackedImages:
-    """List the images of a pack, with the labels and classes of the folder it was made of."""
-    pack = open_pack(folder, "images")
-    classes = tuple(pack.header["classes"])
-    return PackedImages(
-        folder, pack.names, pack.table["label"].astype(np.int32), classes, pack, np.arange(len(pack.names))
-    )
 
 
 def refuse_inside(working_directory: str | Path, train_folder: Path) -> None:

@@ -1,12 +1,14 @@
-"""Many images in few files: what tools/pack_dataset.py writes, read by number and never trusted."""
+"""Many images in few files: what tools/pack_dataset.py writes, read by number and never trusted.
 
-import hashlib
-import json
+A pack is a folder with pack.json, which says what is in it, and shards. A shard is all its records (image files, or
+uncompressed pixels) one after the other, a table with a row for each, their names, and a trailer. Of a pack of pairs
+every second record is a label map. Places and sizes are checked before they are read, and names never lead elsewhere.
+"""
+
 import os
 import re
 import struct
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,34 +17,17 @@ from PIL import Image
 from torch import Tensor
 
 from storage.decoding import Area, NamedBytes, Picture
+from storage.files import fingerprint, is_list, is_text, is_whole, read_json
 
-# tools/pack_dataset.py turns a folder of many small files into a few large ones. A pack is a folder with pack.json,
-# which says what is in it, and shards. A shard is all its records (image files, or uncompressed pixels) one after the
-# other, a table with a row for each, their names, and a trailer. Of a pack of pairs every second record is a label map.
-# Nothing in a pack is trusted: names do not lead anywhere, places and sizes are checked before they are read.
 PACK_FILE, PACKING_FILE = "pack.json", "packing.json"  # the second while a pack is being made
-
-
 PACK_VERSION = 1
-
-
 SHARD_NAME = re.compile(r"\d{5}\.shard")
-
-
 SHARD_MAGIC = b"MAEPACK1"
-
-
 SHARD_TRAILER = struct.Struct("<QQI8s")  # number of records, bytes of the names, CRC-32 of table and names, magic
-
-
 SHARD_TABLE = np.dtype(
     [("offset", "<u8"), ("size", "<u8"), ("height", "<u4"), ("width", "<u4"), ("label", "<i4"), ("crc", "<u4")]
 )
-
-
 MAX_NAME_BYTES = 1024
-
-
 ENCODINGS = ("files", "jpeg", "raw")  # bytes as they were; resized and compressed anew where larger; uint8 (H, W, 3)
 
 
@@ -61,9 +46,8 @@ class Pack:
 
     def __init__(self, folder: Path):
         self.folder, self.open_shards = folder, {}
-        content = (folder / PACK_FILE).read_bytes()
-        self.digest = hashlib.sha256(content).hexdigest()[:16]
-        self.header = parse_pack_header(content, folder)
+        self.digest = fingerprint((folder / PACK_FILE).read_bytes())
+        self.header = read_pack_header(folder)
         parts = [self.read_index(number) for number in range(len(self.header["shards"]))]
         self.table = np.concatenate([table for table, _ in parts])
         self.shards = np.repeat(np.arange(len(parts)), [len(table) for table, _ in parts])
@@ -139,13 +123,11 @@ class Pack:
         return NamedBytes(data, self.path(record))
 
     def read_rows(self, record: int, top: int, count: int) -> Tensor:
-        """Read rows of uncompressed pixels, uint8 (3, count, W), interleaved; their checksum is not looked at."""
+        """Read rows of uncompressed pixels, uint8 (3, count, W), interleaved; their checksum is not compared."""
         row = self.table[record]
         line = int(row["width"]) * 3
         shard, offset = int(self.shards[record]), int(row["offset"]) + top * line
-        rows = np.empty(
-            (count, int(row["width"]), 3), dtype=np.uint8
-        )  # read into, for there is no checksum to wait for
+        rows = np.empty((count, int(row["width"]), 3), dtype=np.uint8)
         if os.preadv(self.open_shard(shard), [rows], offset) != rows.nbytes:
             raise OSError(f"{self.shard_path(shard)} is cut off")
         return torch.from_numpy(rows).permute(2, 0, 1)
@@ -157,39 +139,32 @@ def is_inner_path(name: bytes) -> bool:
     return 0 < len(name) <= MAX_NAME_BYTES and not any(part in (b"", b".", b"..") for part in parts)
 
 
-def parse_pack_header(content: bytes, folder: Path) -> dict:
-    """Read pack.json; ValueError names the field that is not as tools/pack_dataset.py writes it."""
+def is_shard(entry: object) -> bool:
+    return (
+        isinstance(entry, dict)
+        and is_text(entry.get("file"))
+        and SHARD_NAME.fullmatch(entry["file"]) is not None
+        and is_whole(entry.get("bytes"), 0)
+        and is_whole(entry.get("records"), 0)
+    )
+
+
+def read_pack_header(folder: Path) -> dict:
+    """Read pack.json; ValueError names the fields that are not as tools/pack_dataset.py writes them."""
     path = folder / PACK_FILE
     try:
-        header = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}); pack the folder again") from error
-    header = header if isinstance(header, dict) else {}
+        header = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; pack the folder again") from error
     if header.get("version") != PACK_VERSION:
         raise ValueError(f"{path} is of version {header.get('version')!r}, this code reads {PACK_VERSION}")
-
-    def is_list(value: object, is_right: Callable[[object], bool]) -> bool:
-        return isinstance(value, list) and all(is_right(entry) for entry in value)
-
-    def is_count(value: object) -> bool:
-        return type(value) is int and 0 <= value < 2**63
-
-    def is_shard(shard: object) -> bool:
-        return (
-            isinstance(shard, dict)
-            and isinstance(shard.get("file"), str)
-            and SHARD_NAME.fullmatch(shard["file"]) is not None
-            and is_count(shard.get("bytes"))
-            and is_count(shard.get("records"))
-        )
-
+    short_side, classes, shards = (header.get(name) for name in ("short_side", "classes", "shards"))
     checks = {
         "kind": header.get("kind") in ("images", "pairs"),
         "encoding": header.get("encoding") in ENCODINGS,
-        "short_side": header.get("short_side") is None or is_count(header["short_side"]),
-        "classes": is_list(header.get("classes"), lambda name: isinstance(name, str))
-        and len(set(header["classes"])) == len(header["classes"]),
-        "shards": is_list(header.get("shards"), is_shard) and len(header["shards"]) > 0,
+        "short_side": short_side is None or is_whole(short_side, 0),
+        "classes": is_list(classes, is_text) and len(set(classes)) == len(classes),
+        "shards": is_list(shards, is_shard) and len(shards) > 0,
     }
     wrong = [name for name, right in checks.items() if not right]
     if wrong:

@@ -1,6 +1,8 @@
-"""Images with label maps: their pairing, checking and reading, and ADE20K's names and colours."""
+"""Images with label maps: their pairing, checking and reading, and ADE20K's names and colours.
 
-import hashlib
+Lists of images alone, and the cache that remembers what was checked, live in lists.py.
+"""
+
 import io
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -12,15 +14,12 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from storage.decoding import DECODE_ERRORS, IMAGE_FORMATS, NamedBytes, read_image
-from storage.files import random_key
-from storage.lists import contents, scan_images
+from storage.files import fingerprint
+from storage.lists import ListCache, contents, scan_images
 from storage.packs import Pack, is_packed, open_pack
 
 ADE20K_NUM_CLASSES = 150
-
-
 IGNORE_INDEX = 255  # in a label map as this project uses it: counts neither in training nor in a metric
-
 
 # Names and colours of the 150 classes, in the order of the label values (CSAILVision/sceneparsing, BSD-3).
 ADE20K_NAMES = """
@@ -37,11 +36,7 @@ ADE20K_NAMES = """
     hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower,
     radiator, glass, clock, flag
 """
-
-
 ADE20K_CLASS_NAMES = tuple(" ".join(name.split()) for name in ADE20K_NAMES.split(","))
-
-
 ADE20K_COLOURS = """
     787878 b47878 06e6e6 503232 04c803 787850 8c8c8c cc05ff e6e6e6 04fa07 e005ff ebff07 96053d 787846 08ff33 ff0652
     8fff8c ccff04 ff3307 cc4603 0066c8 3de6fa ff0633 0b66ff ff0747 ff09e0 0907e6 dcdcdc ff095c 7009ff 08ffd6 07ffe0
@@ -54,17 +49,10 @@ ADE20K_COLOURS = """
     0abed4 d6ff00 00ccff 1400ff ffff00 0099ff 0029ff 00ffcc 2900ff 29ff00 ad00ff 00f5ff 4700ff 7a00ff 00ffb8 005cff
     b8ff00 0085ff ffd600 19c2c2 66ff00 5c00ff
 """
-
-
 ADE20K_PALETTE = np.frombuffer(bytes.fromhex(ADE20K_COLOURS), dtype=np.uint8).reshape(-1, 3)
-
-
 LABEL_COLOURS = np.resize(ADE20K_PALETTE, (IGNORE_INDEX, 3))  # of any data set; from the 151st class on they repeat
 
-
 LABEL_FORMATS = ("PNG", "BMP", "TIFF", "GIF")  # a JPEG's compression makes up class ids
-
-
 LABEL_LAYOUT = """expected
   <root>/images/{training,validation}/*.jpg  and  <root>/annotations/{training,validation}/*.png  (ADEChallengeData2016)
 with a label map of the same name and size for every image"""
@@ -130,7 +118,7 @@ class PairList:
         return [(status.st_size, status.st_mtime_ns) for status in statuses]
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(b"\0".join([*self.images.tolist(), *self.label_maps.tolist()])).hexdigest()[:16]
+        return fingerprint(b"\0".join([*self.images.tolist(), *self.label_maps.tolist()]))
 
     def describe(self) -> str:
         return f"{len(self):,} pairs in {os.path.dirname(self.path(0))}"
@@ -153,17 +141,10 @@ class PackedPairs(PairList):
         return [(status.st_size, status.st_mtime_ns) for status in statuses]
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"{super().fingerprint()} {self.pack.digest}".encode()).hexdigest()[:16]
+        return fingerprint(f"{super().fingerprint()} {self.pack.digest}".encode())
 
     def describe(self) -> str:
         return f"{len(self):,} pairs in {self.root}, packed"
-
-
-def read_packed_pairs(folder: Path) -> PackedPairs:
-    pack = open_pack(folder, "pairs")
-    if len(pack.names) % 2:
-        raise ValueError(f"{folder} holds {len(pack.names)} records, which are no pairs; pack the folder again")
-    return PackedPairs(folder, pack.names[0::2], pack.names[1::2], pack)
 
 
 def list_pairs(root: str | Path, split: str) -> PairList:
@@ -174,7 +155,12 @@ def list_pairs(root: str | Path, split: str) -> PairList:
     """
     root = Path(root).resolve()
     if is_packed(root / split):
-        return read_packed_pairs(root / split)
+        pack = open_pack(root / split, "pairs")
+        if len(pack.names) % 2:
+            raise ValueError(
+                f"{pack.folder} holds {len(pack.names)} records, which are no pairs; pack the folder again"
+            )
+        return PackedPairs(pack.folder, pack.names[0::2], pack.names[1::2], pack)
     if not (root / "images").is_dir() and (root / "ADEChallengeData2016").is_dir():
         root = root / "ADEChallengeData2016"
     found = []
@@ -206,22 +192,14 @@ def list_pairs(root: str | Path, split: str) -> PairList:
 
 
 def check_pairs(
-    pairs: PairList,
-    table: np.ndarray,
-    num_threads: int,
-    cache_folder: Path | None = None,
-    *,
-    decode: bool = False,
-    rescan: bool = False,
+    pairs: PairList, table: np.ndarray, num_threads: int, cache: ListCache | None = None, *, decode: bool = False
 ) -> None:
     """Open every label map, and the head of every image (`decode`: all of it); ValueError names what cannot be used.
 
-    Minutes for ADE20K, so what held is remembered in `cache_folder` by the names, sizes and times of all files, until
-    one of them changes; `rescan` looks again.
+    Minutes for ADE20K, so `cache` remembers a check by the names, sizes and times of all files.
     """
-    parts = (pairs.fingerprint(), str(pairs.root), table.tolist(), pairs.stamps(), decode)
-    passed = cache_folder / f"checked-{random_key(*parts):016x}" if cache_folder else None
-    if passed is not None and passed.exists() and not rescan:
+    question = (pairs.fingerprint(), str(pairs.root), table.tolist(), pairs.stamps(), decode)
+    if cache is not None and cache.passed(*question):
         return
     with ThreadPoolExecutor(max(1, num_threads)) as pool:
         found = list(pool.map(lambda i: check_pair(pairs, i, table, decode), range(len(pairs))))
@@ -231,9 +209,8 @@ def check_pairs(
         raise ValueError("label maps or images that cannot be used:\n  " + "\n  ".join(problems[:10]) + more)
     if not any(check.has_labels for check in found):
         raise ValueError(f"not one pixel has a label in {os.path.dirname(pairs.label_path(0))}: all are ignored")
-    if passed is not None:
-        passed.parent.mkdir(parents=True, exist_ok=True)
-        passed.touch()
+    if cache is not None:
+        cache.remember(*question)
 
 
 class PairCheck(NamedTuple):

@@ -1,23 +1,19 @@
-"""Decoding, file lists, random numbers, samplers: hand-made cases, round trips and invariances."""
+"""Random numbers, data sets, transforms, mixing, samplers: hand-made cases, round trips and invariances."""
 
 import csv
 import dataclasses
-import io
 import math
 import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_pairs import write_pair
 from timm.data.auto_augment import RandAugment
 from torchvision.transforms import InterpolationMode, v2
 
-import dataset
 from dataset import (
     EVAL_EPOCH,
     IMAGENET_MEAN,
@@ -44,286 +40,21 @@ from dataset import (
     normalize,
     seeded,
 )
-from storage import decoding, files
-from storage.decoding import DECODE_ERRORS, Area, JPEGPicture, NamedBytes, describe_decoder, open_picture, read_image
-from storage.demo import DEMO_KINDS, draw_demo_scene, write_demo_data
-from storage.lists import check_same_classes, find_splits, list_images, scan_images
+from storage import files
+from storage.decoding import read_image
+from storage.demo import draw_demo_scene
+from storage.lists import list_images
 from storage.pairs import (
-    ADE20K_CLASS_NAMES,
-    ADE20K_NUM_CLASSES,
-    ADE20K_PALETTE,
     IGNORE_INDEX,
     check_pairs,
     label_table,
     list_pairs,
-    read_label_map,
 )
-
-# -------------------------------------------------------------------------------- decoding
-
-
-def save(image: Image.Image, path, **options):
-    image.save(path, **options)
-    return path
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tiff", "gif"])
-def test_read_image_opens_every_named_format(tmp_path, suffix):
-    path = save(Image.new("RGB", (6, 4), (200, 200, 200)), tmp_path / f"image.{suffix}")
-    image = read_image(path)
-    assert image.mode == "RGB" and image.size == (6, 4)
-    assert np.abs(np.asarray(image).astype(int) - 200).max() <= 2
-
-
-def test_read_image_turns_a_rotated_photograph_upright(tmp_path):
-    stored = Image.new("RGB", (40, 20), "black")
-    stored.paste("white", (0, 0, 20, 20))  # left half white; turned a quarter clockwise it is on top
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image = np.asarray(read_image(save(stored, tmp_path / "turned.jpg", exif=exif)))
-    assert image.shape == (40, 20, 3)
-    assert image[:15].min() > 240 and image[-15:].max() < 15
-
-
-def test_read_image_scales_16_bit_grey(tmp_path):
-    values = np.array([[0, 257 * 100, 65535]], dtype=np.uint16)
-    path = save(Image.fromarray(values), tmp_path / "deep.png")
-    assert np.asarray(read_image(path))[0].tolist() == [[0] * 3, [100] * 3, [255] * 3]
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [([0.0, 0.5, 1.0], [0, 128, 255]), ([0.0, 51.0, 200.0], [0, 51, 200]), ([0.0, 51.0 * 257, 65535.0], [0, 51, 255])],
-)
-def test_read_image_scales_float_grey(tmp_path, values, expected):
-    path = save(Image.fromarray(np.array([values], dtype=np.float32)), tmp_path / "float.tiff")
-    assert np.asarray(read_image(path, channels=1))[0].tolist() == expected
-
-
-def test_read_image_lays_transparent_pixels_on_white(tmp_path):
-    rgba = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
-    rgba.putpixel((1, 0), (0, 0, 0, 0))
-    path = save(rgba, tmp_path / "clear.png")
-    assert np.asarray(read_image(path))[0].tolist() == [[255, 0, 0], [255, 255, 255]]
-    assert np.asarray(read_image(path, channels=4))[0, 1].tolist() == [0, 0, 0, 0]
-    palette = save(rgba.convert("P"), tmp_path / "palette.png", transparency=rgba.convert("P").getpixel((1, 0)))
-    assert np.asarray(read_image(palette))[0, 1].tolist() == [255, 255, 255]
-
-
-def test_read_image_shows_cmyk_in_its_colours(tmp_path):
-    path = save(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), tmp_path / "cyan.jpg")
-    red, green, blue = np.asarray(read_image(path))[4, 4]
-    assert red < 60 and green > 120 and blue > 120
-
-
-def test_read_image_gives_the_asked_number_of_channels(tmp_path):
-    path = save(Image.new("RGB", (5, 5), "red"), tmp_path / "red.png")
-    assert [np.asarray(read_image(path, channels=c)).shape for c in (1, 3, 4)] == [(5, 5), (5, 5, 3), (5, 5, 4)]
-
-
-def test_read_image_refuses_decompression_bombs_before_decoding(tmp_path, monkeypatch):
-    path = save(Image.new("L", (100, 100)), tmp_path / "large.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9_999)  # Pillow alone only warns up to twice its limit
-    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(Image.DecompressionBombError, match="100 x 100"):
-        read_image(path)
-
-
-def test_read_image_finds_the_range_of_32_bit_integers(tmp_path):
-    for top, factor in ((200, 1), (200 * 257, 257)):
-        path = save(Image.fromarray(np.array([[0, top]], dtype=np.int32)), tmp_path / f"{top}.tiff")
-        assert np.asarray(read_image(path, channels=1))[0].tolist() == [0, top // factor]
-
-
-def test_read_image_refuses_formats_that_are_not_pictures_of_ours(tmp_path):
-    path = tmp_path / "program.jpg"
-    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
-    with pytest.raises(DECODE_ERRORS):
-        read_image(path)
 
 
 def read_manifest(photographs):
     with (photographs / "bad_images" / "MANIFEST.tsv").open() as file:
         return {row["file"]: row for row in csv.DictReader(file, delimiter="\t")}
-
-
-def test_every_awkward_file_decodes_or_is_refused_as_its_manifest_says(photographs):
-    manifest = read_manifest(photographs)
-    assert len(manifest) >= 40
-    wrong = []
-    for name, row in manifest.items():
-        try:
-            image = read_image(photographs / "bad_images" / name)
-        except DECODE_ERRORS:
-            decoded = "no"
-        else:
-            decoded = "yes"
-            width, height = (int(side) for side in row["size"].split("x"))
-            turned = row["exif_orientation"] in {"5", "6", "7", "8"}
-            assert image.size == ((height, width) if turned else (width, height)), name
-        if decoded != row["decodable"]:
-            wrong.append(name)
-    assert not wrong
-
-
-# -------------------------------------------------------------------------------- one result from three decoders
-
-
-@pytest.fixture(params=["nvimgcodec", "torchcodec", "Pillow"])
-def decoder(request, monkeypatch):
-    """What decodes training crops, where it is installed."""
-    if request.param == "nvimgcodec" and decoding.load_nvimgcodec() is None:
-        pytest.skip("nvimgcodec is not installed")
-    if request.param == "torchcodec" and decoding.decode_jpeg is None:
-        pytest.skip("torchcodec is not installed")
-    if request.param != "nvimgcodec":
-        monkeypatch.setattr(dataset, "load_nvimgcodec", lambda: None)
-    if request.param == "Pillow":
-        monkeypatch.setattr(dataset, "decode_jpeg", None)
-    return request.param
-
-
-def encode(image: Image.Image, image_format: str = "JPEG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, image_format, **options)
-    return file.getvalue()
-
-
-def draw_picture(mode: str = "RGB", size: tuple[int, int] = (90, 70)) -> Image.Image:
-    coarse = np.random.default_rng(0).integers(0, 256, (12, 15, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).convert(mode)
-
-
-def pixels_of(picture, area) -> np.ndarray:
-    pixels = picture.cut(area).permute(1, 2, 0).numpy()
-    return pixels[..., 0] if pixels.shape[2] == 1 else pixels
-
-
-AREAS = [Area(0, 0, 70, 90), Area(0, 0, 1, 1), Area(13, 21, 40, 33), Area(69, 0, 1, 90), Area(31, 47, 39, 43)]
-PLAIN_JPEGS = {
-    "4:2:0": dict(subsampling="4:2:0"),
-    "4:2:2": dict(subsampling="4:2:2"),
-    "4:4:4": dict(subsampling="4:4:4", quality=30),
-    "progressive": dict(progressive=True),
-    "restarts": dict(restart_marker_blocks=3),
-    "RGB": dict(keep_rgb=True),
-}
-
-
-@pytest.mark.parametrize("name", PLAIN_JPEGS)
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_every_decoder_gives_pillows_pixels_bit_for_bit(decoder, name, mode, channels):
-    options = {key: value for key, value in PLAIN_JPEGS[name].items() if mode == "RGB" or key != "keep_rgb"}
-    data = encode(draw_picture(mode), **options)
-    whole = np.asarray(read_image(io.BytesIO(data), channels))
-    for area in AREAS:
-        encoded = open_picture(NamedBytes(data, "x"), channels)
-        for picture in (encoded, encoded.decoded()):
-            expected = whole[area.top : area.top + area.height, area.left : area.left + area.width]
-            assert np.array_equal(pixels_of(picture, area), expected), area
-
-
-def test_every_decoder_takes_and_refuses_the_same_awkward_files(decoder, photographs):
-    for path in sorted((photographs / "bad_images").iterdir()):
-        try:
-            expected = np.asarray(read_image(path))
-        except DECODE_ERRORS as error:
-            with pytest.raises(type(error)) as refusal:
-                open_picture(NamedBytes(path.read_bytes(), str(path))).decoded()
-            assert str(refusal.value) == str(error)
-        else:
-            picture = open_picture(NamedBytes(path.read_bytes(), str(path)))
-            height, width = expected.shape[:2]
-            area = Area(height // 3, width // 4, height - height // 3, width // 2 + 1)
-            cut = expected[area.top :, area.left : area.left + area.width]
-            assert np.array_equal(pixels_of(picture, area), cut[:, : area.width]), path.name
-
-
-@pytest.mark.parametrize("name", ["rotated", "CMYK", "palette", "16-bit", "transparent", "disguised"])
-def test_what_decoders_might_see_differently_is_left_to_pillow(name, monkeypatch):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    data = {
-        "rotated": encode(draw_picture(), exif=exif),
-        "CMYK": encode(draw_picture("CMYK")),
-        "palette": encode(draw_picture("P"), "PNG"),
-        "16-bit": encode(Image.fromarray(np.full((70, 90), 30_000, dtype=np.uint16)), "PNG"),
-        "transparent": encode(draw_picture("RGBA"), "PNG"),
-        "disguised": encode(draw_picture(), "WEBP"),
-    }[name]
-    monkeypatch.setattr(dataset, "decode_jpeg", lambda *_, **__: pytest.fail("torchcodec was asked"))
-    picture = open_picture(NamedBytes(data, "name.jpg"))
-    assert np.array_equal(picture.decoded().pixels.permute(1, 2, 0), read_image(io.BytesIO(data)))
-
-
-def test_orientations_that_only_torchcodec_would_read_are_left_to_pillow(decoder):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    for data in (
-        encode(draw_picture(), exif=exif).replace(b"Exif\0\0", b"Exit\0\0"),
-        encode(draw_picture(), xmp=b'<x:xmpmeta tiff:Orientation="6"></x:xmpmeta>'),
-    ):
-        expected = np.asarray(read_image(io.BytesIO(data)))
-        assert np.array_equal(open_picture(NamedBytes(data, "x")).decoded().pixels.permute(1, 2, 0), expected)
-
-
-def test_plain_jpegs_are_not_decoded_by_pillow(decoder, monkeypatch):
-    if decoder == "Pillow":
-        pytest.skip("it is Pillow's turn")
-    data = encode(draw_picture())
-    monkeypatch.setattr(dataset, "read_image", lambda *_: pytest.fail("Pillow was asked"))
-    picture = open_picture(NamedBytes(data, "x"))
-    assert isinstance(picture, JPEGPicture)
-    if decoder == "nvimgcodec":
-        monkeypatch.setattr(dataset, "decode_jpeg", lambda *_, **__: pytest.fail("torchcodec was asked"))
-        picture.cut(Area(5, 5, 20, 20))
-    else:
-        picture.decoded()
-
-
-@pytest.mark.parametrize("damage", ["cut off", "cut off and closed by an end", "a marker in between"])
-def test_damage_below_the_crop_counts_as_in_pillow(decoder, damage):
-    data = encode(draw_picture(size=(200, 400)), quality=95)
-    place = len(data) * 3 // 4
-    data = {
-        "cut off": data[:place],
-        "cut off and closed by an end": data[:place] + b"\xff\xd9",
-        "a marker in between": data[:place] + b"\xff\xc7\x00\x04" + data[place:],
-    }[damage]
-    area = Area(3, 5, 60, 70)
-    try:
-        expected = np.asarray(read_image(io.BytesIO(data)))[3:63, 5:75]
-    except DECODE_ERRORS:
-        with pytest.raises(DECODE_ERRORS):
-            open_picture(NamedBytes(data, "x")).cut(area)
-    else:
-        assert damage == "cut off and closed by an end"
-        assert np.array_equal(pixels_of(open_picture(NamedBytes(data, "x")), area), expected)
-
-
-def test_bombs_are_refused_before_any_decoder_sees_them(decoder, monkeypatch):
-    data = encode(draw_picture())
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6_299)
-    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(Image.DecompressionBombError, match="90 x 70"):
-        open_picture(NamedBytes(data, "x"))
-
-
-def test_errors_name_the_file_and_not_a_place_in_memory():
-    with pytest.raises(OSError, match=r"^cannot identify image file 'folder/name\.jpg'$"):
-        open_picture(NamedBytes(b"<html>404</html>", "folder/name.jpg"))
-
-
-def test_samples_and_replacements_are_the_same_with_every_decoder(decoder, image_folder, monkeypatch):
-    bad = image_folder / "train" / "cats" / "003.jpg"
-    bad.write_bytes(bad.read_bytes()[:-20])  # the header is sound: the failure comes after a crop may have been drawn
-    data = build_dataset(image_folder)
-    samples = [data[SampleKey(epoch, index)] for epoch in range(3) for index in range(24)]
-    assert sum(len(sample.bad_files) for sample in samples) >= 3
-    monkeypatch.setattr(dataset, "decode_jpeg", None)
-    monkeypatch.setattr(dataset, "load_nvimgcodec", lambda: None)
-    for sample in samples:
-        expected = data[sample.key]
-        assert torch.equal(sample.image, expected.image) and sample.bad_files == expected.bad_files
 
 
 def test_replacement_is_drawn_as_if_no_crop_had_been(image_folder):
@@ -336,31 +67,6 @@ def test_replacement_is_drawn_as_if_no_crop_had_been(image_folder):
     sample = data[SampleKey(1, 3)]
     assert "truncated" in sample.bad_files[0].reason  # so a crop was drawn before the failure
     assert torch.equal(sample.image, expected)
-
-
-def test_pillow_takes_over_where_a_decoder_gives_another_size(monkeypatch):
-    data = encode(draw_picture())
-    monkeypatch.setattr(dataset, "decode_jpeg", lambda *_, **__: torch.zeros(3, 90, 70, dtype=torch.uint8))
-    picture = open_picture(NamedBytes(data, "x")).decoded()
-    assert np.array_equal(picture.pixels.permute(1, 2, 0), read_image(io.BytesIO(data)))
-
-
-def test_decoder_works_in_forked_workers_after_it_was_used(decoder, image_folder):
-    data, sampler = build_dataset(image_folder), StepSampler(24, 4)
-    expected = [torch.stack([data[key].image for key in keys]) for keys in sampler]
-    loader = build_training_loader(data, sampler, 2, pin_memory=False)
-    assert all(torch.equal(batch.images, images) for batch, images in zip(loader, expected, strict=True))
-
-
-def test_without_torchcodec_pillow_decodes():
-    program = "import sys; sys.modules['torchcodec'] = None; import dataset; print(decoding.describe_decoder())"
-    environment = {**os.environ, "PYTHONPATH": str(Path(dataset.__file__).parent)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert "Pillow (faster with: pip install torchcodec)" in done.stdout
-
-
-def test_decoder_is_named_as_it_is(decoder):
-    assert describe_decoder().startswith({"nvimgcodec": "nvimgcodec (only the crop), "}.get(decoder, decoder))
 
 
 def test_crops_are_drawn_as_torchvision_draws_them():
@@ -394,91 +100,6 @@ def test_crops_look_as_pillow_makes_them(image_folder):
         assert difference.mean() < 0.15 and difference.max() <= 2, index
         error = (difference / 255).square().mean().item()
         assert error == 0 or -10 * math.log10(error) > 50
-
-
-# -------------------------------------------------------------------------------- file lists
-
-
-def test_find_splits_takes_either_name_of_the_validation_folder(tmp_path):
-    (tmp_path / "train").mkdir()
-    assert find_splits(tmp_path) == (tmp_path / "train", None)
-    (tmp_path / "validation").mkdir()
-    assert find_splits(tmp_path) == (tmp_path / "train", tmp_path / "validation")
-    (tmp_path / "val").mkdir()
-    with pytest.raises(ValueError, match="both val/ and validation/"):
-        find_splits(tmp_path)
-
-
-def test_find_splits_takes_a_tree_without_splits_as_training_images(tmp_path):
-    assert find_splits(tmp_path) == (tmp_path, None)
-    (tmp_path / "here").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"(?s)is not a folder; expected one of.*: here/"):
-        find_splits(tmp_path / "nowhere")
-
-
-def test_list_images_finds_classes_and_labels(image_folder):
-    files = list_images(image_folder / "train")
-    assert files.classes == ("cats", "dogs") and len(files) == 24
-    assert [files.classes[files.labels[i]] in files.path(i) for i in range(24)] == [True] * 24
-
-
-def test_list_images_takes_any_letter_case_depth_and_strange_names(tmp_path):
-    names = ["a.JPEG", "deep/er/b.PnG", "deep/with space é.Tif", "deep/readme.txt", "deep/c.jpg.bak"]
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    files = list_images(tmp_path)
-    assert [os.path.relpath(files.path(i), tmp_path) for i in range(len(files))] == sorted(names[:3])
-    assert files.classes == () and set(files.labels) == {-1}
-
-
-def test_list_images_shows_expected_and_found_when_there_is_nothing(tmp_path):
-    (tmp_path / "archive.tar").touch()
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(
-        FileNotFoundError, match=r"(?s)no images below.*expected one of.*what is there: archive\.tar, empty/"
-    ):
-        list_images(tmp_path)
-
-
-def test_list_images_passes_over_hidden_files_and_folders(image_folder):
-    train = image_folder / "train"
-    (train / "cats" / "._000.jpg").touch()
-    for name in (".ipynb_checkpoints", "__MACOSX"):
-        (train / name).mkdir()
-        (train / name / "copy.jpg").touch()
-    files = list_images(train)
-    assert len(files) == 24 and files.classes == ("cats", "dogs")
-
-
-def test_scan_images_survives_a_link_back_up(image_folder):
-    (image_folder / "train" / "cats" / "loop").symlink_to(image_folder / "train")
-    assert len(scan_images(image_folder / "train")[0]) == 24
-
-
-def test_list_images_reads_the_cached_list_while_nothing_changed(image_folder, tmp_path, monkeypatch):
-    first = list_images(image_folder / "train", tmp_path / "lists")
-    with monkeypatch.context() as patch:
-        patch.setattr(dataset, "scan_images", lambda root: pytest.fail("scanned although the list was cached"))
-        second = list_images(image_folder / "train", tmp_path / "lists")
-    assert second.classes == first.classes and second.fingerprint() == first.fingerprint()
-    assert np.array_equal(second.labels, first.labels)
-
-
-def test_list_images_scans_again_after_a_change_a_damage_or_when_asked(image_folder, tmp_path, monkeypatch):
-    train, lists = image_folder / "train", tmp_path / "lists"
-    first = list_images(train, lists)
-    (train / "dogs" / "new.png").touch()
-    changed = list_images(train, lists)
-    assert len(changed) == 25 and changed.fingerprint() != first.fingerprint()
-    (cache,) = lists.iterdir()
-    for damage in (cache.read_bytes()[:200], b"", b"no list"):
-        cache.write_bytes(damage)
-        assert len(list_images(train, lists)) == 25
-    scans = []
-    monkeypatch.setattr(dataset, "scan_images", lambda root: scans.append(root) or scan_images(root))
-    list_images(train, lists, rescan=True)
-    assert len(scans) == 1
 
 
 # -------------------------------------------------------------------------------- randomness
@@ -772,26 +393,6 @@ def test_smoothing_is_applied_once_and_odd_batches_keep_their_last_image():
         torch.testing.assert_close(batch.labels.min(), torch.tensor(0.025))
 
 
-# -------------------------------------------------------------------------------- classes
-
-
-def test_classes_that_differ_are_refused_with_the_difference(tmp_path):
-    check_same_classes(("a", "b"), ("a", "b"), tmp_path, "training")
-    with pytest.raises(ValueError, match=r"1 classes in .* are not the 2 of training: it lacks b\. Every class"):
-        check_same_classes(("a",), ("a", "b"), tmp_path, "training")
-    with pytest.raises(ValueError, match=r"it lacks b, c, d, e, f and 2 more; it adds x"):
-        check_same_classes(("a", "x"), tuple("abcdefgh"), tmp_path, "training")
-    with pytest.raises(ValueError, match="images outside class folders"):
-        check_same_classes((), ("a",), tmp_path, "training")
-
-
-def test_thinned_list_keeps_every_class(image_folder):
-    files = list_images(image_folder / "train")
-    few = files.subsample(6)
-    assert len(few) == 6 and np.bincount(few.labels).tolist() == [3, 3] and files.subsample(100) is files
-    assert {few.path(i) for i in range(6)} <= {files.path(i) for i in range(24)}
-
-
 def test_undecodable_file_stops_an_evaluation_with_its_name(image_folder):
     (image_folder / "val" / "cats" / "broken.jpg").write_text("no picture")
     files = list_images(image_folder / "val")
@@ -800,127 +401,7 @@ def test_undecodable_file_stops_an_evaluation_with_its_name(image_folder):
         list(build_eval_loader(data, 4, 0))
 
 
-# -------------------------------------------------------------------------------- label maps
-
-
-def test_label_rule_on_every_value():
-    ade = label_table(ADE20K_NUM_CLASSES, True)
-    assert ade[0] == IGNORE_INDEX and ade[255] == IGNORE_INDEX
-    assert [ade[raw] for raw in range(1, 151)] == list(range(150)) and set(ade[151:255]) == {-1}
-    plain = label_table(19, False)
-    assert [plain[raw] for raw in range(19)] == list(range(19)) and plain[255] == IGNORE_INDEX and plain[19] == -1
-    assert label_table(1, False)[0] == 0 and label_table(254, True)[254] == 253
-    for num_classes, ignore_zero in ((0, True), (255, True), (256, False)):
-        with pytest.raises(ValueError, match="num_classes must lie between 1 and"):
-            label_table(num_classes, ignore_zero)
-
-
-def test_class_names_and_colours_are_ade20ks(photographs):
-    with (photographs / "meta" / "ade20k_objectInfo150.txt").open() as file:
-        names = [line.rstrip("\n").split("\t")[-1].split(",")[0].strip() for line in list(file)[1:]]
-    with (photographs / "meta" / "ade20k_palette150.csv").open() as file:
-        colours = [[int(row[channel]) for channel in "rgb"] for row in csv.DictReader(file)]
-    assert list(ADE20K_CLASS_NAMES) == names and ADE20K_PALETTE.tolist() == colours
-    assert (ADE20K_CLASS_NAMES[0], ADE20K_CLASS_NAMES[149], len(names)) == ("wall", "flag", ADE20K_NUM_CLASSES)
-
-
-def write_pair(root: Path, split: str, stem: str, labels: np.ndarray, size: tuple[int, int] | None = None) -> None:
-    for kind in ("images", "annotations"):
-        (root / kind / split).mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size or labels.shape[::-1]).save(root / "images" / split / f"{stem}.jpg")
-    Image.fromarray(labels).save(root / "annotations" / split / f"{stem}.png")
-
-
-@pytest.fixture
-def pairs_root(tmp_path) -> Path:
-    root = tmp_path / "ADEChallengeData2016"
-    for index in range(3):
-        write_pair(root, "training", f"scene_{index}", np.full((6, 8), index, dtype=np.uint8))
-    return root
-
-
-def test_pairs_are_found_by_name_also_from_the_folder_above(pairs_root):
-    for root in (pairs_root, pairs_root.parent):
-        pairs = list_pairs(root, "training")
-        assert [os.path.basename(pairs.path(i)) for i in range(3)] == [f"scene_{i}.jpg" for i in range(3)]
-        assert [os.path.basename(pairs.label_path(i)) for i in range(3)] == [f"scene_{i}.png" for i in range(3)]
-    check_pairs(pairs, label_table(150, True), 2)
-    with pytest.raises(FileNotFoundError, match=r"images/validation is not there; expected"):
-        list_pairs(pairs_root, "validation")
-
-
-@pytest.mark.parametrize(
-    ("kind", "what"), [("images", "no image for scene_1.png"), ("annotations", "no label map for")]
-)
-def test_files_without_a_partner_are_named(pairs_root, kind, what):
-    next((pairs_root / kind / "training").glob("scene_1.*")).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"training: {what}.*expected"):
-        list_pairs(pairs_root, "training")
-
-
-def test_label_maps_that_cannot_be_used_are_all_named(pairs_root):
-    table, folder = label_table(150, True), pairs_root / "annotations" / "training"
-    write_pair(pairs_root, "training", "wrong_size", np.ones((6, 8), dtype=np.uint8), size=(9, 6))
-    write_pair(pairs_root, "training", "wrong_value", np.full((6, 8), 151, dtype=np.uint8))
-    write_pair(pairs_root, "training", "colour", np.ones((6, 8), dtype=np.uint8))
-    Image.new("RGB", (8, 6)).save(folder / "colour.png")
-    write_pair(pairs_root, "training", "lossy", np.ones((6, 8), dtype=np.uint8))
-    Image.new("L", (8, 6)).save(folder / "lossy.png", format="JPEG")
-    with pytest.raises(ValueError, match="label maps or images that cannot be used") as error:
-        check_pairs(list_pairs(pairs_root, "training"), table, 2)
-    lines = sorted(str(error.value).splitlines()[1:])
-    assert len(lines) == 4
-    for line, words in zip(
-        lines,
-        ("colour.png is of mode RGB", "lossy.png: cannot identify", "wrong_size.png: 8 x 6 pixels", "values 151"),
-        strict=True,
-    ):
-        assert words in line
-
-
-def test_checked_pairs_are_remembered_until_a_file_changes(pairs_root, tmp_path, monkeypatch):
-    pairs, table = list_pairs(pairs_root, "training"), label_table(150, True)
-    check_pairs(pairs, table, 1, tmp_path / "cache")
-    calls = []
-    monkeypatch.setattr(dataset, "check_pair", lambda *args: calls.append(args) or pairs.PairCheck(None, True))
-    check_pairs(pairs, table, 1, tmp_path / "cache")
-    assert calls == []
-    check_pairs(pairs, label_table(2, True), 1, tmp_path / "cache")  # other classes: not the same question
-    assert len(calls) == 3
-    os.utime(pairs.label_path(0), ns=(1, 1))
-    check_pairs(pairs, table, 1, tmp_path / "cache")
-    assert len(calls) == 6
-    check_pairs(pairs, table, 1, tmp_path / "cache", rescan=True)
-    assert len(calls) == 9
-
-
-def test_transposed_label_map_is_refused(pairs_root):
-    write_pair(pairs_root, "training", "turned", np.ones((6, 8), dtype=np.uint8), size=(6, 8))
-    with pytest.raises(ValueError, match=r"turned\.png: 8 x 6 pixels, but its image has 6 x 8"):
-        check_pairs(list_pairs(pairs_root, "training"), label_table(150, True), 1)
-
-
-def test_image_that_cannot_be_decoded_is_named_where_it_cannot_be_replaced(pairs_root):
-    write_pair(pairs_root, "training", "broken", np.ones((6, 8), dtype=np.uint8))
-    (pairs_root / "images" / "training" / "broken.jpg").write_text("<html>404</html>")
-    pairs, table = list_pairs(pairs_root, "training"), label_table(150, True)
-    check_pairs(pairs, table, 1)
-    with pytest.raises(ValueError, match=r"broken\.jpg: UnidentifiedImageError"):
-        check_pairs(pairs, table, 1, decode=True)
-
-
-def test_data_without_a_labelled_pixel_is_refused(tmp_path):
-    write_pair(tmp_path, "validation", "one", np.zeros((6, 8), dtype=np.uint8))
-    with pytest.raises(ValueError, match="not one pixel has a label"):
-        check_pairs(list_pairs(tmp_path, "validation"), label_table(150, True), 1)
-
-
-def test_palette_label_maps_are_read_as_numbers_not_as_colours(tmp_path):
-    labels = np.array([[0, 1], [150, 255]], dtype=np.uint8)
-    image = Image.fromarray(labels, "P")
-    image.putpalette([value for index in range(256) for value in (255 - index, 0, index)])
-    image.save(tmp_path / "palette.png")
-    assert read_label_map(tmp_path / "palette.png", label_table(150, True)).tolist() == [[255, 0], [149, 255]]
+# -------------------------------------------------------------------------------- segmentation
 
 
 def test_label_map_of_a_rotated_photograph_may_lie_either_way(tmp_path):
@@ -1073,10 +554,8 @@ def test_repeated_sampling_visits_all_images_in_as_many_epochs():
 
 
 def test_one_crop_of_each_image_is_the_order_of_before():
-    sampler = StepSampler(10, 4, seed=3)
-    sampler.set_epoch(2)
     generator = torch.Generator().manual_seed(files.random_key(3, 2, "order"))
-    assert sampler.order() == torch.randperm(10, generator=generator)[:8].tolist()
+    assert StepSampler(10, 4, seed=3).order(epoch=2) == torch.randperm(10, generator=generator)[:8].tolist()
 
 
 def test_crops_of_a_set_smaller_than_a_step_all_differ():
@@ -1088,72 +567,3 @@ def test_crops_of_a_set_smaller_than_a_step_all_differ():
 def test_repeated_sampling_refuses_batches_that_groups_cannot_fill():
     with pytest.raises(ValueError, match="--repeated_sampling 4 does not divide the 6 images"):
         StepSampler(24, 6, crops_per_image=4)
-
-
-def test_crops_of_one_decoded_image_are_those_of_each_key_alone(decoder, image_folder, monkeypatch):
-    sampler = StepSampler(24, 8, crops_per_image=4)
-    data, alone = build_dataset(image_folder, keep_decoded=True), build_dataset(image_folder)
-    opened = []
-    monkeypatch.setattr(dataset, "open_picture", lambda *args: opened.append(args) or open_picture(*args))
-    samples = [data[key] for keys in sampler for key in keys]
-    assert len(opened) == len(samples) // 4
-    assert all(torch.equal(sample.image, alone[sample.key].image) for sample in samples)
-    assert len({sample.image.numpy().tobytes() for sample in samples}) == len(samples)
-
-
-# -------------------------------------------------------------------------------- demo data
-
-
-def test_demo_scene_is_a_function_of_seed_and_kind():
-    image, labels = draw_demo_scene(7, 4)
-    again, again_labels = draw_demo_scene(7, 4)
-    assert image.tobytes() == again.tobytes() and labels.tobytes() == again_labels.tobytes()
-    assert draw_demo_scene(8, 4)[0].tobytes() != image.tobytes()
-    assert (image.mode, labels.mode) == ("RGB", "L") and image.size == labels.size
-
-
-@pytest.mark.parametrize("kind", range(10))
-def test_demo_labels_mark_the_object_on_its_background(kind):
-    image, labels = (np.asarray(picture) for picture in draw_demo_scene(3, kind))
-    assert set(np.unique(labels)) <= {0, 1, 2 + kind, 12}
-    inside, outside = labels == 2 + kind, labels == 1
-    assert 0.05 < inside.mean() < 0.6 and outside.mean() > 0.3
-    assert np.abs(image[inside].mean(axis=0) - image[outside].mean(axis=0)).max() > 20  # it can be seen
-
-
-def test_demo_data_has_both_layouts_and_is_written_once(tmp_path):
-    write_demo_data(tmp_path / "demo", num_train=20, num_val=10)
-    (train, val) = find_splits(tmp_path / "demo" / "imagefolder")
-    files = list_images(train)
-    assert files.classes == tuple(sorted(DEMO_KINDS)) and np.bincount(files.labels).tolist() == [2] * 10
-    assert len(list_images(val)) == 10
-    ade = tmp_path / "demo" / "ADEChallengeData2016"
-    for split, count in (("training", 20), ("validation", 10)):
-        stems = [sorted(p.stem for p in (ade / part / split).iterdir()) for part in ("images", "annotations")]
-        assert stems[0] == stems[1] and len(stems[0]) == count
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*")}
-    write_demo_data(tmp_path / "demo", num_train=20, num_val=10)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*")} == before
-    with pytest.raises(FileExistsError, match="is not the demo data"):
-        write_demo_data(tmp_path / "demo", num_train=30, num_val=10)
-
-
-def test_demo_data_of_two_runs_at_once_is_written_by_one(tmp_path, monkeypatch):
-    def draw_while_another_run_finishes(seed, kind):
-        monkeypatch.undo()
-        write_demo_data(tmp_path / "demo", num_train=20, num_val=10)
-        return draw_demo_scene(seed, kind)
-
-    monkeypatch.setattr(dataset, "draw_demo_scene", draw_while_another_run_finishes)
-    write_demo_data(tmp_path / "demo", num_train=20, num_val=10)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["demo"]
-
-
-def test_demo_data_that_was_interrupted_leaves_nothing(tmp_path, monkeypatch):
-    def interrupt(seed, kind):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(dataset, "draw_demo_scene", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_demo_data(tmp_path / "demo", num_train=20, num_val=10)
-    assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,6 @@ import functools
 import hashlib
 import io
 import itertools
-import json
 import os
 import sys
 import zlib
@@ -31,22 +30,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from storage import packs
 from storage.decoding import DECODE_ERRORS, IMAGE_FORMATS, NamedBytes, is_plain_jpeg, read_image
-from storage.lists import FileList, find_splits, list_images
-from storage.packs import (
-    PACK_FILE,
-    PACK_VERSION,
-    PACKING_FILE,
-    SHARD_MAGIC,
-    SHARD_TABLE,
-    SHARD_TRAILER,
-    Pack,
-    is_inner_path,
-    is_packed,
-)
-from storage.pairs import PairList, list_pairs
+from storage.files import read_json, recover, write_json, written_whole
+from storage.lists import find_splits, list_images
+from storage.packs import Pack, is_inner_path, is_packed
+from storage.pairs import list_pairs
 
-CHUNK_BYTES = 2**22
 MAX_LEFT_OUT_NAMED = 10
 
 
@@ -58,9 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="the folder to write")
     parser.add_argument("--short_side", type=int, default=384, help="at most so many pixels (default: 384)")
     parser.add_argument("--quality", type=int, default=90, help="of JPEG, 1 to 95 (default: 90)")
-    parser.add_argument(
-        "--raw", action="store_true", help="store pixels uncompressed: ten times the space, no decoding"
-    )
+    parser.add_argument("--raw", action="store_true", help="store pixels as they are: ten times the space, no decoding")
     parser.add_argument("--images_per_shard", type=int, default=4096, help="(default: 4096)")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="(default: all cores)")
     parser.add_argument("--verify", type=Path, metavar="PACK", help="compare a pack with its checksums instead")
@@ -68,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.verify is None and (args.source is None or args.output is None):
         parser.error("give a folder to pack and --output, or --verify and a pack")
     if not 1 <= args.quality <= 95:
-        parser.error(f"--quality goes from 1 to 95, not to {args.quality}")
+        parser.error(f"--quality must be between 1 and 95, not {args.quality}")
     for name in ("short_side", "images_per_shard", "num_workers"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
@@ -120,44 +108,32 @@ def list_jobs(args: argparse.Namespace) -> list[Job]:
     pairs_root = root / "ADEChallengeData2016" if (root / "ADEChallengeData2016").is_dir() else root
     if (pairs_root / "annotations").is_dir():
         splits = [name for name in ("training", "validation") if (pairs_root / "annotations" / name).is_dir()]
-        return [plan_pairs(list_pairs(pairs_root, name), args.output / name, args) for name in splits]
+        return [plan_pairs(pairs_root, name, args) for name in splits]
     train, val = find_splits(root)
     if train == root:
-        return [plan_images(list_images(root), args.output, args)]
-    return [plan_images(list_images(folder), args.output / folder.name, args) for folder in (train, val) if folder]
+        return [plan_images(root, args.output, args)]
+    return [plan_images(folder, args.output / folder.name, args) for folder in (train, val) if folder]
 
 
-def plan_images(files: FileList, folder: Path, args: argparse.Namespace) -> Job:
+def plan_images(source: Path, folder: Path, args: argparse.Namespace) -> Job:
+    files = list_images(source)
     items = [Item(files.path(i), bytes(files.paths[i]), int(files.labels[i])) for i in range(len(files))]
-    header = {
-        "version": PACK_VERSION,
-        "kind": "images",
-        "encoding": "raw" if args.raw else "jpeg",
-        "short_side": args.short_side,
-        "quality": None if args.raw else args.quality,
-        "classes": list(files.classes),
-    }
-    return Job(folder, header, [list(shard) for shard in batched(items, args.images_per_shard)])
+    encoding = dict(encoding="raw", quality=None) if args.raw else dict(encoding="jpeg", quality=args.quality)
+    header = dict(kind="images", short_side=args.short_side, classes=list(files.classes), **encoding)
+    return Job(folder, header | {"version": packs.PACK_VERSION}, cut(items, args.images_per_shard))
 
 
-def plan_pairs(pairs: PairList, folder: Path, args: argparse.Namespace) -> Job:
-    items = []
+def plan_pairs(root: Path, split: str, args: argparse.Namespace) -> Job:
+    pairs, items = list_pairs(root, split), []
     for i in range(len(pairs)):
         items.append(Item(pairs.path(i), bytes(pairs.images[i]), -1))
         items.append(Item(pairs.label_path(i), bytes(pairs.label_maps[i]), -1))
-    header = {
-        "version": PACK_VERSION,
-        "kind": "pairs",
-        "encoding": "files",
-        "short_side": None,
-        "quality": None,
-        "classes": [],
-    }
-    return Job(folder, header, [list(shard) for shard in batched(items, 2 * args.images_per_shard)])
+    header = dict(kind="pairs", encoding="files", quality=None, short_side=None, classes=[])
+    return Job(args.output / split, header | {"version": packs.PACK_VERSION}, cut(items, 2 * args.images_per_shard))
 
 
-def batched(items: list[Item], size: int) -> Iterator[list[Item]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
+def cut(items: list[Item], size: int) -> list[list[Item]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def encode(item: Item, header: dict) -> Record:
@@ -189,18 +165,14 @@ def encode(item: Item, header: dict) -> Record:
 
 def pack(job: Job, num_workers: int) -> None:
     """Write a pack, shard by shard; what an interrupted call has finished is kept."""
-    plan = json.loads(json.dumps(job.plan))
     names = [item.name for item in itertools.chain.from_iterable(job.shards)]
     too_long = next((name for name in names if not is_inner_path(name)), None)
     if too_long is not None:
         raise ValueError(f"{os.fsdecode(too_long)} is no name that a pack can hold; rename it")
-    start(job.folder, plan)
-    left_out: list[str] = []
-    shards = []
-    with (
-        ProcessPoolExecutor(num_workers) as pool,
-        tqdm(total=len(names), unit="file", desc=str(job.folder), mininterval=1) as bar,
-    ):
+    start(job.folder, job.plan)
+    left_out, shards = [], []
+    bar = tqdm(total=len(names), unit="file", desc=str(job.folder), mininterval=1)
+    with bar, ProcessPoolExecutor(num_workers) as pool:
         for number, items in enumerate(job.shards):
             path = job.folder / f"{number:05d}.shard"
             if path.exists():
@@ -209,14 +181,12 @@ def pack(job: Job, num_workers: int) -> None:
                 records = pool.map(functools.partial(encode, header=job.header), items, chunksize=8)
                 left_out += write_shard(path, items, records, bar)
             shards.append(describe_shard(path))
-    write_whole(job.folder / PACK_FILE, json.dumps(job.header | {"shards": shards}, indent=1).encode())
-    (job.folder / PACKING_FILE).unlink()
-    found = Pack(job.folder)
-    missing = len(names) - len(found.names)
-    size = sum(shard["bytes"] for shard in shards) / 1e9
-    print(
-        f"{job.folder}: {len(found.names):,} records, {size:.3f} GB in {len(shards)} shards, {missing} files left out"
-    )
+    with written_whole(job.folder / packs.PACK_FILE) as temporary:
+        write_json(temporary, job.header | {"shards": shards})
+    (job.folder / packs.PACKING_FILE).unlink()
+    count, size = len(Pack(job.folder).names), sum(shard["bytes"] for shard in shards) / 1e9
+    missing = len(names) - count
+    print(f"{job.folder}: {count:,} records, {size:.3f} GB in {len(shards)} shards, {missing} files left out")
     for line in left_out[:MAX_LEFT_OUT_NAMED]:
         print(f"  left out: {line}")
     if len(left_out) > MAX_LEFT_OUT_NAMED:
@@ -225,82 +195,65 @@ def pack(job: Job, num_workers: int) -> None:
 
 def start(folder: Path, plan: dict) -> None:
     """Begin a pack, or go on with one of the same plan; FileExistsError when the folder holds anything else."""
-    note = folder / PACKING_FILE
-    if (folder / PACK_FILE).exists():
-        raise FileExistsError(f"{folder} is packed already; remove it or name another folder")
+    note = folder / packs.PACKING_FILE
+    recover(note)  # of a kill while it was written, which must not look like files of somebody else
     if not note.exists():
         if folder.exists() and any(folder.iterdir()):
             raise FileExistsError(f"{folder} is not empty; remove it or name another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(note, json.dumps(plan).encode())
-    elif json.loads(note.read_text()) != plan:
+        with written_whole(note) as temporary:
+            write_json(temporary, plan)
+    elif read_json(note) != plan:
         raise FileExistsError(f"{folder} was begun with other files or flags; remove it or name another folder")
 
 
 def write_shard(path: Path, items: list[Item], records: Iterator[Record], bar: tqdm) -> list[str]:
-    """Write a shard and give a line for every file that is left out. It has its name when all of it is on the disk."""
+    """Write a shard and give a line for every file that is left out."""
     rows, names, left_out, offset = [], [], [], 0
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with written_whole(path) as temporary, temporary.open("wb") as file:
         for item, record in zip(items, records, strict=True):
             bar.update()
             if record.error is not None:
                 left_out.append(f"{item.path}: {record.error}")
                 continue
-            file.write(record.data)
-            checksum = zlib.crc32(record.data)
-            rows.append((offset, len(record.data), record.height, record.width, item.label, checksum))
+            size, checksum = file.write(record.data), zlib.crc32(record.data)
+            rows.append((offset, size, record.height, record.width, item.label, checksum))
             names.append(item.name)
-            offset += len(record.data)
-        index = np.array(rows, SHARD_TABLE).tobytes() + b"\0".join(names)
+            offset += size
+        index = np.array(rows, packs.SHARD_TABLE).tobytes() + b"\0".join(names)
         file.write(index)
-        names_size = len(index) - len(rows) * SHARD_TABLE.itemsize
-        file.write(SHARD_TRAILER.pack(len(rows), names_size, zlib.crc32(index), SHARD_MAGIC))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+        names_size = len(index) - len(rows) * packs.SHARD_TABLE.itemsize
+        file.write(packs.SHARD_TRAILER.pack(len(rows), names_size, zlib.crc32(index), packs.SHARD_MAGIC))
     return left_out
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def describe_shard(path: Path) -> dict:
     """Read a shard back and give its entry in pack.json."""
     with path.open("rb") as file:
-        file.seek(-SHARD_TRAILER.size, os.SEEK_END)
-        count, _, _, _ = SHARD_TRAILER.unpack(file.read())
+        file.seek(-packs.SHARD_TRAILER.size, os.SEEK_END)
+        count, _, _, _ = packs.SHARD_TRAILER.unpack(file.read())
     return {"file": path.name, "bytes": path.stat().st_size, "records": count, "sha256": sha256(path)}
 
 
 def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(root: Path) -> None:
     """Compare every byte of a pack with its checksums; ValueError names the shards that have changed."""
     folders = [folder for folder in (root, *sorted(root.glob("*/"))) if is_packed(folder)]
     if not folders:
-        raise FileNotFoundError(f"{root} holds no {PACK_FILE}, nor does a folder in it")
+        raise FileNotFoundError(f"{root} holds no {packs.PACK_FILE}, nor does a folder in it")
     for folder in folders:
         found = Pack(folder)
-        paths = [found.shard_path(number) for number in range(len(found.header["shards"]))]
-        sums = [sha256(path) for path in tqdm(paths, unit="shard", desc=str(folder))]
-        expected = [shard.get("sha256") for shard in found.header["shards"]]
-        changed = [str(path) for path, a, b in zip(paths, sums, expected, strict=True) if a != b]
+        shards = found.header["shards"]
+        bar = tqdm(shards, unit="shard", desc=str(folder))
+        changed = [
+            str(folder / shard["file"]) for shard in bar if sha256(folder / shard["file"]) != shard.get("sha256")
+        ]
         if changed:
             raise ValueError(f"changed since they were packed: {', '.join(changed)}")
-        print(f"{folder}: {len(found.names):,} records in {len(paths)} shards are what was packed")
+        print(f"{folder}: {len(found.names):,} records in {len(shards)} shards are what was packed")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -312,7 +265,8 @@ def main(args: argparse.Namespace) -> None:
     if args.output.resolve().is_relative_to(args.source.resolve()):
         raise ValueError(f"--output {args.output} lies in the folder that is packed; choose one outside")
     for job in list_jobs(args):
-        if (job.folder / PACK_FILE).exists():
+        if (job.folder / packs.PACK_FILE).exists():
+            (job.folder / packs.PACKING_FILE).unlink(missing_ok=True)  # left by a kill at the very end
             print(f"{job.folder} is packed already")
         else:
             pack(job, args.num_workers)

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType, DynamoBackend, broadcast
 from torch import Tensor, nn
 
 from storage.demo import write_demo_data
-from storage.lists import FileList, find_splits, list_images, refuse_inside
+from storage.lists import FileList, ListCache, find_splits, list_images, refuse_inside
 from storage.pairs import PairList, check_pairs, label_table, list_pairs
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -141,11 +141,16 @@ def draw_demo_data(accelerator: Accelerator, working_directory: str) -> Path:
     return folder
 
 
+def list_cache(accelerator: Accelerator, args: argparse.Namespace) -> ListCache:
+    """Give the cache of file lists; with --rescan_data the first process of a machine looks anew, for all of them."""
+    rescan = args.rescan_data and accelerator.is_local_main_process
+    return ListCache(Path(args.working_directory) / "file_lists", rescan)
+
+
 def list_folder(accelerator: Accelerator, folder: Path, args: argparse.Namespace) -> FileList:
     """List the images of a folder; the first process of a machine looks, the others read what it found."""
     with accelerator.local_main_process_first():
-        cache = Path(args.working_directory) / "file_lists"
-        return list_images(folder, cache, rescan=args.rescan_data and accelerator.is_local_main_process)
+        return list_images(folder, list_cache(accelerator, args))
 
 
 def list_splits(accelerator: Accelerator, root: str, args: argparse.Namespace) -> tuple[FileList, FileList | None]:
@@ -160,15 +165,10 @@ def list_checked_pairs(accelerator: Accelerator, split: str, args: argparse.Name
     """Pair the images and label maps of a split, "training" or "validation", and check that all can be used."""
     pairs = list_pairs(args.path_to_data, split)
     accelerator.print(f"{'checking':<16}{pairs.describe()}")
+    table, num_threads = label_table(args.num_classes, args.ignore_zero), cap_workers(args.num_workers)
+    decode = split == "validation"  # where an image that cannot be decoded is not replaced by another
     with accelerator.local_main_process_first():
-        check_pairs(
-            pairs,
-            label_table(args.num_classes, args.ignore_zero),
-            cap_workers(args.num_workers),
-            Path(args.working_directory) / "file_lists",
-            decode=split == "validation",  # where an image that cannot be decoded is not replaced by another
-            rescan=args.rescan_data and accelerator.is_local_main_process,
-        )
+        check_pairs(pairs, table, num_threads, list_cache(accelerator, args), decode=decode)
     return pairs
 
 

@@ -31,7 +31,7 @@ from model import MAEConfig, ViTMAEForPreTraining, load_pretrained_mae
 from storage import decoding
 from storage.decoding import DECODE_ERRORS, read_image
 from storage.files import checksum_of
-from storage.lists import list_images
+from storage.lists import ListCache, list_images
 from storage.pairs import label_table, list_pairs, read_label_map
 from tools import pack_dataset
 from training.checkpoints import Checkpoints, find_checkpoints, find_damage, newest_whole_checkpoint, resume
@@ -218,7 +218,7 @@ def pack_cases(draw: random.Random, folder: Path) -> Iterator[tuple[str, Callabl
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             arguments = [str(origin), "--output", str(sound / name), "--short_side", "32", "--num_workers", "1"]
             pack_dataset.main(pack_dataset.parse_args([*arguments, *flags]))
-    list_images(source / "train", sound / "lists")
+    list_images(source / "train", ListCache(sound / "lists"))
     places = sorted(file.relative_to(sound) for file in sound.rglob("*") if file.is_file())
     transform, table = build_pretraining_transform((16, 16), 0.2), label_table(150, ignore_zero=True)
     while True:
@@ -231,7 +231,7 @@ def pack_cases(draw: random.Random, folder: Path) -> Iterator[tuple[str, Callabl
 
         def read(case: Path = case, place: Path = place) -> None:
             if place.parts[0] == "lists":
-                files = list_images(source / "train", case / "lists")
+                files = list_images(source / "train", ListCache(case / "lists"))
                 assert len(files) == 6 and files.classes == ("cats", "dogs"), "a damaged list was believed"
                 return
             if place.parts[0] == "pairs":

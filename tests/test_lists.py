@@ -1,0 +1,106 @@
+"""Folders of images: splits, lists and their cache, subsamples, classes."""
+
+import os
+
+import numpy as np
+import pytest
+
+import storage.lists
+from storage.lists import ListCache, check_same_classes, find_splits, list_images, scan_images
+
+
+def test_find_splits_takes_either_name_of_the_validation_folder(tmp_path):
+    (tmp_path / "train").mkdir()
+    assert find_splits(tmp_path) == (tmp_path / "train", None)
+    (tmp_path / "validation").mkdir()
+    assert find_splits(tmp_path) == (tmp_path / "train", tmp_path / "validation")
+    (tmp_path / "val").mkdir()
+    with pytest.raises(ValueError, match="both val/ and validation/"):
+        find_splits(tmp_path)
+
+
+def test_find_splits_takes_a_tree_without_splits_as_training_images(tmp_path):
+    assert find_splits(tmp_path) == (tmp_path, None)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"(?s)is not a folder; expected one of.*: here/"):
+        find_splits(tmp_path / "nowhere")
+
+
+def test_list_images_finds_classes_and_labels(image_folder):
+    files = list_images(image_folder / "train")
+    assert files.classes == ("cats", "dogs") and len(files) == 24
+    assert [files.classes[files.labels[i]] in files.path(i) for i in range(24)] == [True] * 24
+
+
+def test_list_images_takes_any_letter_case_depth_and_strange_names(tmp_path):
+    names = ["a.JPEG", "deep/er/b.PnG", "deep/with space é.Tif", "deep/readme.txt", "deep/c.jpg.bak"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    files = list_images(tmp_path)
+    assert [os.path.relpath(files.path(i), tmp_path) for i in range(len(files))] == sorted(names[:3])
+    assert files.classes == () and set(files.labels) == {-1}
+
+
+def test_list_images_shows_expected_and_found_when_there_is_nothing(tmp_path):
+    (tmp_path / "archive.tar").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"(?s)no images below.*expected one of.*found: archive\.tar, empty/"):
+        list_images(tmp_path)
+
+
+def test_list_images_passes_over_hidden_files_and_folders(image_folder):
+    train = image_folder / "train"
+    (train / "cats" / "._000.jpg").touch()
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        (train / name).mkdir()
+        (train / name / "copy.jpg").touch()
+    files = list_images(train)
+    assert len(files) == 24 and files.classes == ("cats", "dogs")
+
+
+def test_scan_images_survives_a_link_back_up(image_folder):
+    (image_folder / "train" / "cats" / "loop").symlink_to(image_folder / "train")
+    assert len(scan_images(image_folder / "train")[0]) == 24
+
+
+def test_list_images_reads_the_cached_list_while_nothing_changed(image_folder, tmp_path, monkeypatch):
+    first = list_images(image_folder / "train", ListCache(tmp_path / "lists"))
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.lists, "scan_images", lambda root: pytest.fail("scanned although the list was cached"))
+        second = list_images(image_folder / "train", ListCache(tmp_path / "lists"))
+    assert second.classes == first.classes and second.fingerprint() == first.fingerprint()
+    assert np.array_equal(second.labels, first.labels)
+
+
+def test_list_images_scans_again_after_a_change_a_damage_or_when_asked(image_folder, tmp_path, monkeypatch):
+    train, lists = image_folder / "train", tmp_path / "lists"
+    first = list_images(train, ListCache(lists))
+    (train / "dogs" / "new.png").touch()
+    changed = list_images(train, ListCache(lists))
+    assert len(changed) == 25 and changed.fingerprint() != first.fingerprint()
+    (cache,) = lists.iterdir()
+    for damage in (cache.read_bytes()[:200], b"", b"no list"):
+        cache.write_bytes(damage)
+        assert len(list_images(train, ListCache(lists))) == 25
+    scans = []
+    monkeypatch.setattr(storage.lists, "scan_images", lambda root: scans.append(root) or scan_images(root))
+    list_images(train, ListCache(lists, rescan=True))
+    assert len(scans) == 1
+
+
+def test_classes_that_differ_are_refused_with_the_difference(tmp_path):
+    check_same_classes(("a", "b"), ("a", "b"), tmp_path, "training")
+    with pytest.raises(ValueError, match=r"1 classes in .* are not the 2 of training: it lacks b\. Every class"):
+        check_same_classes(("a",), ("a", "b"), tmp_path, "training")
+    with pytest.raises(ValueError, match=r"it lacks b, c, d, e, f and 2 more; it adds x"):
+        check_same_classes(("a", "x"), tuple("abcdefgh"), tmp_path, "training")
+    with pytest.raises(ValueError, match="images outside class folders"):
+        check_same_classes((), ("a",), tmp_path, "training")
+
+
+def test_thinned_list_keeps_every_class(image_folder):
+    files = list_images(image_folder / "train")
+    few = files.subsample(6)
+    assert len(few) == 6 and np.bincount(few.labels).tolist() == [3, 3] and files.subsample(100) is files
+    assert {few.path(i) for i in range(6)} <= {files.path(i) for i in range(24)}
