@@ -8,6 +8,7 @@ import math
 import pickle
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,20 @@ import finetune_classifier
 import model as model_module
 import pretrain_mae
 from dataset import IMAGENET_MEAN, IMAGENET_STD, ResizeCenterCrop, SampleKey, StepSampler, normalize
-from finetune_classifier import Evaluation, build_optimizer, build_training_data, compare_with_scratch, main, parse_args
+from finetune_classifier import (
+    Evaluation,
+    build_model,
+    build_optimizer,
+    build_training_data,
+    compare_with_scratch,
+    main,
+    parse_args,
+)
 from model import MAEConfig, ViTMAEForImageClassification, ViTMAEForPreTraining, load_classifier
 from storage.decoding import read_image
 from storage.demo import write_demo_data
 from storage.lists import list_images
+from training import process
 
 RUN_FLAGS = """--experiment_name run --epochs 4 --warmup_epochs 1 --per_gpu_batch_size 8 --learning_rate 0.01
  --save_checkpoint_interval 2 --num_workers 0 --log_interval 2"""
@@ -268,13 +278,14 @@ def evaluation_of(checkpoint: Path) -> dict:
     return json.loads((checkpoint / "evaluation.json").read_text())
 
 
-def test_evaluation_counts_every_image_once_on_any_number_of_processes(finished, odd_data, tmp_path):
+def test_evaluation_counts_every_image_once_on_any_number_of_processes(finished, fork, odd_data, tmp_path):
     """Seven images, so that neither two nor three processes get equal shares, nor equal last batches."""
     found = []
     for num_processes in (1, 2, 3):
         checkpoint = shutil.copytree(finished / "last_checkpoint", tmp_path / f"on_{num_processes}")
         arguments = flags(odd_data, tmp_path, checkpoint, "--eval_only --per_gpu_batch_size 2")
-        launch("finetune_classifier.py", arguments, num_processes=num_processes)
+        run = fork if num_processes == 2 else launch  # launched with two is a test above
+        run("finetune_classifier.py", arguments, num_processes=num_processes)
         found.append({k: v for k, v in evaluation_of(checkpoint).items() if k != "weights"})
         table = (checkpoint / "per_class.tsv").read_text()
         assert table == (tmp_path / "on_1" / "per_class.tsv").read_text()
@@ -307,7 +318,7 @@ def test_scores_equal_brute_force(finished, odd_data, tmp_path):
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_top5_of_seven_classes_equals_brute_force(tmp_path, num_processes):
+def test_top5_of_seven_classes_equals_brute_force(fork, tmp_path, num_processes):
     for index in range(7):
         draw_images(tmp_path / "data" / "val" / f"class_{index}", 3, seed=index)
     torch.manual_seed(0)
@@ -317,7 +328,7 @@ def test_top5_of_seven_classes_equals_brute_force(tmp_path, num_processes):
     save_file(model.state_dict(), tmp_path / "checkpoint" / "model.safetensors")
     (tmp_path / "checkpoint" / "config.json").write_text(json.dumps({"config": dataclasses.asdict(TINY)}))
     arguments = flags(tmp_path / "data", tmp_path, tmp_path / "checkpoint", "--eval_only --per_gpu_batch_size 4")
-    launch("finetune_classifier.py", arguments, num_processes=num_processes)
+    fork("finetune_classifier.py", arguments, num_processes=num_processes)
     files, hits = list_images(tmp_path / "data" / "val"), {1: 0, 5: 0}
     for index in range(21):
         image = ResizeCenterCrop((16, 16), 0.875)(read_image(files.path(index)))
@@ -401,10 +412,10 @@ def test_linear_probe_trains_the_head_alone_from_the_frozen_feature(drawn_images
     assert figures["testing_loss"] == rows(experiment)[-1]["testing_loss"]
 
 
-def test_linear_probe_on_two_processes_logs_what_its_checkpoint_scores(drawn_images, pretrained, tmp_path):
+def test_linear_probe_on_two_processes_logs_what_its_checkpoint_scores(fork, drawn_images, pretrained, tmp_path):
     """Each process has batch norm statistics of its own; scored and saved are the first one's."""
     more = "--linear_probe --learning_rate 1 --gradient_accumulation_steps 1 --per_gpu_batch_size 4"
-    launch("finetune_classifier.py", flags(drawn_images, tmp_path, pretrained, more), num_processes=2)
+    fork("finetune_classifier.py", flags(drawn_images, tmp_path, pretrained, more), num_processes=2)
     figures = main(parse_args(flags(drawn_images, tmp_path, tmp_path / "run" / "last_checkpoint", "--eval_only")))
     assert figures["testing_loss"] == pytest.approx(rows(tmp_path / "run")[-1]["testing_loss"], abs=1e-7)
 
@@ -461,54 +472,70 @@ def parsed(start: Path | None, more: str = ""):
     return parse_args([*given, *shlex.split(more)])
 
 
-def original_file(folder: Path, width: int, depth: int) -> Path:
-    """An encoder-only file in the layout of the original release, as wide as asked."""
-    with torch.device("meta"):
-        heads = width // 64
-        config = MAEConfig(img_size=32, encoder_embed_dim=width, encoder_depth=depth, encoder_num_heads=heads)
-        state = ViTMAEForImageClassification(config, 1).state_dict()
-    kept = {key: torch.zeros(value.shape) for key, value in state.items() if not key.startswith(("head", "fc_norm"))}
-    torch.save({"model": kept}, folder / "mae_pretrain.pth")
-    return folder / "mae_pretrain.pth"
+@pytest.fixture(scope="module")
+def original_files(tmp_path_factory) -> Callable[[int], Path]:
+    """Give encoder-only files in the layout of the original release, as wide as asked."""
+    folder = tmp_path_factory.mktemp("original")
+
+    def original_file(width: int) -> Path:
+        file = folder / f"mae_pretrain_{width}.pth"
+        with torch.device("meta"):
+            config = MAEConfig(img_size=32, encoder_embed_dim=width, encoder_depth=1, encoder_num_heads=width // 64)
+            state = ViTMAEForImageClassification(config, 1).state_dict()
+        kept = {k: torch.zeros(value.shape) for k, value in state.items() if not k.startswith(("head", "fc_norm"))}
+        if not file.exists():
+            torch.save({"model": kept}, file)
+        return file
+
+    return original_file
 
 
 def test_tutorial_recipe_is_the_given_command():
     args = parsed(None)
-    assert (args.epochs, args.warmup_epochs, args.per_gpu_batch_size) == (100, 5, 256)
-    assert (args.learning_rate, args.weight_decay, args.max_grad_norm) == (0.002, 0.1, 1.0)
-    assert (args.random_aug_magnitude, args.mixup_alpha, args.cutmix_alpha, args.label_smoothing) == (9, 0.2, 1.0, 0.1)
-    assert (args.encoder_embed_dim, args.encoder_depth, args.img_size, args.layer_decay) == (768, 12, 224, 1.0)
+    assert (args.per_gpu_batch_size, args.save_checkpoint_interval, args.num_workers) == (256, 10, 32)
+    assert (args.encoder_embed_dim, args.encoder_depth, args.img_size) == (768, 12, 224)
 
 
-@pytest.mark.parametrize(
-    ("width", "expected"),
-    [
-        (192, (100, 5e-4, 0.65, 0.1)),
-        (768, (100, 5e-4, 0.65, 0.1)),
-        (1024, (50, 1e-3, 0.75, 0.2)),
-        (1280, (50, 1e-3, 0.75, 0.3)),
-    ],
-)
-def test_paper_recipe_follows_the_size_of_the_weights(tmp_path, width, expected):
-    args = parsed(original_file(tmp_path, width, 1), "--recipe paper")
-    assert (args.epochs, args.base_learning_rate, args.layer_decay, args.drop_path) == expected
-    assert (args.learning_rate, args.min_learning_rate, args.weight_decay, args.max_grad_norm) == (None, 1e-6, 0.05, 0)
-    assert (args.random_aug_magnitude, args.random_erasing, args.mixup_alpha, args.cutmix_alpha) == (9, 0.25, 0.8, 1.0)
-    assert args.label_smoothing == 0.1 and args.adam_betas == [0.9, 0.999] and args.encoder_depth == 1
-    assert args.img_size == 32  # the weights', as long as no flag says otherwise
+RECIPES = {
+    #                               finetuned, by width          from scratch     probed  the tutorial's
+    #                               768         1024   1280      768      1024
+    "epochs":                      (100,        50,    50,       300,     200,    90,     100),
+    "warmup_epochs":               (5,          5,     5,        20,      20,     10,     5),
+    "per_gpu_batch_size":          (128,        128,   128,      512,     512,    2048,   256),
+    "gradient_accumulation_steps": (1,          1,     1,        1,       1,      4,      1),
+    "learning_rate":               (None,       None,  None,     None,    None,   None,   0.002),
+    "base_learning_rate":          (5e-4,       1e-3,  1e-3,     1e-4,    1e-4,   0.1,    None),
+    "min_learning_rate":           (1e-6,       1e-6,  1e-6,     0,       0,      0,      0),
+    "weight_decay":                (0.05,       0.05,  0.05,     0.3,     0.3,    0,      0.1),
+    "max_grad_norm":               (0,          0,     0,        0,       0,      0,      1),
+    "layer_decay":                 (0.65,       0.75,  0.75,     1,       1,      1,      1),
+    "drop_path":                   (0.1,        0.2,   0.3,      0.1,     0.2,    0,      0),
+    "random_aug_magnitude":        (9,          9,     9,        9,       9,      0,      9),
+    "random_erasing":              (0.25,       0.25,  0.25,     0,       0,      0,      0),
+    "mixup_alpha":                 (0.8,        0.8,   0.8,      0.8,     0.8,    0,      0.2),
+    "cutmix_alpha":                (1,          1,     1,        1,       1,      0,      1),
+    "label_smoothing":             (0.1,        0.1,   0.1,      0.1,     0.1,    0,      0.1),
+    "ema_decay":                   (0,          0,     0,        0.9999,  0.9999, 0,      0),
+    "global_pool":                 ("avg",      "avg", "avg",    "avg",   "avg",  "cls",  "avg"),
+}  # fmt: skip
+PAPER = "--recipe paper"
+RUNS = [  # width of the weights (None: from scratch), flags, and the column of the table
+    *((width, PAPER, 0) for width in (192, 384, 768)), (1024, PAPER, 1), (1280, PAPER, 2),
+    (None, PAPER, 3), (None, f"{PAPER} --encoder_embed_dim 192 --encoder_num_heads 3", 3),
+    (None, f"{PAPER} --model mae_vit_base_patch16", 3), (None, f"{PAPER} --model mae_vit_large_patch16", 4),
+    (None, f"{PAPER} --model mae_vit_huge_patch14", 4),
+    *((width, f"{more} --linear_probe", 5) for width in (192, 768, 1024, 1280) for more in ("", PAPER)),
+    *((width, "", 6) for width in (None, 192, 768, 1024, 1280)), (None, "--model mae_vit_large_patch16", 6),
+]  # fmt: skip
 
 
-def test_paper_recipe_from_scratch():
-    args = parsed(None, "--recipe paper --model mae_vit_large_patch16")
-    assert (args.epochs, args.warmup_epochs, args.base_learning_rate, args.weight_decay) == (200, 20, 1e-4, 0.3)
-    assert (args.ema_decay, args.layer_decay, args.drop_path, args.adam_betas) == (0.9999, 1.0, 0.2, [0.9, 0.95])
-    assert args.encoder_embed_dim == 1024
-
-
-def test_linear_probe_recipe_is_the_papers(pretrained):
-    args = parsed(pretrained, "--linear_probe")
-    assert (args.epochs, args.warmup_epochs, args.base_learning_rate, args.weight_decay) == (90, 10, 0.1, 0.0)
-    assert (args.global_pool, args.random_aug_magnitude, args.mixup_alpha, args.label_smoothing) == ("cls", 0, 0, 0)
+@pytest.mark.parametrize(("width", "more", "column"), RUNS)
+def test_recipe_of_a_run(original_files, width, more, column):
+    args = parsed(width and original_files(width), more)
+    assert {name: getattr(args, name) for name in RECIPES} == {name: row[column] for name, row in RECIPES.items()}
+    assert args.adam_betas == ([0.9, 0.95] if column in (3, 4) else [0.9, 0.999])
+    if width:  # the weights' own, as long as no flag says otherwise
+        assert (args.encoder_embed_dim, args.encoder_depth, args.img_size) == (width, 1, 32)
 
 
 def test_given_command_is_understood_as_it_stands():
@@ -558,6 +585,21 @@ def test_larger_images_than_pretraining_resample_the_positions(drawn_images, pre
     assert weights(tmp_path / "run" / "last_checkpoint")["pos_embed"].shape == (1, 1 + 36, 32)
 
 
+def test_custom_weight_init_flag_reaches_the_model():
+    size = "--img_size 16 --patch_size 4 --encoder_embed_dim 32 --encoder_depth 3 --encoder_num_heads 4"
+    found = {}
+    for more in ("", "--custom_weight_init", "--no-custom_weight_init"):
+        torch.manual_seed(0)
+        found[more] = build_model(2, parsed(None, f"{size} {more}"))[0].state_dict()
+    for more, state in found.items():
+        torch.manual_seed(0)
+        expected = ViTMAEForImageClassification(TINY, 2, custom_weight_init="no" not in more).state_dict()
+        assert_close(state, expected, atol=0)
+    name = "blocks.0.mlp.fc1.weight"
+    assert torch.equal(found[""][name], found["--custom_weight_init"][name])
+    assert not torch.equal(found[""][name], found["--no-custom_weight_init"][name])
+
+
 def test_from_scratch_run_says_so(drawn_images, tmp_path, capsys):
     size = "--img_size 16 --patch_size 4 --encoder_embed_dim 32 --encoder_depth 2 --encoder_num_heads 4"
     train(drawn_images, tmp_path, None, f"{size} --epochs 2")
@@ -571,14 +613,14 @@ def test_from_scratch_run_says_so(drawn_images, tmp_path, capsys):
     ("more", "message"),
     [
         ("--learning_rate 1 --base_learning_rate 1", "give one of them"),
-        ("--label_smoothing 1", "--label_smoothing must lie between 0 and 0.99, and is 1.0"),
-        ("--mixup_alpha -1", "--mixup_alpha cannot be negative"),
-        ("--random_aug_magnitude 11", "--random_aug_magnitude must lie between 0 and 10"),
+        ("--label_smoothing 1", "--label_smoothing must be between 0 and 0.99, not 1"),
+        ("--mixup_alpha -1", "--mixup_alpha must be at least 0, not -1"),
+        ("--random_aug_magnitude 11", "--random_aug_magnitude must be between 0 and 10, not 11"),
         ("--model mae_vit_base_patch16", "--model is for training from scratch; the sizes come with"),
         ("--encoder_depth 5", "--encoder_depth 5, but"),
         ("--img_size 30", "img_size 30 is not a multiple of patch_size 4; use 28 or 32"),
-        ("--knn --eval_only", "not allowed with argument"),
-        ("--eval_interval 0", "--eval_interval must be at least 1"),
+        ("--knn --eval_only", "--eval_only and --knn exclude each other; give one of them"),
+        ("--eval_interval 0", "--eval_interval must be at least 1, not 0"),
         ("--linear_probe --per_gpu_batch_size 4", "--linear_probe normalises over a forward pass, here of 1 image"),
         ("--finetune_blocks 4", "4 blocks cannot be trained of 3; choose 0, 0.5, or 1 to 3"),
         ("--demo --knn", "--demo compares finetuning with training from scratch"),
@@ -594,7 +636,7 @@ def test_impossible_flags_are_refused_before_any_work(pretrained, more, message,
 def test_judging_weights_needs_weights(mode, capsys):
     with pytest.raises(SystemExit):
         parsed(None, mode)
-    assert "judge weights: give --path_to_pretrained_mae_weights" in capsys.readouterr().err
+    assert f"{mode.split()[0]} judges weights: give --path_to_pretrained_mae_weights" in capsys.readouterr().err
 
 
 def test_demo_without_its_pretraining_says_what_to_run_first(tmp_path, capsys):
@@ -606,8 +648,7 @@ def test_demo_without_its_pretraining_says_what_to_run_first(tmp_path, capsys):
 def test_demo_compares_the_pretrained_run_with_one_from_scratch(tmp_path, monkeypatch, capsys):
     """The demo in small: few scenes, and few epochs of everything."""
     few = functools.partial(write_demo_data, num_train=64, num_val=20)
-    monkeypatch.setattr(pretrain_mae, "write_demo_data", few)
-    monkeypatch.setattr(finetune_classifier, "write_demo_data", few)
+    monkeypatch.setattr(process, "write_demo_data", few)
     short = ["--demo", "--epochs", "2", "--num_workers", "0", "--working_directory", str(tmp_path)]
     pretrain_mae.main(pretrain_mae.parse_args(short))
     compare_with_scratch(parse_args(short))

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from conftest import TINY, assert_close, launch, load_tool, rows, weights, without_key_bias
 from PIL import Image
 from safetensors.torch import save_file
-from torchvision.transforms.v2 import functional as tvf
 
 import finetune_segmentation
 import model as model_module
@@ -32,10 +31,11 @@ from dataset import (
     normalize,
     resize_labels,
 )
-from finetune_segmentation import build_config, choose_warmup, compute_loss, label_pixels, main, parse_args, predict
+from finetune_segmentation import build_config, choose_warmup, compute_loss, label_images, main, parse_args
 from model import MAEConfig, ViTMAEForPreTraining, ViTMAEForSegmentation, load_segmenter
 from storage.demo import write_demo_data
 from storage.pairs import IGNORE_INDEX, label_table, list_pairs, read_label_map
+from training import process
 from utils import ConfusionMatrix
 
 ENCODER = dataclasses.replace(TINY, encoder_embed_dim=64, encoder_depth=4, encoder_num_heads=2)
@@ -276,16 +276,16 @@ def test_two_processes_equal_one(finished, drawn_pairs, pretrained, tmp_path):
 def test_iterations_may_end_within_an_epoch(drawn_pairs, tmp_path):
     size = "--patch_size 4 --encoder_embed_dim 64 --encoder_depth 4 --encoder_num_heads 2"
     arguments = flags(drawn_pairs, tmp_path, None, f"{size} --iterations 5")
-    main(parse_args(without(arguments, "--epochs")))
+    launch("finetune_segmentation.py", without(arguments, "--epochs"))
     log = rows(tmp_path / "run")
     assert log[-1]["step"] == 5 and "testing_miou" in log[-1]
     assert (tmp_path / "run" / "checkpoint_3").is_dir()
 
 
-def test_batch_norm_on_two_processes_of_the_cpu_is_local_and_says_so(drawn_pairs, pretrained, tmp_path):
+def test_batch_norm_on_two_processes_of_the_cpu_is_local_and_says_so(fork, drawn_pairs, pretrained, tmp_path):
     more = "--norm batch --per_gpu_batch_size 2 --epochs 2 --channels 48"
-    printed = launch("finetune_segmentation.py", flags(drawn_pairs, tmp_path, pretrained, more), num_processes=2)
-    assert printed.count("not synchronised: torch has no such layer for the CPU") == 1
+    printed = fork("finetune_segmentation.py", flags(drawn_pairs, tmp_path, pretrained, more), num_processes=2)
+    assert printed.count("batch norm      not synchronised: torch cannot on the CPU; each process has its own") == 1
     more = "--norm batch --channels 48 --eval_only"
     figures = main(parse_args(flags(drawn_pairs, tmp_path, tmp_path / "run" / "last_checkpoint", more)))
     logged = rows(tmp_path / "run")[-1]
@@ -313,7 +313,7 @@ def test_scores_equal_brute_force_at_the_labels_own_size(finished, drawn_pairs, 
         labels = read_label_map(pairs.label_path(index), table)
         image = torch.from_numpy(np.array(Image.open(pairs.path(index)))).permute(2, 0, 1)
         with torch.no_grad():
-            (answer,) = predict(model, [image], args)
+            (answer,) = label_images(model, [image], args)
         assert answer.shape == labels.shape == image.shape[1:]
         answer, counted = answer.numpy(), labels != IGNORE_INDEX
         for k in range(4):
@@ -324,21 +324,18 @@ def test_scores_equal_brute_force_at_the_labels_own_size(finished, drawn_pairs, 
     assert figures["testing_aacc"] == pytest.approx(100 * hit.sum() / labelled.sum(), abs=1e-9)
 
 
-def test_metrics_of_one_and_two_processes_are_equal_to_the_last_digit(photographs, tmp_path):
+def test_metrics_of_one_and_two_processes_are_equal_to_the_last_digit(fork, photographs, tmp_path):
     """18 validation pairs of ADE20K under a random segmenter."""
     size = "--img_size 32 --patch_size 8 --encoder_embed_dim 64 --encoder_depth 4 --encoder_num_heads 2 --channels 64"
     more = f"{size} --num_classes 150 --iterations 1 --warmup_iterations 0 --eval_interval 1"
     data = photographs / "ade20k" / "ADEChallengeData2016"
-    main(parse_args(without(flags(data, tmp_path, None, more), "--epochs")))
-    found = []
-    for num_processes in (1, 2):
-        checkpoint = shutil.copytree(tmp_path / "run" / "last_checkpoint", tmp_path / f"on_{num_processes}")
-        evaluation = ["--path_to_data", str(data), "--path_to_backbone_checkpoint", str(checkpoint), "--eval_only"]
-        evaluation += ["--working_directory", str(tmp_path), "--num_workers", "0", "--per_gpu_batch_size", "4"]
-        launch("finetune_segmentation.py", evaluation, num_processes=num_processes)
-        record = json.loads((checkpoint / "evaluation.json").read_text())
-        found.append({key: value for key, value in record.items() if key != "weights"})
-    assert found[0] == found[1] and found[0]["num_images"] == 18
+    figures = main(parse_args(without(flags(data, tmp_path, None, more), "--epochs")))
+    checkpoint = tmp_path / "run" / "last_checkpoint"
+    evaluation = ["--path_to_data", str(data), "--path_to_backbone_checkpoint", str(checkpoint), "--eval_only"]
+    evaluation += ["--working_directory", str(tmp_path), "--num_workers", "0", "--per_gpu_batch_size", "4"]
+    fork("finetune_segmentation.py", evaluation, num_processes=2)
+    record = json.loads((checkpoint / "evaluation.json").read_text())
+    assert record == record | figures and record["num_images"] == 18
 
 
 @pytest.fixture(scope="module")
@@ -371,105 +368,43 @@ def evaluation_args(checkpoint: Path, data: Path, more: str = ""):
     return parse_args([*given, *shlex.split(more)])
 
 
-def label_by_hand(model: ViTMAEForSegmentation, image: torch.Tensor, mode: str) -> torch.Tensor:
-    """Label a uint8 (C, H, W) as `opinionated` does in a mode: one view, one window, one step after the other."""
-    total, (height, width) = 0, image.shape[1:]
-    for factor in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75) if "--multi_scale" in mode else (1.0,):
-        scale = min(factor * 70 / max(height, width), factor * 28 / min(height, width))
-        if "--multi_scale" in mode and "--no-slide" not in mode:  # at least a window, and as long as it comes
-            scale = max(factor * 28, 32) / min(height, width)
-        size = [math.floor(side * scale + 0.5) for side in (height, width)]
-        view = tvf.resize(image, size, antialias=False).float() / 255
-        view = (view - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.25]).view(3, 1, 1)
-        for mirrored in (False, True) if "--flip" in mode else (False,):
-            score = score_by_hand(model, view.flip(-1) if mirrored else view, slide="--no-slide" not in mode)
-            score = score.flip(-1) if mirrored else score
-            total = total + F.interpolate(score[None], (height, width), mode="bilinear")[0].softmax(dim=0)
-    return total.argmax(dim=0)
-
-
-def score_by_hand(model: ViTMAEForSegmentation, view: torch.Tensor, slide: bool) -> torch.Tensor:
-    """Score the pixels of one view by windows of 32 x 24, 21 and 16 apart, or padded to whole cells of 8 x 8."""
-    height, width = view.shape[1:]
-    crop, stride = ((32, 24), (21, 16)) if slide else ([math.ceil(side / 8) * 8 for side in (height, width)], (1, 1))
-    tops, lefts = (
-        {min(start, max(0, side - length)) for start in range(0, max(0, side - length) + step, step)}
-        for side, length, step in zip((height, width), crop, stride, strict=True)
-    )
-    total, visits = torch.zeros(4, height, width), torch.zeros(height, width)
-    for top, left in itertools.product(tops, lefts):
-        pixels = view[:, top : top + crop[0], left : left + crop[1]]
-        window = torch.zeros(1, 3, *crop)
-        window[0, :, : pixels.shape[1], : pixels.shape[2]] = pixels
-        score = F.interpolate(model(window).logits, crop, mode="bilinear")[0]
-        total[:, top : top + crop[0], left : left + crop[1]] += score[:, : pixels.shape[1], : pixels.shape[2]]
-        visits[top : top + crop[0], left : left + crop[1]] += 1
-    return total / visits
-
-
-MODES = ["", "--flip", "--multi_scale", "--multi_scale --flip"]
-MODES += [f"--no-slide {mode}".strip() for mode in MODES[:3]]
-
-
-@pytest.fixture(scope="module")
-def odd_images() -> list[torch.Tensor]:
-    """Blocks of colour in three sizes: of several windows, smaller than one, and so wide that the long side binds."""
-    generator = torch.Generator().manual_seed(0)
-    blocks = torch.randint(0, 256, (3, 3, 13, 13), generator=generator, dtype=torch.uint8)
-    sizes = ((50, 81), (20, 17), (24, 66))
-    return [tvf.resize(x, list(size), antialias=False) for x, size in zip(blocks, sizes, strict=True)]
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_predict_equals_one_view_and_window_at_a_time(opinionated, odd_images, mode):
-    """But for 0.2 % of the pixels, where two classes may be as good as equal and the order of sums decides."""
-    model = load_segmenter(opinionated)[0].eval()
-    with torch.no_grad():
-        answers = predict(model, odd_images, evaluation_args(opinionated, opinionated, mode))
-        expected = [label_by_hand(model, image, mode) for image in odd_images]
-    for answer, labels, image in zip(answers, expected, odd_images, strict=True):
-        assert answer.shape == labels.shape == image.shape[1:] and answer.dtype == torch.int64
-        assert (answer != labels).float().mean() <= 0.002
-
-
-def test_every_mode_of_a_test_answers_otherwise(opinionated, odd_images):
-    """Else the test above would not notice a flag that is ignored."""
-    model, few = load_segmenter(opinionated)[0].eval(), odd_images[-1:]
-    with torch.no_grad():
-        found = [predict(model, few, evaluation_args(opinionated, opinionated, mode))[0] for mode in MODES]
-    for one, other in itertools.combinations(found, 2):
-        assert (one != other).float().mean() > 0.1
-
-
-@pytest.mark.parametrize("mode", ["--multi_scale", "--no-slide --flip"])
-def test_eval_only_scores_and_records_the_mode_of_its_flags(opinionated, drawn_pairs, tmp_path, mode):
+@pytest.mark.parametrize("mode", ["", "--multi_scale", "--no-slide --flip"])
+def test_eval_only_scores_and_records_the_mode_of_its_flags(opinionated, drawn_pairs, tmp_path, monkeypatch, mode):
     """On a root that has only the validation split, under the names that the checkpoint has."""
     checkpoint = shutil.copytree(opinionated, tmp_path / "checkpoint")
     for kind in ("images", "annotations"):
         shutil.copytree(drawn_pairs / kind / "validation", tmp_path / "data" / kind / "validation")
+    answers, modes, predict = [], [], finetune_segmentation.predict
+
+    def watch(model, images, *, normalize, **options):
+        white = torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)
+        assert normalize(white).flatten().tolist() == pytest.approx([0.6 / 0.2, 0.5 / 0.3, 0.4 / 0.25])
+        modes.append(options)
+        answers.extend(predict(model, images, normalize=normalize, **options))
+        return answers[-len(images) :]
+
+    monkeypatch.setattr(finetune_segmentation, "predict", watch)
     figures = main(evaluation_args(checkpoint, tmp_path / "data", mode))
-    record = json.loads((checkpoint / "evaluation.json").read_text())
     expected = {name: f"--{name}" in mode for name in ("multi_scale", "flip")} | {"slide": "--no-slide" not in mode}
-    expected |= {"path_to_data": str(tmp_path / "data"), "resize_to": [70, 28], "num_images": 5}
-    assert record == record | expected | figures
+    expected |= {"resize_to": [70, 28]}
+    assert all(used == used | expected | {"crop_size": (32, 24), "batch_size": 3} for used in modes)
+    record = json.loads((checkpoint / "evaluation.json").read_text())
+    assert record == record | expected | {"path_to_data": str(tmp_path / "data"), "num_images": 5} | figures
     names = [line.split("\t")[1] for line in (checkpoint / "per_class.tsv").read_text().splitlines()[1:]]
     assert names == ["rose", "leaf", "sea", "sand"]
 
-    model = load_segmenter(checkpoint)[0].eval()
-    pairs, table, confusion = list_pairs(tmp_path / "data", "validation"), label_table(4, True), ConfusionMatrix(4)
-    for index in range(5):
-        labels = torch.from_numpy(read_label_map(pairs.label_path(index), table))
-        with torch.no_grad(), Image.open(pairs.path(index)) as image:
-            answer = label_by_hand(model, torch.from_numpy(np.array(image)).permute(2, 0, 1), mode)
-        confusion.update(labels[labels != IGNORE_INDEX], answer[labels != IGNORE_INDEX])
-    assert figures == pytest.approx(confusion.figures(), abs=0.05)  # percent; a few pixels may tip
+    pairs, table = list_pairs(tmp_path / "data", "validation"), label_table(4, True)
+    confusion = ConfusionMatrix(4, ignore_index=IGNORE_INDEX)
+    for index, answer in enumerate(answers):
+        confusion.update(torch.from_numpy(read_label_map(pairs.label_path(index), table)), answer)
+    assert len(answers) == 5 and figures == confusion.figures()
 
 
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
         ("--num_classes 5", "--num_classes 5, but {} has 4; leave the flag out"),
-        ("--img_size 32", "--img_size [32], but {} has [32, 24]; leave the flag out"),
+        ("--img_size 32", "--img_size 32, but {} has (32, 24); leave the flag out"),
         ("--channels 32", "--channels 32, but {} has 16; leave the flag out"),
         ("--norm group", "--norm group, but {} has batch; leave the flag out"),
         ("--rel_pos_bias", "--rel_pos_bias True, but {} has False; leave the flag out"),
@@ -479,42 +414,6 @@ def test_eval_only_refuses_flags_that_contradict_the_segmenter(opinionated, flag
     with pytest.raises(SystemExit):
         evaluation_args(opinionated, opinionated, flag)
     assert message.format(opinionated) in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("size", [(40, 29), (7, 9), (13, 40), (25, 8), (13, 17)])
-def test_label_pixels_is_bilinear_then_argmax_however_the_rows_are_cut(monkeypatch, size):
-    """But for one pixel in a thousand, where two classes may be as good as equal."""
-    monkeypatch.setattr(finetune_segmentation, "BAND_ROWS", 6)
-    score = torch.randn(5, 13, 17, generator=torch.Generator().manual_seed(0))
-    whole = F.interpolate(score[None], size, mode="bilinear", align_corners=False)[0].argmax(dim=0)
-    answer = label_pixels(score, size)
-    assert answer.shape == size and (answer != whole).float().mean() <= 0.001
-
-
-def test_no_scale_of_a_windowed_test_is_smaller_than_a_window(finished, tmp_path, monkeypatch):
-    checkpoint = finished / "last_checkpoint"
-    args = parse_args(flags(tmp_path, tmp_path, checkpoint, "--eval_only --multi_scale --resize_to 128 32"))
-    model = load_segmenter(checkpoint)[0].eval()
-    crop, seen = model.backbone.config.image_hw, []
-
-    def score_nothing(predict, views, crop_size, stride, batch_size):
-        seen.extend(tuple(view.shape[-2:]) for view in views)
-        return [torch.zeros(model.decode_head.conv_seg.out_channels, *view.shape[-2:]) for view in views]
-
-    monkeypatch.setattr(finetune_segmentation, "slide_inference", score_nothing)
-    predict(model, [torch.zeros(3, 40, 60, dtype=torch.uint8)], args)
-    assert crop == (32, 32)
-    assert seen == [(32, 48), (32, 48), (32, 48), (40, 60), (48, 72), (56, 84)]  # short side 32 x 0.5 ... 1.75
-
-
-def test_flipped_test_of_a_mirrored_image_is_the_mirror_image(finished, tmp_path):
-    checkpoint = finished / "last_checkpoint"
-    args = parse_args(flags(tmp_path, tmp_path, checkpoint, "--eval_only --flip --no-slide"))
-    model = load_segmenter(checkpoint)[0].eval()
-    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
-    with torch.no_grad():
-        (answer,), (mirrored,) = (predict(model, [x], args) for x in (image, image.flip(-1)))
-    assert (answer.flip(-1) == mirrored).float().mean() > 0.99
 
 
 def test_overfits_four_real_pairs(photographs):
@@ -581,14 +480,14 @@ def test_two_flags_suffice_and_give_the_published_recipe(pretrained):
     ("more", "message"),
     [
         ("--norm batch --per_gpu_batch_size 1", "needs two images in a forward pass, and there is one"),
-        ("--num_classes 300", "num_classes must lie between 1 and 254, not 300"),
+        ("--num_classes 300", "--num_classes must be between 2 and 255, not 300"),
         ("--encoder_depth 5", "--encoder_depth 5, but"),
         ("--eval_only --from_scratch", "--eval_only judges weights"),
-        ("--layer_decay 2", "--layer_decay must lie between 0 and 1"),
-        ("--iterations 0", "--iterations must be at least 1"),
-        ("--num_classes 1", "--num_classes 1 leaves nothing to tell apart"),
+        ("--layer_decay 2", "--layer_decay must be between 0 and 1, not 2"),
+        ("--iterations 0", "--iterations must be at least 1, not 0"),
+        ("--num_classes 1", "--num_classes must be between 2 and 255, not 1, as a background is a class too"),
         ("--resize_to 512 2048", "--resize_to takes a long and a short side, not 512 2048"),
-        ("--learning_rate -1", "--learning_rate must lie between 0 and 1, and is -1.0"),
+        ("--learning_rate -1", "--learning_rate must be between 0 and 1, not -1"),
         ("--img_size 4", "--img_size 4 is less than two patches of 4 a side"),
         ("--norm group --channels 32", "32 channels cannot be cut into 32 groups of two or more"),
     ],
@@ -655,8 +554,7 @@ def test_resume_as_another_run_is_refused(finished, drawn_pairs, pretrained, tmp
 
 def test_demo_in_small(tmp_path, monkeypatch):
     few = functools.partial(write_demo_data, num_train=32, num_val=10)
-    for script in (pretrain_mae, finetune_segmentation):
-        monkeypatch.setattr(script, "write_demo_data", few)
+    monkeypatch.setattr(process, "write_demo_data", few)
     short = ["--demo", "--epochs", "2", "--num_workers", "0", "--working_directory", str(tmp_path)]
     pretrain_mae.main(pretrain_mae.parse_args(short))
     figures = main(parse_args(short))
@@ -688,7 +586,7 @@ def test_segment_labels_images_of_any_size(finished, drawn_pairs, tmp_path, caps
     args = parse_args(flags(drawn_pairs, tmp_path, finished / "last_checkpoint", "--eval_only"))
     image = torch.from_numpy(np.array(Image.open(folder / "a.png"))).permute(2, 0, 1)
     with torch.no_grad():
-        expected = predict(model, [image], args)[0].numpy() + 1
+        expected = label_images(model, [image], args)[0].numpy() + 1
     assert np.array_equal(np.array(Image.open(output / "a_labels.png")), expected)
     with pytest.raises(FileExistsError, match="--overwrite"):
         tool.main(tool.parse_args(arguments))

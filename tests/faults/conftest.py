@@ -11,7 +11,7 @@ import pytest
 from conftest import draw_images
 from PIL import Image
 
-from faults.harness import Job, Zygote
+from faults.harness import Job
 
 SCRIPTS = ("pretrain_mae", "finetune_classifier", "finetune_segmentation")
 # 40 images in steps of 4, three epochs: 30 optimizer steps.
@@ -77,13 +77,6 @@ def full(request) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ data and jobs
-
-
-@pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygote]:
-    zygote = Zygote()
-    yield zygote
-    zygote.close()
 
 
 def draw_pairs(root: Path) -> None:

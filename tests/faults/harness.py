@@ -42,6 +42,28 @@ class Zygote:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
+    def start(
+        self,
+        script: str,
+        arguments: list[str],
+        output: Path,
+        *faults: tuple[str, dict],
+        num_processes: int = 1,
+        **environment: str,
+    ) -> "Run":
+        """Start a script with faults inside; what it prints is appended to a file."""
+        request = {
+            "script": script,
+            "arguments": arguments,
+            "num_processes": num_processes,
+            "port": free_port(),
+            "environment": environment,
+            "faults": faults,
+            "output": str(output),
+        }
+        said = output.stat().st_size if output.exists() else 0
+        return Run(self, self.ask(request), output, said)
+
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait(TIMEOUT_S)
@@ -73,18 +95,9 @@ class Job:
     def start(self, *faults: tuple[str, dict], more: str | None = None, **environment: str) -> "Run":
         """Start the command, the same whether there is something to go on from or not, with faults inside."""
         self.work.mkdir(parents=True, exist_ok=True)
-        output = self.work / "output.txt"
-        request = {
-            "script": self.script,
-            "arguments": self.arguments() if more is None else self.arguments(more),
-            "num_processes": self.num_processes,
-            "port": free_port(),
-            "environment": environment,
-            "faults": faults,
-            "output": str(output),
-        }
-        said = output.stat().st_size if output.exists() else 0
-        return Run(self.zygote, self.zygote.ask(request), output, said)
+        arguments, output = self.arguments() if more is None else self.arguments(more), self.work / "output.txt"
+        options = dict(num_processes=self.num_processes, **environment)
+        return self.zygote.start(self.script, arguments, output, *faults, **options)
 
     def finish(self, *faults: tuple[str, dict], more: str | None = None, **environment: str) -> str:
         """Run to the end, which has to be a good one, and give what was printed."""

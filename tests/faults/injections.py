@@ -1,9 +1,10 @@
 """Faults that are injected from inside a run: each function changes something in its process, before it starts.
 
-`script` is the module that will run. Where there is a `rank`, only that process is changed.
+Where there is a `rank`, only that process is changed.
 """
 
 import functools
+import importlib
 import itertools
 import math
 import os
@@ -14,32 +15,35 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
+import torch
+
+import training
+import utils
 from storage import workers
-from training import checkpoints, records, signals
+from training import checkpoints, process, records, signals
 
 
 def is_rank(rank: int) -> bool:
     return int(os.environ.get("RANK", 0)) == rank
 
 
-def count_steps(script: ModuleType) -> Callable[[], int]:
+def count_steps() -> Callable[[], int]:
     """Give a function that tells how many optimizer steps this start has made."""
-    original, made = script.skip_nonfinite, 0
+    original, made = utils.skip_nonfinite, 0
 
     def skip_nonfinite(*args):
         nonlocal made
         made += 1
         return original(*args)
 
-    script.skip_nonfinite = skip_nonfinite
+    utils.skip_nonfinite = skip_nonfinite
     return lambda: made
 
 
-def before_agreeing(script: ModuleType, act: Callable[[int], None]) -> None:
+def before_agreeing(act: Callable[[int], None]) -> None:
     """Do something with the number of steps made, after each of them (and before each batch of an evaluation)."""
-    original, steps = signals.Interruptions.agree, count_steps(script)
+    original, steps = signals.Interruptions.agree, count_steps()
 
     def agree(self) -> int:
         act(steps())
@@ -48,26 +52,32 @@ def before_agreeing(script: ModuleType, act: Callable[[int], None]) -> None:
     signals.Interruptions.agree = agree
 
 
-def slow(script: ModuleType, seconds: float) -> None:
+def slow(seconds: float) -> None:
     """Make every step longer, so that what comes from outside falls between two of them."""
-    before_agreeing(script, lambda step: time.sleep(seconds))
+    before_agreeing(lambda step: time.sleep(seconds))
 
 
-def in_double(script: ModuleType) -> None:
+def in_float64() -> None:
+    """Compute everything in float64, where rounding is too small to see: what differs then, differs in truth."""
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+
+
+def in_double() -> None:
     """Train in float64, where rounding stays too small to be blown up by the norms of a tiny network."""
-    original = script.compile_in_place
+    original = training.compile_in_place
 
     def compile_in_place(accelerator, model) -> None:
         model.double()
         model.register_forward_pre_hook(lambda module, inputs: tuple(value.double() for value in inputs))
         original(accelerator, model)
 
-    script.compile_in_place = compile_in_place
+    training.compile_in_place = compile_in_place
 
 
-def save_at(script: ModuleType, steps: list[int]) -> None:
+def save_at(steps: list[int]) -> None:
     """Ask for a state after these optimizer steps of this start, as the clock would."""
-    original, made = signals.Interruptions.agree, count_steps(script)
+    original, made = signals.Interruptions.agree, count_steps()
 
     def agree(self) -> int:
         return max(original(self), signals.SAVE if made() in steps else signals.GO_ON)
@@ -75,29 +85,30 @@ def save_at(script: ModuleType, steps: list[int]) -> None:
     signals.Interruptions.agree = agree
 
 
-def stop_within(script: ModuleType, function: str, call: int) -> None:
+def stop_within(script: str, function: str, call: int) -> None:
     """Ask this process to stop right before a call, counted from 1, of one of the script's functions."""
-    original, calls = getattr(script, function), itertools.count(1)
+    module, calls = importlib.import_module(script), itertools.count(1)
+    original = getattr(module, function)
 
     def stopped(*args, **options):
         if next(calls) == call:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **options)
 
-    setattr(script, function, stopped)
+    setattr(module, function, stopped)
 
 
-def die(script: ModuleType, rank: int, step: int) -> None:
+def die(rank: int, step: int) -> None:
     if is_rank(rank):
-        before_agreeing(script, lambda now: os.kill(os.getpid(), signal.SIGKILL) if now == step else None)
+        before_agreeing(lambda now: os.kill(os.getpid(), signal.SIGKILL) if now == step else None)
 
 
-def hang(script: ModuleType, rank: int, step: int) -> None:
+def hang(rank: int, step: int) -> None:
     if is_rank(rank):
-        before_agreeing(script, lambda now: time.sleep(3600) if now == step else None)
+        before_agreeing(lambda now: time.sleep(3600) if now == step else None)
 
 
-def hang_forks(script: ModuleType, rank: int, forks: list[int], patience_s: float) -> None:
+def hang_forks(rank: int, forks: list[int], patience_s: float) -> None:
     """Let some of the processes that this one forks, counted from 1, hang before they run any code of theirs."""
     if not is_rank(rank):
         return
@@ -110,20 +121,20 @@ def hang_forks(script: ModuleType, rank: int, forks: list[int], patience_s: floa
     os.register_at_fork(before=count, after_in_child=lambda: time.sleep(3600) if made in forks else None)
 
 
-def poison(script: ModuleType, rank: int, passes: list[int], value: str = "nan") -> None:
+def poison(rank: int, passes: list[int], value: str = "nan") -> None:
     """Make the loss of some forward passes of one process, counted from 1, not a number; an empty list means all."""
     if not is_rank(rank):
         return
-    original, calls = script.nan_guard, itertools.count(1)
+    original, calls = utils.nan_guard, itertools.count(1)
 
     def poisoned(loss):
         now = next(calls)
         return original(loss * float(value) if now in passes or not passes else loss)
 
-    script.nan_guard = poisoned
+    utils.nan_guard = poisoned
 
 
-def limit_saves(script: ModuleType, rank: int, saves: list[int], max_bytes: int) -> None:
+def limit_saves(rank: int, saves: list[int], max_bytes: int) -> None:
     """Let no file of some saves, counted from 1, become larger than so many bytes, as a quota would."""
     if not is_rank(rank):
         return
@@ -140,10 +151,10 @@ def limit_saves(script: ModuleType, rank: int, saves: list[int], max_bytes: int)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    checkpoints.Checkpoints.save = script.Checkpoints.save = save
+    checkpoints.Checkpoints.save = save
 
 
-def fill_disk(script: ModuleType, file: str, first: int, last: int) -> None:
+def fill_disk(file: str, first: int, last: int) -> None:
     """Fill the disk of `file` right before save `first`, counted from 1, and make room right after save `last`."""
     original, calls = checkpoints.Checkpoints.save, itertools.count(1)
 
@@ -162,11 +173,11 @@ def fill_disk(script: ModuleType, file: str, first: int, last: int) -> None:
     checkpoints.Checkpoints.save = save
 
 
-def set_wandb_timeout(script: ModuleType, seconds: int) -> None:
+def set_wandb_timeout(seconds: int) -> None:
     records.WANDB_TIMEOUT_S = seconds
 
 
-def end_wandb(script: ModuleType, step: int) -> None:
+def end_wandb(step: int) -> None:
     """Kill W&B's own process in the middle of the run."""
 
     def act(now: int) -> None:
@@ -177,19 +188,19 @@ def end_wandb(script: ModuleType, step: int) -> None:
                     os.kill(int(stat.parent.name), signal.SIGKILL)
                     print("W&B's process is killed", flush=True)
 
-    before_agreeing(script, act)
+    before_agreeing(act)
 
 
-def lose_file(script: ModuleType, file: str) -> None:
+def lose_file(file: str) -> None:
     """Delete an image once it is listed."""
-    original = script.list_images
+    original = process.list_images
 
     def list_images(*args, **options):
         files = original(*args, **options)
         Path(file).unlink(missing_ok=True)
         return files
 
-    script.list_images = list_images
+    process.list_images = list_images
 
 
 # ------------------------------------------------------------------------------------------------ points of a save
@@ -247,7 +258,7 @@ def from_save(step: int, act: Callable[[str], None], folder: Path) -> None:
     watch_writes(folder, lambda operation: act(operation) if begun else None)
 
 
-def photograph_points(script: ModuleType, experiment: str, into: str, step: int) -> None:
+def photograph_points(experiment: str, into: str, step: int) -> None:
     """Copy the experiment before every operation on its files from the save at a step on.
 
     A copy is what a run that dies there leaves: what a process has handed to the system survives the process.
@@ -262,7 +273,7 @@ def photograph_points(script: ModuleType, experiment: str, into: str, step: int)
         from_save(step, act, Path(experiment))
 
 
-def die_at_point(script: ModuleType, experiment: str, step: int, point: int) -> None:
+def die_at_point(experiment: str, step: int, point: int) -> None:
     """Kill the run, with its workers and the processes beside it, at one of these operations, counted from 1."""
     points = itertools.count(1)
 
@@ -275,7 +286,7 @@ def die_at_point(script: ModuleType, experiment: str, step: int, point: int) -> 
         from_save(step, act, Path(experiment))
 
 
-def torn(script: ModuleType, file: str, share: float, save: int) -> None:
+def torn(file: str, share: float, save: int) -> None:
     """Die in the middle of writing a file of a save, counted from 1: only this share of it is on the disk."""
     saves, original = itertools.count(1), checkpoints.Accelerator.save_state
 

@@ -80,7 +80,7 @@ def test_signal_within_the_online_view_saves_at_once(call, num_processes, job, f
     whole.finish()
     with faults(5, f"SIGTERM within the nearest neighbours' vote, pretrain_mae, {num_processes} process(es)") as count:
         asked, count.injected = whole.inside(tmp_path / "asked"), 1
-        run = asked.start(("stop_within", {"function": "probe", "call": call}))
+        run = asked.start(("stop_within", {"script": "pretrain_mae", "function": "probe", "call": call}))
         assert run.wait() == 0, run.printed()
         check_stopped(asked, "SIGTERM", run.printed(), asked_at=10 * call)
         assert (newest_step(asked), asked.last_step()) == (10 * call, 10 * call - 1)
