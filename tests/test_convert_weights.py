@@ -145,15 +145,15 @@ def test_round_trip_changes_no_bit(tmp_path, kind, layout):
     }
 
 
-def rows_of_readme() -> list[tuple[str, str, str]]:
-    """Give (kind, layout, cell) of README's table of what goes where."""
-    lines = (ROOT / "README.md").read_text().split("| checkpoint | original |")[1].split("\n\n")[0].splitlines()
+def rows_of_docs() -> list[tuple[str, str, str]]:
+    """Give (kind, layout, cell) of the table of what goes where in docs/weights.md."""
+    lines = (ROOT / "docs" / "weights.md").read_text().split("| checkpoint | original |")[1].split("\n\n")[0].splitlines()
     layouts = ["original", *(name.strip() for name in lines[0].split("|")[:-1])]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
     return [(row[0], layout, cell) for row in rows for layout, cell in zip(layouts, row[1:], strict=True)]
 
 
-@pytest.mark.parametrize(("kind", "layout", "cell"), rows_of_readme())
+@pytest.mark.parametrize(("kind", "layout", "cell"), rows_of_docs())
 def test_readme_says_what_goes_where(tmp_path, kind, layout, cell):
     source, target = write_ours(tmp_path / "ours", build(kind)), target_of(tmp_path, layout)
     if cell != "whole":
