@@ -215,8 +215,10 @@ def test_best_weights_take_the_place_of_older_ones_whenever_the_run_dies(tmp_pat
         assert checkpoints.save_weights(model, "best_checkpoint", {})
         assert [entry.name for entry in tmp_path.iterdir()] == ["best_checkpoint"]
         assert load_file(tmp_path / "best_checkpoint" / "model.safetensors")["weight"].unique().item() == value
-    (tmp_path / "best_checkpoint").rename(tmp_path / "best_checkpoint.old")  # as a kill between two renames leaves it
-    (tmp_path / "best_checkpoint.tmp").mkdir()
+    (tmp_path / "best_checkpoint").rename(
+        tmp_path / "best_checkpoint.replaced.old"
+    )  # as a kill between two renames leaves it
+    (tmp_path / "best_checkpoint.unfinished.tmp").mkdir()
     tidy(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["best_checkpoint"]
 

@@ -147,7 +147,9 @@ def test_round_trip_changes_no_bit(tmp_path, kind, layout):
 
 def rows_of_docs() -> list[tuple[str, str, str]]:
     """Give (kind, layout, cell) of the table of what goes where in docs/weights.md."""
-    lines = (ROOT / "docs" / "weights.md").read_text().split("| checkpoint | original |")[1].split("\n\n")[0].splitlines()
+    lines = (
+        (ROOT / "docs" / "weights.md").read_text().split("| checkpoint | original |")[1].split("\n\n")[0].splitlines()
+    )
     layouts = ["original", *(name.strip() for name in lines[0].split("|")[:-1])]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
     return [(row[0], layout, cell) for row in rows for layout, cell in zip(layouts, row[1:], strict=True)]
@@ -1319,15 +1321,15 @@ def test_links_are_followed_and_stay(tmp_path, layout):
 
 def test_what_a_kill_leaves_behind_is_put_right_by_the_next_conversion(tmp_path):
     source, target = write_ours(tmp_path / "ours", build("encoder")), tmp_path / "out"
-    (tmp_path / "out.tmp").mkdir()
-    (tmp_path / "out.tmp" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "out.unfinished.tmp").mkdir()
+    (tmp_path / "out.unfinished.tmp" / "model.safetensors").write_bytes(b"half")
     convert(source, target, "huggingface")
     before = weights(target)
-    os.rename(target, tmp_path / "out.old")  # killed between the two renames
+    os.rename(target, tmp_path / "out.replaced.old")  # killed between the two renames
     with pytest.raises(FileExistsError, match="out exists"):
         convert(source, target, "huggingface")
     assert_same(weights(target), before)
-    shutil.copytree(target, tmp_path / "out.old")  # killed after them
+    shutil.copytree(target, tmp_path / "out.replaced.old")  # killed after them
     convert(source, target, "huggingface", "--overwrite")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "out"]
 

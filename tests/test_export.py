@@ -342,8 +342,8 @@ def test_full_disk_is_an_error_that_leaves_nothing(tmp_path):
 def test_leftovers_of_a_killed_export_are_removed(tmp_path, monkeypatch):
     tool = load_tool("export")
     folder = write_checkpoint(tmp_path / "best_checkpoint", MODELS["avg"]())
-    (tmp_path / "model.pt2.tmp").mkdir()
-    (tmp_path / "model.pt2.tmp" / "model.pt2.data").write_text("half")
+    (tmp_path / "model.pt2.unfinished.tmp").mkdir()
+    (tmp_path / "model.pt2.unfinished.tmp" / "model.pt2.data").write_text("half")
     (tmp_path / "model.pt2.old").write_text("mine")
     model, _ = tool.open_model(str(folder))
     monkeypatch.setitem(tool.WRITERS, "torch_export", lambda model, metadata, file: file.write_text("whole"))

@@ -179,7 +179,7 @@ def test_stopped_packing_leaves_no_half_shard_and_goes_on(image_folder, packed, 
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in (packed / "train").iterdir())
 
 
-@pytest.mark.parametrize("left", [[], ["packing.json.tmp"], ["pack.json", "packing.json"]])
+@pytest.mark.parametrize("left", [[], ["packing.json.unfinished.tmp"], ["pack.json", "packing.json"]])
 def test_packing_goes_on_after_a_kill_at_its_beginning_or_end(drawn_images, tmp_path, left):
     folder = tmp_path / "pack"
     if "pack.json" in left:

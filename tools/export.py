@@ -164,7 +164,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"the scores of {args.checkpoint} are not finite numbers, so there is nothing to export")
     # Written and checked in a folder beside its place, so that what bears the final name is whole and right. Not by
     # written_whole: the ONNX file holds the name of the one with its weights, so both need their names from the start.
-    folder = beside(args.output, "tmp")
+    folder = beside(args.output, "unfinished.tmp")
     remove(folder)  # of a run that was killed
     folder.mkdir(parents=True)
     try:
