@@ -32,7 +32,7 @@ def serve() -> dict:
             if answer == 0:
                 return request
         print(json.dumps(answer), flush=True)
-    sys.exit()
+    os._exit(0)
 
 
 def detach(output: str) -> None:
