@@ -284,7 +284,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     figures: dict[str, float] = {}
     with training.Run(accelerator, start, args, plan, model=model) as run:
         run.bad_files.note(shown.bad_files)
-        for _ in run.epochs():
+        for epoch in run.epochs():
             for batch in run.batches(loader):
                 images = dataset.normalize(
                     batch.images.to(device, non_blocking=True), args.mean, args.std
@@ -311,7 +311,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                     run.finish_step(learning_rate, skipped)
 
             # The epoch is complete
-            saves, probes = run.is_due(args.save_checkpoint_interval), args.probe_every and run.is_due(args.probe_every)
+            saves = run.is_due(args.save_checkpoint_interval)
+            probes = args.probe_every > 0 and (epoch + 1) % args.probe_every == 0
             found = {}
             if saves or probes:
                 run.check_weights()

@@ -129,7 +129,7 @@ class Run:
         self.bad_files = BadFiles(self.experiment, len(plan.files), args.max_bad_fraction)
         self.skipped_steps = SkippedSteps(self.experiment, self.images_of, args.max_nonfinite_steps)
         self.checkpoints = Checkpoints(accelerator, self.experiment, args.keep_checkpoints)
-        self.interruptions = Interruptions(accelerator, self.checkpoints, args.save_minutes)
+        self.interruptions = Interruptions(accelerator, self.checkpoints, args.save_minutes, args.timeout_minutes)
         self.bar = build_bar(accelerator, plan.total_steps, self.step)
         self.clock = StepClock(accelerator.print)
         self.sums: dict[str, Tensor] = {}  # figures of the step under way, on the device

@@ -3,6 +3,7 @@
 What is saved then, and where the loop stops, is known to run.py.
 """
 
+import datetime
 import math
 import os
 import signal
@@ -32,11 +33,16 @@ class Interruptions:
     seconds later, ends its process at once.
     """
 
-    def __init__(self, accelerator: Accelerator, checkpoints: Checkpoints, save_minutes: float):
+    def __init__(
+        self, accelerator: Accelerator, checkpoints: Checkpoints, save_minutes: float, timeout_minutes: float = 30
+    ):
         self.accelerator, self.checkpoints, self.save_minutes = accelerator, checkpoints, save_minutes
         self.name, self.asked_at, self.launcher = None, 0.0, os.getppid()
-        # The processes ask each other over a group of their own on the CPU, so that no step waits for a GPU.
-        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        # The processes ask each other over a group of their own on the CPU, so that no step waits for a GPU. It has to
+        # be told how long to wait for a process that hangs; it does not take that from the other group.
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        several = accelerator.num_processes > 1
+        self.group = torch.distributed.new_group(backend="gloo", timeout=timeout) if several else None
         self.handlers = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
 
     def handle(self, number: int, frame) -> None:

@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -32,7 +31,7 @@ def serve() -> dict:
             if answer == 0:
                 return request
         print(json.dumps(answer), flush=True)
-    sys.exit()
+    os._exit(0)
 
 
 def detach(output: str) -> None:
@@ -88,7 +87,7 @@ def run(request: dict) -> None:
     script.main(script.parse_args(request["arguments"]))
 
 
-def end(run: Callable[[dict], None], request: dict) -> None:
+def run_and_exit(request: dict) -> None:
     """Run, and end as Python does, but for taking down all modules, which takes a fork seconds of copied pages."""
     code = 1
     try:
@@ -115,4 +114,4 @@ if __name__ == "__main__":
         print(json.dumps("ready"), flush=True)
         mine = serve()
         prepare(mine)
-        end(run, mine)
+        run_and_exit(mine)
