@@ -196,3 +196,14 @@ def detect_layout(keys: Collection[str], path: Path) -> str:
         known, found = ", ".join(layout.title for layout in LAYOUTS.values()), sorted(keys)[:3]
         raise ValueError(f"{path} is in no layout known here: its keys are such as {found}. Known are {known}")
     return best
+
+
+def describe_names(names: Collection[str]) -> str:
+    """Put many keys in few words: what the encoder has by their names in a block, all else by their beginnings."""
+    shown = dict.fromkeys(
+        re.sub(r"\.\d+\.", ".N.", name).removesuffix(".weight").removesuffix(".bias")
+        if re.match(r"(the |backbone|blocks|layers)", name)
+        else name.split(".")[0]
+        for name in names
+    )
+    return f"{', '.join(shown)} ({len(names)} tensors)"

@@ -17,8 +17,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,32 +28,21 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import model
 from dataset import IMAGENET_MEAN, IMAGENET_STD
-from model import (
-    LAYER_NORM_EPS,
-    MODEL_CONFIGS,
-    MAEConfig,
-    VisionTransformer,
-    ViTMAEForImageClassification,
-    ViTMAEForPreTraining,
-    ViTMAEForSegmentation,
-    default_taps,
-    named_heads,
-    read_sizes,
-    without_decoder,
-)
 from storage import files, layouts, weights
-from storage.layouts import LAYOUTS, NOT_OF_THE_ENCODER, SEGMENTER_PARTS, their_names
+from storage.layouts import LAYOUTS, NOT_OF_THE_ENCODER, describe_names, their_names
 from storage.pairs import ADE20K_CLASS_NAMES, ADE20K_NUM_CLASSES, LABEL_COLOURS
+from storage.sources import Source, add_backbone, describe_shapes, rename, simplify
 
 # What a source can be: our class for it, and transformers' class and type
 KINDS = {
-    "masked autoencoder": (ViTMAEForPreTraining, "ViTMAEForPreTraining", "vit_mae"),
-    "encoder": (VisionTransformer, "ViTModel", "vit"),
-    "classifier of the mean": (ViTMAEForImageClassification, "BeitForImageClassification", "beit"),
-    "classifier of the cls token": (ViTMAEForImageClassification, "ViTForImageClassification", "vit"),
-    "linear probe": (ViTMAEForImageClassification, "", ""),
-    "segmenter": (ViTMAEForSegmentation, "", ""),
+    "masked autoencoder": (model.ViTMAEForPreTraining, "ViTMAEForPreTraining", "vit_mae"),
+    "encoder": (model.VisionTransformer, "ViTModel", "vit"),
+    "classifier of the mean": (model.ViTMAEForImageClassification, "BeitForImageClassification", "beit"),
+    "classifier of the cls token": (model.ViTMAEForImageClassification, "ViTForImageClassification", "vit"),
+    "linear probe": (model.ViTMAEForImageClassification, "", ""),
+    "segmenter": (model.ViTMAEForSegmentation, "", ""),
 }
 OPENS_HERE = {
     "ViTMAEForPreTraining": "tools/reconstruct.py --checkpoint {0}, and as an encoder",
@@ -94,62 +82,6 @@ ENTRIES = {
 # ------------------------------------------------------------------------------------------------ what a source is
 
 
-@dataclass
-class Source:
-    """Weights under our names (an encoder's without `backbone.`), and what is known about them beside their shapes."""
-
-    path: Path
-    layout: str
-    tensors: dict[str, Tensor]
-    title: str = ""
-    keys: dict[str, str] = field(default_factory=dict)  # the source's own for each of our names, for messages
-    left_over: dict[str, str] = field(default_factory=dict)  # keys without a counterpart in ours, and why
-    known: dict = field(default_factory=dict)  # fields of MAEConfig
-    record: dict = field(default_factory=dict)  # other entries of config.json
-    notes: list[str] = field(default_factory=list)
-    indices: dict[str, Tensor] = field(default_factory=dict)  # relative_position_index of blocks, to compare with ours
-    pooling: str | None = None  # timm's word for it
-
-    def has(self, *beginnings: str) -> bool:
-        return any(name.startswith(beginnings) for name in self.tensors)
-
-    @property
-    def kind(self) -> str:
-        if self.has(*SEGMENTER_PARTS):
-            return "segmenter"
-        if self.has(*layouts.DECODER_PARTS):
-            return "masked autoencoder"
-        if self.has("head.1."):
-            return "linear probe"
-        if self.has("head."):
-            return f"classifier of the {'mean' if self.has('fc_norm.') else 'cls token'}"
-        return "encoder"
-
-    @property
-    def tables(self) -> list[str]:
-        return [name for name in self.tensors if name.endswith(layouts.BIAS_TABLE)]
-
-    def key_of(self, name: str) -> str:
-        """Give what the source calls, or would call, a tensor of ours."""
-        if name in self.keys:
-            return self.keys[name]
-        prefix = "backbone." if any(key.startswith("backbone.") for key in self.keys.values()) else ""
-        names = their_names(name, self.layout)
-        return f"{'' if name.startswith(NOT_OF_THE_ENCODER) else prefix}{names[0]}" if names else name
-
-    def refuse(self, problems: list[str]) -> None:
-        """Raise ValueError with these problems, if there are any."""
-        if problems:
-            shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-            title = LAYOUTS[self.layout].title
-            raise ValueError(f"{self.path}, read as {title} layout, does not fit: {shown}")
-
-    def leave_out(self, beginnings: tuple[str, ...], reason: str) -> None:
-        for name in [name for name in self.tensors if name.startswith(beginnings)]:
-            self.left_over[self.key_of(name)] = reason
-            del self.tensors[name]
-
-
 def read_source(path: str | Path) -> Source:
     """Read weights of any layout under our names; ValueError names every key that no table explains."""
     path = Path(path)
@@ -178,79 +110,6 @@ def read_source(path: str | Path) -> Source:
     return source
 
 
-def rename(source: Source, tensors: Mapping[str, Tensor]) -> None:
-    """Take tensors into a source under our names, q, k and v joined, with the key that each came from."""
-    parts: dict[str, dict[int, Tensor]] = {}
-    layout, problems = LAYOUTS[source.layout], []
-    for key, tensor in tensors.items():
-        if re.match(layout.left_over, key):
-            source.left_over[key] = layout.reason
-            continue
-        name, third = layouts.our_name(key, source.layout) or (None, 0)
-        if name is None:
-            problems.append(f"unknown key {key}")
-        elif misfit := describe_misfit(name, tensor):
-            source.refuse([f"{key} {misfit}"])
-        elif third in parts.setdefault(name, {}):
-            problems.append(f"{source.keys[name]} and {key} are the same tensor")
-        else:
-            parts[name][third] = tensor
-            source.keys.setdefault(name, key)
-    for name, thirds in parts.items():
-        theirs = their_names(name, source.layout)
-        if source.layout == "beit" and name.endswith("attn.qkv.bias") and 1 not in thirds and 0 in thirds:
-            thirds[1] = torch.zeros_like(thirds[0])  # BEiT's keys have no bias: no output depends on it
-        missing = [theirs[index] for index in range(len(theirs)) if index not in thirds]
-        problems += [f"missing {key}" for key in missing]
-        if len({(part.shape, part.dtype) for part in thirds.values()}) > 1:
-            parts_of = (f"{theirs[i]} {tuple(thirds[i].shape)} {thirds[i].dtype}" for i in sorted(thirds))
-            problems.append(f"shapes or types that differ: {', '.join(parts_of)}")
-        elif not missing:
-            source.tensors[name] = torch.cat([thirds[i] for i in range(3)]) if len(theirs) == 3 else thirds[0]
-    source.refuse(problems)
-
-
-def describe_misfit(name: str, tensor: Tensor) -> str | None:
-    """Say what is wrong with the type or the dimensions of a tensor of this name; a segmenter's are compared later."""
-    if not tensor.is_floating_point() and not name.endswith(("relative_position_index", "num_batches_tracked")):
-        return f"is of {tensor.dtype}, not of floating point"
-    rank = next((rank for pattern, rank in layouts.RANKS.items() if re.fullmatch(pattern, name)), 1)
-    if tensor.ndim != rank and not name.startswith(SEGMENTER_PARTS):
-        return f"has the shape {tuple(tensor.shape)} instead of one of {rank} dimensions"
-    return None
-
-
-def simplify(source: Source) -> None:
-    """Express what blocks of BEiT's kind have more than ours by what ours have, so that outputs stay the same."""
-    tensors, depth, folded = source.tensors, weights.count_blocks(source.tensors, "blocks"), 0
-    for gamma, layer in (("gamma_1", "attn.proj"), ("gamma_2", "mlp.fc2")):
-        names = [f"blocks.{index}.{gamma}" for index in range(depth)]
-        absent = [f"missing {source.key_of(name)}" for name in names if name not in tensors]
-        source.refuse(absent if len(absent) < depth else [])
-        for index, name in enumerate(names if not absent else []):
-            scale, scaled = tensors.pop(name), [f"blocks.{index}.{layer}.{leaf}" for leaf in ("weight", "bias")]
-            if all(other in tensors for other in scaled) and not bool((scale == 1).all()):
-                found = {name: scale} | {other: tensors[other] for other in scaled}
-                if len({len(value) for value in found.values()}) > 1:
-                    shapes = [f"{source.key_of(other)} {tuple(value.shape)}" for other, value in found.items()]
-                    source.refuse([f"lengths that differ: {', '.join(shapes)}"])
-                tensors[scaled[0]], tensors[scaled[1]] = tensors[scaled[0]] * scale[:, None], tensors[scaled[1]] * scale
-                folded += 1
-    for block in (f"blocks.{index}" for index in range(depth)):
-        q_bias, v_bias = (tensors.pop(f"{block}.attn.{name}", None) for name in ("q_bias", "v_bias"))
-        if q_bias is not None and v_bias is not None:
-            tensors[f"{block}.attn.qkv.bias"] = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
-        if f"{block}.attn.relative_position_index" in tensors:
-            source.indices[block] = tensors.pop(f"{block}.attn.relative_position_index")
-    if folded:
-        source.notes.append(f"{folded} layer scales multiplied into the layers before them; each value rounded once")
-    if source.tables:
-        source.known.setdefault("encoder_num_heads", tensors[source.tables[0]].shape[-1])
-        if source.title != LAYOUTS["ours"].title and not any(tensors[name].any() for name in source.tables):
-            source.notes.append("relative positions left out: all are zero, which changes nothing")
-            source.tensors = {name: value for name, value in tensors.items() if name not in source.tables}
-
-
 # ------------------------------------------------------------------------------------------------ facts beside them
 
 
@@ -271,7 +130,7 @@ def add_facts(source: Source, folder: Path, content: dict) -> None:
     arguments, meta = content.get("args"), content.get("meta")
     if isinstance(arguments, argparse.Namespace):
         name = str(getattr(arguments, "model", ""))
-        named = MODEL_CONFIGS.get(name) or MODEL_CONFIGS.get(f"mae_{name}")  # in pretraining, in finetuning
+        named = model.MODEL_CONFIGS.get(name) or model.MODEL_CONFIGS.get(f"mae_{name}")  # in pretraining, in finetuning
         for size in ("encoder_num_heads", "decoder_num_heads") if named else ():
             source.known.setdefault(size, getattr(named, size))
         if hasattr(arguments, "norm_pix_loss"):
@@ -293,8 +152,10 @@ def add_facts_of_huggingface(source: Source, file: Path, config: dict) -> None:
     if class_names and class_names[0] != "LABEL_0":  # which is no name
         source.record["class_names"] = class_names
     eps, mask_ratio = config.get("layer_norm_eps", 1e-12), config.get("mask_ratio", 0.75)
-    if eps != LAYER_NORM_EPS:
-        source.notes.append(f"layer norms: epsilon {eps:g} there, {LAYER_NORM_EPS:g} here, as in the original release")
+    if eps != model.LAYER_NORM_EPS:
+        source.notes.append(
+            f"layer norms: epsilon {eps:g} there, {model.LAYER_NORM_EPS:g} here, as in the original release"
+        )
     if source.kind == "masked autoencoder" and mask_ratio != 0.75:
         source.notes.append(f"mask_ratio {mask_ratio} is no part of a model here; pretrain_mae.py has a flag for it")
 
@@ -318,7 +179,7 @@ def needed_sizes(kind: str) -> list[str]:
 
 
 def resolve_sizes(source: Source, args: argparse.Namespace) -> dict:
-    """Give the fields of MAEConfig by shapes, flags and the source's own record; None for what nobody says.
+    """Give the fields of model.MAEConfig by shapes, flags and the source's own record; None for what nobody says.
 
     ValueError where shapes make no sense, or shapes, flags and record contradict each other.
     """
@@ -334,7 +195,7 @@ def resolve_sizes(source: Source, args: argparse.Namespace) -> dict:
     told = {name: source.known.get(name, value) for name, value in sizes.items() if name != "img_size"}
     differ = [name for name, value in told.items() if value != sizes[name]]
     source.refuse([f"{name} is {told[name]} in config.json, {sizes[name]} in the weights" for name in differ])
-    guesses = named_heads(sizes) or {}
+    guesses = model.named_heads(sizes) or {}
     for name in ("img_size", *needed_sizes(source.kind)):
         told = choose(name, getattr(args, name), source.known.get(name), source.path)
         if told is None and name in guesses:
@@ -361,22 +222,22 @@ def square(size: object) -> object:
     return size[0] if len(size) < 3 and len(set(size)) == 1 else tuple(size)
 
 
-def build_config(sizes: dict, placeholder: bool = False) -> MAEConfig:
-    """Build a MAEConfig; for what only shapes are needed of, heads that nobody told may be one."""
+def build_config(sizes: dict, placeholder: bool = False) -> model.MAEConfig:
+    """Build a model.MAEConfig; for what only shapes are needed of, heads that nobody told may be one."""
     known = {name: value for name, value in sizes.items() if value is not None}
     if placeholder:
         known = {"encoder_num_heads": 1, "decoder_num_heads": 1, "norm_pix_loss": False} | known
-    return MAEConfig(**known)
+    return model.MAEConfig(**known)
 
 
-def options_of(source: Source, config: MAEConfig) -> dict:
+def options_of(source: Source, config: model.MAEConfig) -> dict:
     """Give what our class for a source takes beside the sizes, as its weights show it."""
     if source.kind == "segmenter":
         classifier = source.tensors.get("decode_head.conv_seg.weight")
         if classifier is None or classifier.ndim != 4:
             source.refuse(["missing decode_head.conv_seg.weight, (classes, channels, 1, 1)"])
         batch_norm = any(name.endswith("running_mean") for name in source.tensors)
-        taps = source.record.get("taps") or default_taps(config.encoder_depth)
+        taps = source.record.get("taps") or model.default_taps(config.encoder_depth)
         options = dict(num_classes=classifier.shape[0], channels=classifier.shape[1], taps=taps)
         return options | dict(norm="batch" if batch_norm else "group", rel_pos_bias=bool(source.tables))
     if source.has("head."):
@@ -393,10 +254,10 @@ def check(source: Source, sizes: dict) -> None:
     source.refuse(describe_shapes(source, {name: (1, 1 + config.num_patches, tables[name]) for name in tables}))
     with torch.device("meta"):
         probe_head = {"probe_head": True} if source.kind == "linear probe" else {}
-        model = KINDS[source.kind][0](config, **options_of(source, config), **probe_head)
+        network = KINDS[source.kind][0](config, **options_of(source, config), **probe_head)
         if source.kind == "encoder" and source.tables:
-            model.add_relative_positions()
-    expected = {name.removeprefix("backbone."): value.shape for name, value in model.state_dict().items()}
+            network.add_relative_positions()
+    expected = {name.removeprefix("backbone."): value.shape for name, value in network.state_dict().items()}
     optional = {name for name in expected if name.endswith("num_batches_tracked")}
     if source.kind == "encoder" and not source.has("norm."):
         optional |= {"norm.weight", "norm.bias"}  # segmenters and classifiers of the mean have none
@@ -410,14 +271,6 @@ def check(source: Source, sizes: dict) -> None:
         ):
             problems.append(f"{block}.attn.relative_position_index numbers positions otherwise than BEiT")
     source.refuse(problems)
-
-
-def describe_shapes(source: Source, expected: Mapping[str, Iterable[int]]) -> list[str]:
-    return [
-        f"{source.key_of(name)} is {tuple(source.tensors[name].shape)} instead of {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in source.tensors and source.tensors[name].shape != shape
-    ]
 
 
 # ------------------------------------------------------------------------------------------------ to a layout
@@ -461,23 +314,7 @@ def convert(source: Source, target: str) -> Converted:
     return Converted(tensors, kind, left_out)
 
 
-def describe_names(names: Collection[str]) -> str:
-    """Put many keys in few words: what the encoder has by their names in a block, all else by their beginnings."""
-    shown = dict.fromkeys(
-        re.sub(r"\.\d+\.", ".N.", name).removesuffix(".weight").removesuffix(".bias")
-        if re.match(r"(the |backbone|blocks|layers)", name)
-        else name.split(".")[0]
-        for name in names
-    )
-    return f"{', '.join(shown)} ({len(names)} tensors)"
-
-
-def add_backbone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Put the encoder of a segmenter under `backbone.`."""
-    return {n if n.startswith(SEGMENTER_PARTS) else f"backbone.{n}": value for n, value in tensors.items()}
-
-
-def mmseg_checkpoint(tensors: dict[str, Tensor], config: MAEConfig, record: dict) -> dict:
+def mmseg_checkpoint(tensors: dict[str, Tensor], config: model.MAEConfig, record: dict) -> dict:
     """Add what MMSegmentation's MAE has in every layer and ours need not have, at values that change nothing."""
     if record["norm"] != "batch":
         raise ValueError(f"MMSegmentation's heads have batch norm, not {record['norm']} norm")
@@ -501,11 +338,11 @@ def flags_for(untold: list[str]) -> str:
     return "".join(" --[no-]norm_pix_loss" if name == "norm_pix_loss" else f" --{name} N" for name in untold)
 
 
-def build_record(source: Source, config: MAEConfig, args: argparse.Namespace) -> dict:
+def build_record(source: Source, config: model.MAEConfig, args: argparse.Namespace) -> dict:
     """Build the config.json that the training scripts write; ValueError where what is told contradicts the weights."""
     fields, told, seen = dataclasses.asdict(config), source.record, options_of(source, config)
     if source.kind != "masked autoencoder":
-        fields = without_decoder(fields)
+        fields = model.without_decoder(fields)
     record = {"architecture": KINDS[source.kind][0].__name__, "config": fields}
     if source.kind == "segmenter":
         is_ade20k = seen["num_classes"] == ADE20K_NUM_CLASSES
@@ -532,18 +369,18 @@ def build_record(source: Source, config: MAEConfig, args: argparse.Namespace) ->
     return record
 
 
-def huggingface_configs(kind: str, config: MAEConfig, record: dict) -> dict[str, dict]:
+def huggingface_configs(kind: str, config: model.MAEConfig, record: dict) -> dict[str, dict]:
     """Build the config.json and preprocessor_config.json of transformers' model of this kind."""
     height, width = config.image_hw
     sizes = dataclasses.asdict(config)
     if kind != "masked autoencoder":
-        sizes = without_decoder(sizes)
+        sizes = model.without_decoder(sizes)
     elif height != width:
         raise ValueError(f"transformers' ViTMAE takes square images only, not {height} x {width}")
     content = {"architectures": [KINDS[kind][1]], "model_type": KINDS[kind][2], "hidden_act": "gelu"}
     content |= {theirs: sizes[ours] for ours, theirs in layouts.HUGGINGFACE_SIZES.items() if ours in sizes}
     content["intermediate_size"] = int(config.encoder_embed_dim * config.encoder_mlp_ratio)
-    content["layer_norm_eps"] = LAYER_NORM_EPS  # transformers' default, 1e-12, is not the original's
+    content["layer_norm_eps"] = model.LAYER_NORM_EPS  # transformers' default, 1e-12, is not the original's
     content |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     if kind == "masked autoencoder":
         content["decoder_intermediate_size"] = int(config.decoder_embed_dim * config.decoder_mlp_ratio)
@@ -667,8 +504,8 @@ def inspect(path: str, args: argparse.Namespace) -> None:
     source, sizes = open_source(path, args)
     num_values = sum(value.numel() for name, value in source.tensors.items() if not name.endswith(layouts.BUFFERS))
     has_decoder, segmenter = source.kind == "masked autoencoder", source.kind == "segmenter"
-    classifier = KINDS[source.kind][0] is ViTMAEForImageClassification
-    shown = sizes if has_decoder else without_decoder(sizes)
+    classifier = KINDS[source.kind][0] is model.ViTMAEForImageClassification
+    shown = sizes if has_decoder else model.without_decoder(sizes)
     say("layout", f"{source.title} {source.kind}")
     say("sizes", ", ".join(f"{name} {value}" for name, value in shown.items()))
     say("parameters", f"{num_values:,} in {len(source.tensors)} tensors")
@@ -682,7 +519,7 @@ def inspect(path: str, args: argparse.Namespace) -> None:
     say("segmenting", "yes" if segmenter else f"{lacks}neck.*, decode_head.* and auxiliary_head.*")
     say("note", *source.notes)
     if source.left_over:
-        say("no counterpart", f"{describe_names(source.left_over)}: {reasons(source)}")
+        say("no counterpart", f"{describe_names(source.left_over)}: {source.reasons}")
     untold = [name for name in needed_sizes(source.kind) if sizes[name] is None]
     if untold:
         say("nobody tells", ", ".join(untold))
@@ -692,14 +529,10 @@ def inspect(path: str, args: argparse.Namespace) -> None:
     say("to use it here", "as it is" if as_it_is else weights.convert_command(path) + flags)
 
 
-def reasons(source: Source) -> str:
-    return "; ".join(dict.fromkeys(source.left_over.values()))
-
-
 def scripts_take(path: str) -> bool:
     """Say whether the scripts open a source of our names, by opening it as they do."""
     try:
-        read_sizes(path)
+        model.read_sizes(path)
     except (ValueError, OSError):
         return False
     return True
@@ -741,7 +574,7 @@ def main(args: argparse.Namespace) -> None:
     source, sizes = open_source(args.source, args)
     converted = convert(source, args.to)
     if converted.left_out and not args.drop:
-        because, shown = f" ({reasons(source)})" if source.left_over else "", describe_names(converted.left_out)
+        because, shown = f" ({source.reasons})" if source.left_over else "", describe_names(converted.left_out)
         refusal = f"{LAYOUTS[args.to].title} layout has no place for {shown} of {args.source}{because}"
         raise ValueError(f"{refusal}; add --drop to leave them out")
     contents, opening = build_contents(source, converted, sizes, args)
