@@ -16,6 +16,9 @@ import torch
 from accelerate import Accelerator
 from conftest import rows
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+from dataset import StepSampler
 
 COMMON = """--experiment_name run --num_workers 0 --log_interval 5 --img_size 16 --patch_size 4 --encoder_embed_dim 64
  --encoder_num_heads 4 --encoder_mlp_ratio 2 --gradient_accumulation_steps 1"""
@@ -105,13 +108,16 @@ def test_biases_and_norms_decay_where_the_flags_say_so(script, more, drawn_image
 def test_batches_are_copied_from_pinned_memory_on_a_gpu_unless_the_flag_says_no(
     script, more, drawn_images, drawn_pairs, tmp_path, monkeypatch
 ):
-    def build_training_loader(data, sampler, num_workers, pin_memory, *mixing):
-        raise Reached(pin_memory)
+    def build(self, *_, batch_sampler=None, pin_memory=False, **options):
+        if isinstance(batch_sampler, StepSampler):
+            raise Reached(pin_memory)
+        original(self, *_, batch_sampler=batch_sampler, pin_memory=pin_memory, **options)
 
+    original = DataLoader.__init__
+    monkeypatch.setattr(DataLoader, "__init__", build)
+    monkeypatch.setattr(Accelerator, "device", torch.device("cuda"))
     data = drawn_pairs if "segmentation" in script else drawn_images
     module, args = parsed(script, data, tmp_path, more)
-    monkeypatch.setattr(module, "build_training_loader", build_training_loader)
-    monkeypatch.setattr(Accelerator, "device", torch.device("cuda"))
     with pytest.raises(Reached) as reached:
         module.main(args)
     assert reached.value.args == (more == "",)
