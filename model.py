@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from storage.layouts import BIAS_TABLE
-from storage.weights import convert_command, find_weights, read_config, read_weights, sizes_from_shapes
+from storage.weights import LoadReport, convert_command, find_weights, read_config, read_weights, sizes_from_shapes
 from upernet import FCNHead, Feature2Pyramid, UperNetHead
 
 LAYER_NORM_EPS = 1e-6
@@ -832,23 +832,6 @@ def load_segmenter(path: str | Path) -> tuple[ViTMAEForSegmentation, dict]:
     model = ViTMAEForSegmentation(MAEConfig(**record["config"]), record["num_classes"], **options)
     load_all(model, state_dict, file, "the segmenter of its config.json")
     return model, record
-
-
-class LoadReport(NamedTuple):
-    """Which keys of a weight file went into a model, which of the model's are not in it, and which were left over."""
-
-    loaded: list[str]
-    missing: list[str]
-    unexpected: list[str]
-    resampled: list[str]
-
-    def describe(self) -> str:
-        lines = [f"{len(self.loaded)} tensors loaded"]
-        for name, keys in zip(self._fields[1:], self[1:], strict=True):
-            if keys:
-                groups = sorted({key.split(".")[0] for key in keys})
-                lines.append(f"{len(keys)} {name} ({', '.join(groups)})")
-        return ", ".join(lines)
 
 
 MAY_BE_MISSING = ("head.", "fc_norm.")  # new in finetuning

@@ -12,6 +12,7 @@ import statistics
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -272,3 +273,20 @@ def sizes_from_shapes(state_dict: dict[str, Tensor], path: str | Path) -> dict:
             f"the layout of the original release; {convert_command(path)}"
         ) from error
     return sizes
+
+
+class LoadReport(NamedTuple):
+    """Which keys of a weight file went into a model, which of the model's are not in it, and which were left over."""
+
+    loaded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    resampled: list[str]
+
+    def describe(self) -> str:
+        lines = [f"{len(self.loaded)} tensors loaded"]
+        for name, keys in zip(self._fields[1:], self[1:], strict=True):
+            if keys:
+                groups = sorted({key.split(".")[0] for key in keys})
+                lines.append(f"{len(keys)} {name} ({', '.join(groups)})")
+        return ", ".join(lines)

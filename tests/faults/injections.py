@@ -65,14 +65,14 @@ def in_float64() -> None:
 
 def in_double() -> None:
     """Train in float64, where rounding stays too small to be blown up by the norms of a tiny network."""
-    original = training.compile_in_place
+    original = training.process.compile_in_place
 
     def compile_in_place(accelerator, model) -> None:
         model.double()
         model.register_forward_pre_hook(lambda module, inputs: tuple(value.double() for value in inputs))
         original(accelerator, model)
 
-    training.compile_in_place = compile_in_place
+    training.process.compile_in_place = compile_in_place
 
 
 def save_at(steps: list[int]) -> None:
