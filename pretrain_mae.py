@@ -259,7 +259,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     peak = utils.scaled_lr(args.base_learning_rate, sampler.images_per_step)
     warmup_steps = args.warmup_epochs * sampler.steps_per_epoch
     total_steps = args.epochs * sampler.steps_per_epoch
-    lines = describe(model, peak, args) | {"decoder": args.decoder}
+    lines = describe(model, peak, sampler.images_per_step, args) | {"decoder": args.decoder}
     training.describe_run(accelerator, args, sampler, train_files, val_files, lines)
     groups = param_groups_weight_decay(model, args.weight_decay)
     utils.decay_more(groups, model, biases=args.bias_weight_decay, norms=args.norm_weight_decay)
@@ -331,7 +331,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     return {}  # stopped by a signal
 
 
-def describe(model: ViTMAEForPreTraining, peak: float, args: argparse.Namespace) -> dict[str, str]:
+def describe(
+    model: ViTMAEForPreTraining, peak: float, images_per_step: int, args: argparse.Namespace
+) -> dict[str, str]:
     """Say what decides the result, beside what every run has."""
     decoder = sum(p.numel() for name, p in model.named_parameters() if name.startswith(("decoder", "mask_token")))
     total, trainable = utils.count_parameters(model)
@@ -341,7 +343,7 @@ def describe(model: ViTMAEForPreTraining, peak: float, args: argparse.Namespace)
         f"{trainable:,} of them trainable",
         "patches": f"{kept} of {model.config.num_patches} visible, predicting "
         + ("pixels normalised in each patch" if args.norm_pix_loss else "plain pixels"),
-        "learning rate": f"{peak:.2e} = {args.base_learning_rate:.2e} x images of a step / 256",
+        "learning rate": f"{peak:.2e} = {args.base_learning_rate:.2e} x {images_per_step} / 256",
     }
     if args.repeated_sampling > 1:
         lines["sampling"] = f"{args.repeated_sampling} crops of each image at once; as many epochs visit all images"

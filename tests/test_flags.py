@@ -204,6 +204,8 @@ def test_values_outside_their_range_are_refused_with_value_range_and_flag(script
     is_whole = {action.dest: action.type is int for action in flags.parser._actions}
     for name, (low, high) in (SHARED_RANGES | RANGES[script.__name__]).items():
         allowed = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+        if low == 1e-9:  # what a user would call it
+            allowed = "above 0" if high is None else f"above 0 and at most {high:g}"
         for value in values_outside(name, low, high, is_whole[name]):
             said = refusal(capsys, script.parse_args, [*ENOUGH[script.__name__], f"--{name}={value}"])
             assert said.startswith(f"--{name} must be {allowed}, not {value:g}")

@@ -194,6 +194,8 @@ class Flags:
             values = value if isinstance(value, list) else [] if value is None else [value]
             if not all(low <= one and (high is None or one <= high) for one in values):
                 allowed = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+                if 0 < low < 1e-6:
+                    allowed = "above 0" if high is None else f"above 0 and at most {high:g}"
                 shown = " ".join(f"{one:g}" for one in values)
                 self.error(f"--{name} must be {allowed}, not {shown}" + "".join(f", {reason}" for reason in why))
 
