@@ -297,7 +297,7 @@ def test_help_of_pretraining_shows_its_recipe(capsys, more, epochs):
         ),
         ("--img_size 1 2 3", "--img_size takes one number, or height and width, not 3 numbers"),
         ("--mean 0.1 0.2", "--mean has 2 values, --input_channels is 3; give as many, or one"),
-        ("--std 0.1 0 0.2", "--std must be at least 1e-09, not 0.1 0 0.2"),
+        ("--std 0.1 0 0.2", "--std must be above 0, not 0.1 0 0.2"),
         ("--experiment_name a/b", "--experiment_name 'a/b' is a folder name; the path goes into --working_directory"),
         ("--experiment_name ..", "--experiment_name '..' is a folder name"),
         ("--experiment_name ''", "--experiment_name '' is a folder name"),
