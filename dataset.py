@@ -1,8 +1,7 @@
 """What is trained on: transforms, data sets, random numbers, sampler, mixing, loaders.
 
-What a training sample looks like is a function of (seed, epoch, index) and of nothing else: the sampler hands the
-workers (epoch, index), and the dataset seeds every generator from them. Nothing here knows a network; how images and
-label maps lie on a disk, and how they are decoded, is the task of storage/.
+What a training sample looks like is a function of (seed, epoch, index) alone: the sampler hands the workers (epoch,
+index), and the dataset seeds every generator from them. Nothing here knows a network; reading files is storage's task.
 
 Shapes   N batch   C channels   H W image   L patches   K classes
 """

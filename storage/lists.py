@@ -123,16 +123,18 @@ def check_same_classes(classes: tuple[str, ...], expected: tuple[str, ...], fold
     if not classes:
         raise ValueError(f"{folder} has images outside class folders, so there are no labels; {LAYOUT}")
     lacking, extra = sorted(set(expected) - set(classes)), sorted(set(classes) - set(expected))
-    parts = [
-        f"{what} {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        for what, names in (("it lacks", lacking), ("it adds", extra))
-        if names
-    ]
+    parts = [f"{what} {name_some(names)}" for what, names in (("it lacks", lacking), ("it adds", extra)) if names]
     reason = "; ".join(parts) or "their order differs"
     raise ValueError(
         f"the {len(classes)} classes in {folder} are not the {len(expected)} of {expected_from}: {reason}. Every class "
         "needs a folder of the same name in both"
     )
+
+
+def name_some(names: list[str], count: int = 5, separator: str = ", ") -> str:
+    """Name the first of many, and how many more there are, for messages."""
+    named, more = separator.join(names[:count]), len(names) - count
+    return f"{named}{' ' if separator == ', ' else separator}and {more} more" if more > 0 else named
 
 
 def contents(folder: Path) -> str:

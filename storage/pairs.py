@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 
 from storage.decoding import DECODE_ERRORS, IMAGE_FORMATS, NamedBytes, read_image
 from storage.files import fingerprint
-from storage.lists import ListCache, contents, scan_images
+from storage.lists import ListCache, contents, name_some, scan_images
 from storage.packs import Pack, is_packed, open_pack
 
 ADE20K_NUM_CLASSES = 150
@@ -157,9 +157,7 @@ def list_pairs(root: str | Path, split: str) -> PairList:
     if is_packed(root / split):
         pack = open_pack(root / split, "pairs")
         if len(pack.names) % 2:
-            raise ValueError(
-                f"{pack.folder} holds {len(pack.names)} records, which are no pairs; pack the folder again"
-            )
+            raise ValueError(f"{pack.folder} holds {len(pack.names)} records, not pairs of them; pack the folder again")
         return PackedPairs(pack.folder, pack.names[0::2], pack.names[1::2], pack)
     if not (root / "images").is_dir() and (root / "ADEChallengeData2016").is_dir():
         root = root / "ADEChallengeData2016"
@@ -180,7 +178,7 @@ def list_pairs(root: str | Path, split: str) -> PairList:
     for one, other, what in ((images, label_maps, "no label map"), (label_maps, images, "no image")):
         alone = sorted(one.keys() - other.keys())
         if alone:
-            names = ", ".join(one[stem] for stem in alone[:5]) + (f" and {len(alone) - 5} more" * (len(alone) > 5))
+            names = name_some([one[stem] for stem in alone])
             raise FileNotFoundError(f"{root}, {split}: {what} for {names}; {LABEL_LAYOUT}")
     if not images:
         raise FileNotFoundError(f"no images in {root / 'images' / split}; {LABEL_LAYOUT}")
@@ -205,8 +203,7 @@ def check_pairs(
         found = list(pool.map(lambda i: check_pair(pairs, i, table, decode), range(len(pairs))))
     problems = [check.problem for check in found if check.problem]
     if problems:
-        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError("label maps or images that cannot be used:\n  " + "\n  ".join(problems[:10]) + more)
+        raise ValueError("label maps or images that cannot be used:\n  " + name_some(problems, 10, "\n  "))
     if not any(check.has_labels for check in found):
         raise ValueError(f"not one pixel has a label in {os.path.dirname(pairs.label_path(0))}: all are ignored")
     if cache is not None:

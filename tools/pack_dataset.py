@@ -33,17 +33,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from storage import packs
 from storage.decoding import DECODE_ERRORS, IMAGE_FORMATS, NamedBytes, is_plain_jpeg, read_image
 from storage.files import read_json, recover, write_json, written_whole
-from storage.lists import find_splits, list_images
+from storage.lists import find_splits, list_images, name_some
 from storage.packs import Pack, is_inner_path, is_packed
 from storage.pairs import list_pairs
 
-MAX_LEFT_OUT_NAMED = 10
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("source", nargs="?", type=Path, help="the folder to pack")
     parser.add_argument("--output", type=Path, help="the folder to write")
     parser.add_argument("--short_side", type=int, default=384, help="at most so many pixels (default: 384)")
@@ -120,7 +117,7 @@ def plan_images(source: Path, folder: Path, args: argparse.Namespace) -> Job:
     items = [Item(files.path(i), bytes(files.paths[i]), int(files.labels[i])) for i in range(len(files))]
     encoding = dict(encoding="raw", quality=None) if args.raw else dict(encoding="jpeg", quality=args.quality)
     header = dict(kind="images", short_side=args.short_side, classes=list(files.classes), **encoding)
-    return Job(folder, header | {"version": packs.PACK_VERSION}, cut(items, args.images_per_shard))
+    return cut_into_shards(folder, header, items, args.images_per_shard)
 
 
 def plan_pairs(root: Path, split: str, args: argparse.Namespace) -> Job:
@@ -129,25 +126,24 @@ def plan_pairs(root: Path, split: str, args: argparse.Namespace) -> Job:
         items.append(Item(pairs.path(i), bytes(pairs.images[i]), -1))
         items.append(Item(pairs.label_path(i), bytes(pairs.label_maps[i]), -1))
     header = dict(kind="pairs", encoding="files", quality=None, short_side=None, classes=[])
-    return Job(args.output / split, header | {"version": packs.PACK_VERSION}, cut(items, 2 * args.images_per_shard))
+    return cut_into_shards(args.output / split, header, items, 2 * args.images_per_shard)
 
 
-def cut(items: list[Item], size: int) -> list[list[Item]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def cut_into_shards(folder: Path, header: dict, items: list[Item], size: int) -> Job:
+    shards = [items[start : start + size] for start in range(0, len(items), size)]
+    return Job(folder, {"version": packs.PACK_VERSION} | header, shards)
 
 
 def encode(item: Item, header: dict) -> Record:
     """Make a record of a file."""
     try:
-        with open(item.path, "rb") as file:
-            data = file.read()
+        data = Path(item.path).read_bytes()
         if header["encoding"] == "files":
             return Record(data)
-        image = Image.open(NamedBytes(data, item.path), formats=IMAGE_FORMATS)
-        plain = header["encoding"] == "jpeg" and is_plain_jpeg(image, 3)
+        plain = is_plain_jpeg(Image.open(NamedBytes(data, item.path), formats=IMAGE_FORMATS), 3)
         image = read_image(NamedBytes(data, item.path))  # in any case, so that every record can be decoded
         scale = header["short_side"] / min(image.size)
-        if plain and scale >= 1:
+        if plain and scale >= 1 and header["encoding"] == "jpeg":
             return Record(data, image.height, image.width)
         if scale < 1:
             image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
@@ -187,10 +183,8 @@ def pack(job: Job, num_workers: int) -> None:
     count, size = len(Pack(job.folder).names), sum(shard["bytes"] for shard in shards) / 1e9
     missing = len(names) - count
     print(f"{job.folder}: {count:,} records, {size:.3f} GB in {len(shards)} shards, {missing} files left out")
-    for line in left_out[:MAX_LEFT_OUT_NAMED]:
-        print(f"  left out: {line}")
-    if len(left_out) > MAX_LEFT_OUT_NAMED:
-        print(f"  and {len(left_out) - MAX_LEFT_OUT_NAMED} more")
+    if left_out:
+        print("  left out: " + name_some(left_out, 10, "\n" + " " * 12))
 
 
 def start(folder: Path, plan: dict) -> None:
