@@ -288,6 +288,21 @@ def test_run_of_a_number_of_steps_may_end_within_an_epoch(tmp_path):
     assert figures(tmp_path) == [*WHOLE[:3], (6, 1.5, 5.5, 0.6, 0.5)]
 
 
+def test_run_that_ends_within_an_epoch_makes_no_step_after_its_last(tmp_path):
+    """Stopped in its last evaluation, it has two steps of its epoch left that are none of its own."""
+    training = Training(tmp_path, total_steps=6)
+    with training.open() as run:
+        for epoch in run.epochs():
+            training.steps(run)
+            for _ in run.watch(DataLoader(range(4), batch_size=2, collate_fn=collate_numbers)) if epoch else ():
+                ask_to_stop()
+            run.finish_epoch(EVALUATED, save=True, for_good=True)
+    assert names(tmp_path) == ["checkpoint_1", "checkpoint_1_step_6"]
+    second = Training(tmp_path, total_steps=6, resume_from_checkpoint="latest")
+    second.go()
+    assert second.seen == [] and figures(tmp_path)[-1] == (6, 1.5, 5.5, 0.6, 0.5)
+
+
 def test_run_with_another_identity_is_refused_before_it_writes(tmp_path):
     Training(tmp_path, identity={"seed": 0}).go()
     before = sorted(entry.name for entry in (tmp_path / "run").iterdir())
