@@ -485,7 +485,7 @@ def test_two_flags_suffice_and_give_the_published_recipe(pretrained):
         ("--eval_only --from_scratch", "--eval_only judges weights"),
         ("--layer_decay 2", "--layer_decay must be between 0 and 1, not 2"),
         ("--iterations 0", "--iterations must be at least 1, not 0"),
-        ("--num_classes 1", "--num_classes must be between 2 and 255, not 1, as a background is a class too"),
+        ("--num_classes 1", "--num_classes must be between 2 and 255, not 1, for one class before a background give 2"),
         ("--resize_to 512 2048", "--resize_to takes a long and a short side, not 512 2048"),
         ("--learning_rate -1", "--learning_rate must be between 0 and 1, not -1"),
         ("--img_size 4", "--img_size 4 is less than two patches of 4 a side"),

@@ -312,7 +312,7 @@ def test_neither_data_nor_demo_is_an_error_that_names_both(capsys):
         ("--img_size 230", "img_size 230 is not a multiple of patch_size 16; use 224 or 240"),
         ("--img_size 224 224 224", "--img_size takes one number, or height and width"),
         ("--mask_ratio 1.0", "mask_ratio 1.0 keeps 0 of 196 patches"),
-        ("--mask_ratio 0", "--mask_ratio must be above 0 and at most 1, not 0, the paper's is 0.75"),
+        ("--mask_ratio 0", "--mask_ratio must be above 0 and at most 1, not 0, as there is nothing to learn"),
         ("--repeated_sampling 3", "--repeated_sampling 3 must divide the 512 images of a forward pass"),
         ("--repeated_sampling 0", "--repeated_sampling must be at least 1, not 0"),
         (
