@@ -73,6 +73,7 @@ EVALUATIONS = 10  # in a run, where --eval_interval does not say otherwise
 MODEL_FLAGS = ("taps", "channels", "norm", "rel_pos_bias")
 SEGMENTER_FLAGS = (*MODEL_FLAGS, "num_classes")  # what a segmenter is, beside its encoder's sizes
 BASE = "mae_vit_base_patch16"
+ONE_CLASS = "for one class before a background give 2, with --no-ignore_zero where the background is 0"
 FLAGS = {
     "model": [
         ("path_to_backbone_checkpoint", str, "checkpoint folder, .safetensors or original .pth; or a segmenter's"),
@@ -90,7 +91,7 @@ FLAGS = {
             "num_classes",
             storage.ADE20K_NUM_CLASSES,
             "that a pixel can be of",
-            (2, 255, "as a background is a class too"),
+            (2, 255, ONE_CLASS),
         ),
         ("ignore_zero", True, "0 in a label map is no class, and 1 is the first, as in ADE20K"),
         ("class_names", str, "file with a name on every line (default: ADE20K's for its 150)"),

@@ -68,12 +68,13 @@ ADAM_BETAS = (0.9, 0.95)
 NUM_PICTURES = 8
 
 BASE = "mae_vit_base_patch16"
+NOTHING_REMOVED = "as there is nothing to learn where nothing is removed; the paper removes 0.75"
 FLAGS = {
     "masked autoencoder": [
         ("model", BASE, "sizes; the flags below override single ones", {"choices": MODEL_CONFIGS}),
         ("patch_size", int, "side of a patch in pixels (default: the model's)"),
         *training.size_flags(MAEConfig, ("encoder", "decoder"), "the model's"),
-        ("mask_ratio", 0.75, "share of the patches that is removed", (1e-9, 1, "the paper's is 0.75")),
+        ("mask_ratio", 0.75, "share of the patches that is removed", (1e-9, 1, NOTHING_REMOVED)),
         ("norm_pix_loss", True, "predict each patch without its mean and contrast"),
         ("custom_weight_init", True, "initialise as the original release, not as the layers do"),
     ],

@@ -321,7 +321,7 @@ def test_neither_data_nor_demo_is_an_error_that_names_both(capsys):
         ),
         ("--epochs 40", "--warmup_epochs 40 leaves nothing of --epochs 40; give both"),
         ("--mean 0.5 0.5", "--mean has 2 values, --input_channels is 3"),
-        ("--std 0", "--std must be at least 1e-09, not 0"),
+        ("--std 0", "--std must be above 0, not 0"),
         ("--max_bad_fraction 2", "--max_bad_fraction must be between 0 and 1, not 2"),
         ("--experiment_name a/b", "the path goes into --working_directory"),
         ("--experiment_name ..", "the path goes into --working_directory"),
