@@ -42,7 +42,8 @@ from model import (
     read_sizes,
 )
 
-# The tutorial's, as its command has it, with the defaults of FLAGS; it decays no rate by depth and erases nothing.
+# The tutorial's recipe, as its command has it; learning rate and augmentation are the defaults in FLAGS. No layer-wise
+# learning-rate decay, no drop path, no random erasing.
 TUTORIAL_RECIPE = dict(
     experiment_name="MAE_Imagenet_Finetuning",
     epochs=100,
@@ -75,7 +76,7 @@ PAPER_RECIPES = {
     "ema_decay":                   (0.0,       0.9999,  0.0),
     "global_pool":                 ("avg",     "avg",   "cls"),
 }  # fmt: skip
-# Those are for the base size; the paper's finetuning and training from scratch of others.
+# The values above are for ViT-B; these replace them for the larger sizes.
 PAPER_SIZES = {
     "large": dict(epochs=50, base_learning_rate=1e-3, layer_decay=0.75, drop_path=0.2),
     "huge": dict(epochs=50, base_learning_rate=1e-3, layer_decay=0.75, drop_path=0.3),
@@ -96,7 +97,7 @@ DEMO_RECIPE = dict(
     cutmix_alpha=0.0,
     num_workers=1,
 )
-# Without pretraining neither this nor a larger rate leaves chance within 10 epochs (benchmarks/RESULTS.md).
+# From scratch, learning rates of 1e-3 and above stay at chance (10 %) after 10 epochs (benchmarks/RESULTS.md).
 DEMO_SCRATCH_RECIPE = dict(layer_decay=1.0)
 PROBE_MOMENTUM = 0.9
 TOP = 5
@@ -107,7 +108,7 @@ BASE = "mae_vit_base_patch16"
 FLAGS = {
     "what to do, instead of finetuning everything": [
         ("eval_only", False, "evaluate a finetuned checkpoint and stop"),
-        ("linear_probe", False, "train a linear layer on the frozen encoder"),
+        ("linear_probe", False, "train a linear layer on the frozen encoder, by the paper's recipe (table 10)"),
         ("knn", False, "classify by the nearest training images; trains nothing"),
         ("finetune_blocks", float, "train the last K blocks and the head: 0 the head, 0.5 the last MLP, the depth all"),
     ],
@@ -416,7 +417,7 @@ def build_training_data(
 def build_optimizer(
     model: ViTMAEForImageClassification, learning_rate: float, args: argparse.Namespace
 ) -> torch.optim.Optimizer:
-    """AdamW with layer-wise learning rates; LARS for a probe, its bias without decay and trust ratio (original)."""
+    """AdamW with layer-wise learning rates; LARS for a probe, whose bias has no decay and no trust ratio (original)."""
     if args.linear_probe:
         weight, bias = model.head[1].weight, model.head[1].bias
         groups = [
@@ -493,7 +494,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     candidates = {"testing": bare_model} | ({} if average is None else {"ema_testing": average.module})
     compute_loss = SoftTargetCrossEntropy()
 
-    # Every validation image is decoded once now, because one that cannot be would stop the run at its first evaluation
+    # Decode every validation image now: a broken file should stop the run at its start, not at its first evaluation
     if start.resume_from is None:
         for _ in eval_loader:
             pass
@@ -558,7 +559,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         best, last = run.experiment / training.BEST_CHECKPOINT, run.experiment / training.LAST_CHECKPOINT
         accelerator.print(f"{'checkpoints':<16}{best} (top-1 {run.best:.2f} %), {last}")
         training.print_figures(accelerator, figures)
-        if not args.demo:  # which trains once more in the same processes
+        if not args.demo:  # the demo trains a second model in these processes
             accelerator.end_training()
         return figures
     return {}  # stopped by a signal
@@ -617,7 +618,7 @@ def describe(
         f"{height} x {width} pixels",
         "learning rate": f"{peak:.2e}{scaled}" + f", times {args.layer_decay:g} for each layer down" * decays,
         "augmentation": "crops and flips alone" if args.linear_probe else augmentation,
-        "decoder": "Pillow",
+        "image decoder": "Pillow",
     }
     if sampler.micro_batch_size == 1 and args.mixup_alpha + args.cutmix_alpha > 0:
         lines["mixing"] = "none, because a forward pass is of one image"

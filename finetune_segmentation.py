@@ -496,7 +496,7 @@ def describe(model: ViTMAEForSegmentation, sampler: dataset.StepSampler, args: a
         "learning rate": f"{args.learning_rate:.2e}{decays}",
         "images": f"fit into {args.resize_to[0]} x {args.resize_to[1]}, cropped to "
         f"{config.image_hw[0]} x {config.image_hw[1]}",
-        "decoder": "Pillow",
+        "image decoder": "Pillow",
     }
     if sampler.images_per_step != RECIPE["per_gpu_batch_size"]:
         lines["note on batch"] = (

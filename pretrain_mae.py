@@ -36,12 +36,13 @@ RECIPE = dict(
     experiment_name="MAEPretraining",
     epochs=800,
     warmup_epochs=40,
-    per_gpu_batch_size=2048,
+    per_gpu_batch_size=2048,  # of an optimizer step; a forward pass sees 2048 / 4 = 512
     gradient_accumulation_steps=4,
     weight_decay=0.05,
     num_workers=32,
 )
-# Three to four minutes on two CPU cores. Plain pixels, so that the pictures and errors need no true mean put back.
+# Three to four minutes on two CPU cores. Plain pixels, because with norm_pix_loss its pictures would need each
+# patch's true mean and contrast.
 DEMO_RECIPE = dict(
     experiment_name="demo",
     img_size=[64],
@@ -84,12 +85,12 @@ FLAGS = {
     ],
     "data": [
         ("min_crop_scale", 0.2, "smallest share of the image that a random crop covers", (1e-9, 1)),
-        ("repeated_sampling", 1, "crops of each decoded image in a pass; as many epochs visit all images", (1, None)),
+        ("repeated_sampling", 1, "crops R of each decoded image; an epoch then visits 1/R of the images", (1, None)),
     ],
-    "online view": [
-        ("probe_every", 0, "epochs between looks at how well features tell classes apart; 0 never", (0, None)),
+    "k-NN probe during training": [
+        ("probe_every", 0, "epochs between k-NN classifications by the features; 0 never", (0, None)),
         ("path_to_probe_data", str, "train/ and val/ with class folders (default: --path_to_data)"),
-        ("probe_images", 5000, "at most so many of each of the two", (1, None)),
+        ("probe_images", 5000, "at most so many images of train/ and of val/", (1, None)),
         ("probe_pool", "avg", "mean of the patch tokens, or cls", {"choices": ("avg", "cls")}),
     ],
 }
@@ -129,8 +130,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Reconstruct held-out images, each with its own fixed mask, and average over the images of all processes.
 
-    `testing_loss` is the training loss. For a model that predicts plain pixels also the mean squared error on the
-    removed patches, with 0 black and 1 white, beside two answers that need no learning (see `trivial_answers`).
+    `testing_loss` is the loss of training, on held-out images. For a model that predicts plain pixels also the mean
+    squared error on the removed patches, with 0 black and 1 white, beside two answers that need no learning (see
+    `trivial_answers`).
     """
     sums, num_images = {}, 0
     with utils.evaluating(model):
@@ -211,7 +213,7 @@ def draw_reconstructions(
 
 
 def list_probe_files(accelerator: Accelerator, args: argparse.Namespace) -> list[storage.FileList]:
-    """List the labelled images of the online view: those that lend their labels, and those that are classified."""
+    """List the labelled images of the k-NN probe: those that lend their labels, and those that are classified."""
     root = args.path_to_probe_data or args.path_to_data
     train_files, val_files = training.list_splits(accelerator, root, args)
     if val_files is None:
@@ -230,11 +232,12 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     # Processes, folder, what to go on from
     accelerator, start, stepping, loading = training.open_run(args)
     device = accelerator.device
-    args.decoder = storage.describe_decoder()  # no flag: kept with them, so that a resume tells of another one
+    args.decoder = storage.describe_decoder()  # no flag, but saved with them: a resume reports another image decoder
     if args.demo and args.path_to_data is None:
         args.path_to_data = str(training.draw_demo_data(accelerator, args.working_directory) / "imagefolder")
 
-    # Data: uint8 crops and masking noise, both functions of (seed, epoch, index)
+    # Data: uint8 crops, and for each patch a random number (noise), both functions of (seed, epoch, index); the patches
+    # of lowest noise stay visible (model.py, random_masking)
     config = build_config(args)
     train_files, val_files = training.list_splits(accelerator, args.path_to_data, args)
     sample = dict(seed=args.seed, channels=args.input_channels, noise_size=config.num_patches)
@@ -258,9 +261,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     model.global_pool = args.probe_pool
     model.activation_checkpointing = args.activation_checkpointing
     peak = utils.scaled_lr(args.base_learning_rate, sampler.images_per_step)
+    # Linear warmup from 0, then half a cosine (utils.cosine_lr); run.step counts complete optimizer steps, from 0
     warmup_steps = args.warmup_epochs * sampler.steps_per_epoch
     total_steps = args.epochs * sampler.steps_per_epoch
-    lines = describe(model, peak, sampler.images_per_step, args) | {"decoder": args.decoder}
+    lines = describe(model, peak, sampler.images_per_step, args) | {"image decoder": args.decoder}
     training.describe_run(accelerator, args, sampler, train_files, val_files, lines)
     groups = param_groups_weight_decay(model, args.weight_decay)
     utils.decay_more(groups, model, biases=args.bias_weight_decay, norms=args.norm_weight_decay)
@@ -301,6 +305,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                 utils.set_learning_rate(optimizer, learning_rate)
                 with accelerator.accumulate(model):
                     loss = model(images, args.mask_ratio, noise, predict_visible=False).loss
+                    # A step whose loss or gradient is not finite is skipped on all processes, counted and named in the
+                    # log; --max_nonfinite_steps of them in a row stop the run
                     accelerator.backward(utils.nan_guard(loss))
                     if accelerator.sync_gradients:
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)

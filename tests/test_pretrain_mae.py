@@ -383,7 +383,7 @@ def test_resume_with_another_decoder_is_the_same_run_and_is_told(
     train(drawn_images, interrupted.parent, "--resume_from_checkpoint", "latest")
     output = capsys.readouterr().out
     assert "changed         since the first start: --decoder Pillow" in output and "(was another)" in output
-    assert "\ndecoder         Pillow" in output
+    assert "\nimage decoder   Pillow" in output
     assert_close(weights(interrupted / "checkpoint_4"), weights(finished / "checkpoint_4"), atol=0)
 
 

@@ -37,7 +37,12 @@ FIRST_FLAGS: dict[str, Rows] = {
     "optimisation": [
         ("epochs", int, "passes over the training images", (1, None)),
         ("warmup_epochs", float, "epochs of linear warmup from 0", (0, None)),
-        ("per_gpu_batch_size", int, "images of an optimizer step on one process, over all forward passes", (1, None)),
+        (
+            "per_gpu_batch_size",
+            int,
+            "images of an optimizer step on one process, over all its forward passes",
+            (1, None),
+        ),
         ("gradient_accumulation_steps", 1, "forward passes of an optimizer step", (1, None)),
         ("weight_decay", float, "AdamW's, not on biases and norms", (0, None)),
         ("max_grad_norm", 1.0, "clip the gradient norm to this; 0 never clips, as the paper", (0, None)),
