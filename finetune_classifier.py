@@ -500,14 +500,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             pass
 
     # Loop
-    plan = training.Plan(
-        sampler=sampler,
-        files=train_files,
-        num_epochs=args.epochs,
-        total_steps=total_steps,
-        config=build_record(bare_model, train_files, args),
-        identity={name: getattr(args, name) for name in ("linear_probe", "finetune_blocks", "ema_decay")},
-    )
+    record = build_record(bare_model, train_files, args)
+    identity = {name: getattr(args, name) for name in ("linear_probe", "finetune_blocks", "ema_decay")}
+    plan = training.Plan(sampler, train_files, args.epochs, total_steps, record, identity)
     figures: dict[str, float] = {}
     averaged = average and average.module
     with training.Run(accelerator, start, args, plan, model=model, average=averaged, keeps_best=True) as run:
@@ -547,8 +542,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                     figures |= evaluation.figures(prefix)
                 for prefix, candidate in candidates.items():
                     kept = {key: figures[f"{prefix}_{key}"] for key in ("loss", "top1_acc", "top5_acc")}
-                    record = {"epoch": epoch + 1, "moving_average": prefix != "testing", "testing": kept}
-                    run.keep_best(candidate, kept["top1_acc"], record)
+                    scored = {"epoch": epoch + 1, "moving_average": prefix != "testing", "testing": kept}
+                    run.keep_best(candidate, kept["top1_acc"], scored)
                 run.headline = f", top-1 {figures['testing_top1_acc']:.2f} %, best {run.best:.2f} %"
             if saves:
                 run.keep_picture("predictions", draw_predictions(accelerator, bare_model, eval_data, args))
@@ -582,7 +577,7 @@ def build_record(
 
 def draw_predictions(
     accelerator: Accelerator, model: ViTMAEForImageClassification, data: dataset.ImageDataset, args: argparse.Namespace
-) -> Image.Image | None:
+) -> Image.Image:
     """Draw validation images, each with its class, the answer, and the answer's probability."""
     samples = dataset.pick_samples(data, NUM_PICTURES)
     images = dataset.normalize(
@@ -590,8 +585,6 @@ def draw_predictions(
     )
     with utils.evaluating(model), accelerator.autocast():
         probabilities, answers = model(images).float().softmax(dim=1).max(dim=1)
-    if not accelerator.is_main_process:
-        return None
     names = [utils.describe_class(name) for name in data.files.classes]
     title = "validation images, and what they are taken for"
     captions = [

@@ -393,14 +393,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     model, optimizer, bare_model = training.prepare(accelerator, model, optimizer)
 
     # Loop
-    plan = training.Plan(
-        sampler=sampler,
-        files=train_pairs,
-        num_epochs=num_epochs,
-        total_steps=total_steps,
-        config=build_record(args),
-        identity={"total_steps": total_steps, "warmup_steps": warmup_steps},
-    )
+    identity = {"total_steps": total_steps, "warmup_steps": warmup_steps}
+    plan = training.Plan(sampler, train_pairs, num_epochs, total_steps, build_record(args), identity)
     figures: dict[str, float] = {}
     with training.Run(accelerator, start, args, plan, model=model, keeps_best=True) as run:
         model.train()

@@ -200,13 +200,11 @@ def probe(
 
 def draw_reconstructions(
     accelerator: Accelerator, model: ViTMAEForPreTraining, batch: dataset.Batch, args: argparse.Namespace
-) -> Image.Image | None:
+) -> Image.Image:
     """Draw rows of original, masked, reconstruction, and reconstruction with the visible patches pasted in."""
     images = dataset.normalize(batch.images.to(accelerator.device), args.mean, args.std)
     with utils.evaluating(model), accelerator.autocast():
         _, pred, mask = model(images, args.mask_ratio, batch.noise.to(accelerator.device))
-    if not accelerator.is_main_process:
-        return None
     panels = [dataset.denormalize(x, args.mean, args.std) for x in (images, *model.reconstruct(images, pred, mask))]
     titles = utils.reconstruction_titles(args.mask_ratio, args.norm_pix_loss)
     return utils.draw_rows(dict(zip(titles, panels, strict=True)))
@@ -273,19 +271,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
     # Loop
     crops = f", {args.repeated_sampling} crops each" if args.repeated_sampling > 1 else ""
-    plan = training.Plan(
-        sampler=sampler,
-        files=train_files,
-        num_epochs=args.epochs,
-        total_steps=total_steps,
-        config={
-            "architecture": "ViTMAEForPreTraining",
-            "config": config.as_record(decoder=True),
-            "image_mean": args.mean,
-            "image_std": args.std,
-        },
-        identity={"data": train_files.fingerprint() + crops},
-    )
+    sizes = config.as_record(decoder=True)
+    record = dict(architecture="ViTMAEForPreTraining", config=sizes, image_mean=args.mean, image_std=args.std)
+    identity = {"data": train_files.fingerprint() + crops}
+    plan = training.Plan(sampler, train_files, args.epochs, total_steps, record, identity)
     figures: dict[str, float] = {}
     with training.Run(accelerator, start, args, plan, model=model) as run:
         run.bad_files.note(shown.bad_files)

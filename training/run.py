@@ -251,8 +251,8 @@ class Run:
         return True
 
     def keep_picture(self, name: str, picture: Image.Image | None) -> None:
-        """Save a picture of this epoch and hand it to the tracker; None on processes that draw none."""
-        if picture is not None:
+        """Save a picture of this epoch, from the main process, and hand it to the tracker; others may have none."""
+        if self.accelerator.is_main_process and picture is not None:
             path = self.experiment / name / f"epoch_{self.epoch + 1}.png"
             save_picture(picture, path)
             self.log.picture(name, path, self.step)
