@@ -31,16 +31,10 @@ BEIT_BLOCK |= same("attn.relative_position_index")
 TIMM = same("cls_token pos_embed patch_embed.proj norm fc_norm head") | blocks("blocks", "blocks", BLOCK)
 DECODER = same("mask_token decoder_pos_embed decoder_embed decoder_norm decoder_pred")
 ORIGINAL = TIMM | same("head.N") | DECODER | blocks("decoder_blocks", "decoder_blocks", BLOCK)
-SEGMENTER = same(
-    """
-    neck.upsample_4x.N neck.upsample_2x.N
-    decode_head.psp_modules.N.1.conv decode_head.psp_modules.N.1.bn decode_head.bottleneck.conv
-    decode_head.bottleneck.bn decode_head.lateral_convs.N.conv decode_head.lateral_convs.N.bn
-    decode_head.fpn_convs.N.conv decode_head.fpn_convs.N.bn decode_head.fpn_bottleneck.conv
-    decode_head.fpn_bottleneck.bn decode_head.conv_seg
-    auxiliary_head.convs.N.conv auxiliary_head.convs.N.bn auxiliary_head.conv_seg
-    """
-)
+SEGMENTER = same("neck.upsample_4x.N neck.upsample_2x.N decode_head.conv_seg auxiliary_head.conv_seg")
+CONVS = [f"decode_head.{name}" for name in ("psp_modules.N.1", "bottleneck", "lateral_convs.N", "fpn_convs.N")]
+CONVS += ["decode_head.fpn_bottleneck", "auxiliary_head.convs.N"]
+SEGMENTER |= same(" ".join(f"{name}.conv {name}.bn" for name in CONVS))
 MMSEG = SEGMENTER | same("cls_token pos_embed norm") | {"patch_embed.proj": "patch_embed.projection"}
 MMSEG_BLOCK = {"norm1": "ln1", "norm2": "ln2", "mlp.fc1": "ffn.layers.0.0", "mlp.fc2": "ffn.layers.1"}
 MMSEG |= blocks("blocks", "layers", BLOCK | MMSEG_BLOCK | BEIT_BLOCK)
@@ -68,6 +62,7 @@ class Layout:
     spellings: Iterable[tuple[str, str]] = ()  # others that are read, as (pattern, the table's), applied in this order
     left_over: str = "(?!)"  # its keys that are known to have no counterpart in ours
     reason: str = ""  # why they have none
+    config_entry: str | None = None  # by which a config.json beside its weights is known to be of its project
 
 
 def huggingface(name: str, title: str) -> Layout:
@@ -94,36 +89,31 @@ def huggingface(name: str, title: str) -> Layout:
         (r"\.mlp\.fc1\.", ".intermediate.dense."),
         (r"\.mlp\.fc2\.", ".output.dense."),
     )
-    left_over = rf"({name}\.)?(pooler\.dense|embeddings\.mask_token)\b"
-    return Layout(title, table, "", name == "vit", spellings, left_over, "ours read the tokens as they are")
+    left_over = rf"({name}\.)?(pooler\.dense|embeddings\.mask_token)\b", "ours read the tokens as they are"
+    return Layout(title, table, "", name == "vit", spellings, *left_over, "model_type")
 
 
-OF_TIMM_AND_BEIT = (
-    (r"^backbone\.", ""),
-    (r"\.ls([12])\.gamma$", r".gamma_\1"),  # timm's
-    (r"^fpn1\.", "neck.upsample_4x."),  # BEiT's own segmenter
+OURS = ORIGINAL | SEGMENTER | blocks("blocks", "blocks", BEIT_BLOCK)
+OF_SEGMENTERS = ((r"^backbone\.", ""),)
+OF_TIMM_AND_BEIT = (  # layer scales are timm's, pyramids are of BEiT's own segmenter
+    *OF_SEGMENTERS,
+    (r"\.ls([12])\.gamma$", r".gamma_\1"),
+    (r"^fpn1\.", "neck.upsample_4x."),
     (r"^fpn2\.", "neck.upsample_2x."),
 )
-OF_THE_TUTORIALS_ENCODER = r"^(?=(patch_embed|enc_cls_token|enc_pos_embed|encoder_blocks|encoder_layer_norm)\b)"
+OF_THE_TUTORIALS_ENCODER = (
+    (r"^(?=(patch_embed|enc_cls_token|enc_pos_embed|encoder_blocks|encoder_layer_norm)\b)", "encoder."),
+)
+NOT_OF_IT = r"(decoder|embed2image|upernet)\b", "its decoder never sees the cls token, its pyramid has other bins"
 LAYOUTS = {
-    "ours": Layout(
-        "this project's", ORIGINAL | SEGMENTER | blocks("blocks", "blocks", BEIT_BLOCK), spellings=OF_TIMM_AND_BEIT
-    ),
+    "ours": Layout("this project's", OURS, spellings=OF_TIMM_AND_BEIT, config_entry="architecture"),
     "original": Layout("the original release's", ORIGINAL, ".pth"),
     "timm": Layout("timm's", TIMM, ".safetensors", needs_norm=True),
     "huggingface": huggingface("vit", "Hugging Face's ViT and ViTMAE"),
     # ViTForImageClassification looks at the cls token; the mean of the patches behind a norm is BeitFor...'s.
     "beit": huggingface("beit", "Hugging Face's BEiT"),
-    "mmseg": Layout("MMSegmentation's", MMSEG, ".pth", spellings=((r"^backbone\.", ""),)),
-    "tutorial": Layout(
-        "PyTorch-Adventures'",
-        TUTORIAL,
-        ".safetensors",
-        needs_norm=True,
-        spellings=((OF_THE_TUTORIALS_ENCODER, "encoder."),),
-        left_over=r"(decoder|embed2image|upernet)\b",
-        reason="its decoder never sees the cls token, its pyramid has other bins",
-    ),
+    "mmseg": Layout("MMSegmentation's", MMSEG, ".pth", spellings=OF_SEGMENTERS),
+    "tutorial": Layout("PyTorch-Adventures'", TUTORIAL, ".safetensors", True, OF_THE_TUTORIALS_ENCODER, *NOT_OF_IT),
 }
 # Names of what only blocks and pyramids of BEiT's kind have, and of what has no counterpart in ours
 BEIT_ONLY = r"\.(ls[12]\.gamma|gamma_[12]|attn\.(q_bias|v_bias|relative_position_index))$|^(backbone\.)?fpn[12]\."
@@ -131,12 +121,27 @@ NO_COUNTERPART = r"(^|\.)(pooler|embeddings\.mask_token|embed2image|dec_pos_embe
 # Widths of published encoders, from which the number of heads follows: tiny, small, base, large and huge
 PUBLISHED_WIDTHS = (192, 384, 768, 1024, 1280)
 ORIGINAL_OR_TIMM = f"{LAYOUTS['original'].title} (or timm's, which has the same names)"
-# Fields of MAEConfig in transformers' config.json
+# Fields of MAEConfig in transformers' config.json, and in the model_args of timm's
 HUGGINGFACE_SIZES = (
     dict(img_size="image_size", patch_size="patch_size", input_channels="num_channels", norm_pix_loss="norm_pix_loss")
     | dict(encoder_embed_dim="hidden_size", encoder_depth="num_hidden_layers", encoder_num_heads="num_attention_heads")
     | dict(decoder_embed_dim="decoder_hidden_size", decoder_depth="decoder_num_hidden_layers")
     | dict(decoder_num_heads="decoder_num_attention_heads")
+)
+TIMM_SIZES = dict(img_size="img_size", encoder_num_heads="num_heads")
+# transformers' class for each kind of model, and what its config.json has beside sizes and class names
+HUGGINGFACE_CONFIGS = {
+    "masked autoencoder": dict(architectures=["ViTMAEForPreTraining"], model_type="vit_mae", mask_ratio=0.75),
+    "encoder": dict(architectures=["ViTModel"], model_type="vit"),
+    "classifier of the cls token": dict(architectures=["ViTForImageClassification"], model_type="vit"),
+    "classifier of the mean": dict(architectures=["BeitForImageClassification"], model_type="beit")
+    | dict(use_mean_pooling=True, use_absolute_position_embeddings=True, use_relative_position_bias=False)
+    | dict(use_shared_relative_position_bias=False, layer_scale_init_value=0.0, drop_path_rate=0.0),
+}
+HUGGINGFACE_OF_ALL = dict(hidden_act="gelu", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+HUGGINGFACE_PREPROCESSOR = (
+    dict(image_processor_type="ViTImageProcessor", do_resize=True, do_rescale=True, do_normalize=True)
+    | dict(resample=3, rescale_factor=1 / 255)  # bicubic
 )
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")

@@ -25,9 +25,6 @@ from storage.layouts import BEIT_ONLY, BIAS_TABLE, NO_COUNTERPART, PUBLISHED_WID
 # ------------------------------------------------------------------------------------------------ reading files
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-TEXTS_BY_NAME = files.Kind(
-    "a table of texts", lambda table: isinstance(table, dict) and all(map(files.is_text, table.values()))
-)
 WRAPPERS = ("model", "state_dict", "module")
 PREFIXES = ("module.", "_orig_mod.", "model.")
 # Objects of logs and arguments that trainings save beside the weights; `Inert` is built in their place.
@@ -120,9 +117,9 @@ def find_sources(path: Path) -> list[Path]:
 
 def read_shards(index: Path) -> dict[str, Tensor]:
     """Read the files that an index.json lists; ValueError where they and the index disagree."""
-    places = files.read_json(index).get("weight_map", {})
-    files.check_entries(index, {"weight_map": places}, {TEXTS_BY_NAME: "weight_map"})
-    tensors = {}
+    content, tensors = files.read_json(index), {}
+    files.check_entries(index, content, ENTRIES)
+    places = content.get("weight_map", {})
     for name in sorted(set(places.values())):
         if Path(name).name != name or not (index.parent / name).is_file():
             raise ValueError(f"{index} lists the shard {name!r}, which is no file in {index.parent}")
@@ -144,7 +141,13 @@ def other_weights(content: dict) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------ files of ours
 
-# What entries of config.json have to be: the sizes under "config", which are the fields of MAEConfig, and the rest
+
+def by_number(labels: dict[str, str] | list[str]) -> list[str | None]:
+    """Give texts in the order of their numbers "0", "1" and so on, None for a missing one, or as listed."""
+    return [labels.get(str(index)) for index in range(len(labels))] if isinstance(labels, dict) else labels
+
+
+# What the sizes under "config" in config.json have to be, which are the fields of MAEConfig
 SIZES = {
     files.ONE_OR_TWO: "img_size",
     files.WHOLE: "patch_size input_channels encoder_embed_dim encoder_depth encoder_num_heads decoder_embed_dim "
@@ -152,14 +155,24 @@ SIZES = {
     files.NOT_NEGATIVE: "encoder_mlp_ratio decoder_mlp_ratio",
     files.TRUE_OR_FALSE: "norm_pix_loss",
 }
-ENTRIES = SIZES | {
-    files.TABLE: "config",
+# and all else in JSON files beside weights: ours, transformers' and timm's
+ENTRIES = {
+    files.ONE_OR_TWO: "img_size image_size",
+    files.WHOLE: f"{SIZES[files.WHOLE]} num_channels hidden_size num_hidden_layers num_attention_heads num_heads "
+    "decoder_hidden_size decoder_num_hidden_layers decoder_num_attention_heads",
+    files.WHOLE_OR_NULL: "channels",  # of a segmenter; null is the encoder's width
+    files.NOT_NEGATIVE: f"{SIZES[files.NOT_NEGATIVE]} layer_norm_eps",
     files.TRUE_OR_FALSE: "norm_pix_loss rel_pos_bias ignore_zero",
     files.TEXT: "architecture global_pool norm",
     files.TEXTS: "class_names",
-    files.NUMBERS: "image_mean image_std",
+    files.NUMBERS: "image_mean image_std mean std",
     files.INDICES: "taps resize_to",
-    files.WHOLE_OR_NULL: "channels",  # of a segmenter; null is the encoder's width
+    files.TABLE: "config pretrained_cfg model_args",
+    files.Kind("gelu, as in all models here", lambda name: name == "gelu"): "hidden_act act_layer",
+    files.Kind("texts by number from 0", lambda labels: files.TEXTS.check(by_number(labels))): "id2label label_names",
+    files.Kind(
+        "a table of texts", lambda table: isinstance(table, dict) and files.TEXTS.check([*table.values()])
+    ): "weight_map",  # of an index of shards
 }
 
 

@@ -525,13 +525,6 @@ def test_what_transformers_writes_gives_the_same_loss_here(tmp_path, spelling):
     torch.testing.assert_close(loss, expected.loss, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("ratio", "said"), [(0.75, False), (0.0, True)])
-def test_mask_ratio_of_transformers_is_said_to_be_no_part_of_a_model(tmp_path, capsys, ratio, said):
-    their_mae(mask_ratio=ratio).save_pretrained(tmp_path / "mae")
-    convert(tmp_path / "mae", tmp_path / "ours", "ours")
-    assert ("mask_ratio 0.0 is no part of a model here" in capsys.readouterr().out) == said
-
-
 def test_another_activation_is_refused(tmp_path):
     their_mae(hidden_act="relu").save_pretrained(tmp_path / "mae")
     message = r"hidden_act in .*config\.json has to be gelu, as in all models here, not 'relu'"

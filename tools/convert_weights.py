@@ -11,7 +11,7 @@ as TARGET.replaced.old, which the next conversion to TARGET puts back before it 
 """
 
 import argparse
-import dataclasses
+import contextlib
 import math
 import os
 import re
@@ -35,48 +35,20 @@ from storage.layouts import LAYOUTS, NOT_OF_THE_ENCODER, describe_names, their_n
 from storage.pairs import ADE20K_CLASS_NAMES, ADE20K_NUM_CLASSES, LABEL_COLOURS
 from storage.sources import Source, add_backbone, describe_shapes, rename, simplify
 
-# What a source can be: our class for it, and transformers' class and type
+# What a source can be, and our class for it
 KINDS = {
-    "masked autoencoder": (model.ViTMAEForPreTraining, "ViTMAEForPreTraining", "vit_mae"),
-    "encoder": (model.VisionTransformer, "ViTModel", "vit"),
-    "classifier of the mean": (model.ViTMAEForImageClassification, "BeitForImageClassification", "beit"),
-    "classifier of the cls token": (model.ViTMAEForImageClassification, "ViTForImageClassification", "vit"),
-    "linear probe": (model.ViTMAEForImageClassification, "", ""),
-    "segmenter": (model.ViTMAEForSegmentation, "", ""),
+    "masked autoencoder": model.ViTMAEForPreTraining,
+    "encoder": model.VisionTransformer,
+    "classifier of the mean": model.ViTMAEForImageClassification,
+    "classifier of the cls token": model.ViTMAEForImageClassification,
+    "linear probe": model.ViTMAEForImageClassification,
+    "segmenter": model.ViTMAEForSegmentation,
 }
 OPENS_HERE = {
     "ViTMAEForPreTraining": "tools/reconstruct.py --checkpoint {0}, and as an encoder",
     "VisionTransformer": "--path_to_pretrained_mae_weights {0} or --path_to_backbone_checkpoint {0}",
     "ViTMAEForImageClassification": "tools/classify.py --checkpoint {0}",
     "ViTMAEForSegmentation": "tools/segment.py --checkpoint {0}",
-}
-
-
-def texts_by_number(labels: dict[str, str] | list[str]) -> list[str]:
-    """Give texts in the order of their numbers "0", "1" and so on, or as listed."""
-    return [labels[str(index)] for index in range(len(labels))] if isinstance(labels, dict) else labels
-
-
-def is_numbered(labels: object) -> bool:
-    if isinstance(labels, dict) and labels.keys() == {str(index) for index in range(len(labels))}:
-        labels = texts_by_number(labels)
-    return files.TEXTS.check(labels)
-
-
-# What entries of the JSON files of transformers and timm have to be
-GELU = files.Kind("gelu, as in all models here", lambda value: value == "gelu")
-NUMBERED = files.Kind("texts by number from 0", is_numbered)
-ENTRIES = {
-    files.ONE_OR_TWO: "image_size img_size",
-    files.WHOLE: "patch_size num_channels hidden_size num_hidden_layers num_attention_heads num_heads "
-    "decoder_hidden_size decoder_num_hidden_layers decoder_num_attention_heads",
-    files.NOT_NEGATIVE: "layer_norm_eps mask_ratio",
-    files.TRUE_OR_FALSE: "norm_pix_loss",
-    files.TEXT: "global_pool",
-    files.TABLE: "pretrained_cfg model_args",
-    files.NUMBERS: "image_mean image_std mean std",
-    GELU: "hidden_act act_layer",
-    NUMBERED: "id2label label_names",
 }
 
 # ------------------------------------------------------------------------------------------------ what a source is
@@ -96,9 +68,9 @@ def read_source(path: str | Path) -> Source:
     rename(source, tensors)
     add_facts(source, file.parent, content)
     if not source.title:  # the layouts that share our names, as far as that can be seen
-        beit = source.layout == "ours" and any(re.search(r"gamma|_bias$|relative|^backbone", key) for key in tensors)
-        names = layouts.ORIGINAL_OR_TIMM if source.layout == "ours" else LAYOUTS[source.layout].title
-        source.title = "BEiT's" if beit else names
+        beit = any(re.search(r"gamma|_bias$|relative|^backbone", key) for key in tensors)
+        shared = "BEiT's" if beit else layouts.ORIGINAL_OR_TIMM
+        source.title = shared if source.layout == "ours" else LAYOUTS[source.layout].title
     simplify(source)
     pooling = "avg" if source.has("fc_norm.") else "token"
     if source.has("head.") and source.pooling not in (None, pooling):
@@ -120,13 +92,11 @@ def add_facts(source: Source, folder: Path, content: dict) -> None:
     """
     file = folder / "config.json"
     config = files.read_json(file) if file.is_file() else {}
-    if source.layout in ("huggingface", "beit") and "model_type" in config:
-        add_facts_of_huggingface(source, file, config)
-    elif source.layout == "ours" and isinstance(config.get("config"), dict):
+    if source.layout == "ours" and isinstance(config.get("config"), dict):
         source.title, source.record = LAYOUTS["ours"].title, weights.read_config(file)
         source.known = source.record.pop("config")
-    elif source.layout == "ours" and "architecture" in config:
-        add_facts_of_timm(source, file, config)
+    elif LAYOUTS[source.layout].config_entry in config:
+        add_facts_of_libraries(source, folder)
     arguments, meta = content.get("args"), content.get("meta")
     if isinstance(arguments, argparse.Namespace):
         name = str(getattr(arguments, "model", ""))
@@ -141,34 +111,25 @@ def add_facts(source: Source, folder: Path, content: dict) -> None:
         source.record |= {"class_names": list(map(str, classes))} if isinstance(classes, list | tuple) else {}
 
 
-def add_facts_of_huggingface(source: Source, file: Path, config: dict) -> None:
-    preprocessor_file = file.with_name("preprocessor_config.json")
-    preprocessor = files.read_json(preprocessor_file) if preprocessor_file.is_file() else {}
-    files.check_entries(file, config, ENTRIES)
-    files.check_entries(preprocessor_file, preprocessor, ENTRIES)
-    source.known = {ours: config[theirs] for ours, theirs in layouts.HUGGINGFACE_SIZES.items() if theirs in config}
-    source.record = {name: preprocessor[name] for name in ("image_mean", "image_std") if name in preprocessor}
-    class_names = texts_by_number(config.get("id2label", {}))
+def add_facts_of_libraries(source: Source, folder: Path) -> None:
+    """Add what the JSON files of transformers, or of timm, say: sizes, pooling, mean and std, class names."""
+    told, is_timm = {}, source.layout == "ours"
+    for file in (folder / "config.json", folder / "preprocessor_config.json"):
+        entries = files.read_json(file) if file.is_file() else {}
+        files.check_entries(file, entries, weights.ENTRIES)
+        told |= entries | entries.get("pretrained_cfg", {}) | entries.get("model_args", {})
+    names = layouts.TIMM_SIZES if is_timm else layouts.HUGGINGFACE_SIZES
+    source.known = {ours: told[theirs] for ours, theirs in names.items() if theirs in told}
+    prefix = "" if is_timm else "image_"
+    source.record = {f"image_{name}": told[prefix + name] for name in ("mean", "std") if prefix + name in told}
+    class_names = weights.by_number(told.get("label_names" if is_timm else "id2label", []))
     if class_names and class_names[0] != "LABEL_0":  # which is no name
         source.record["class_names"] = class_names
-    eps, mask_ratio = config.get("layer_norm_eps", 1e-12), config.get("mask_ratio", 0.75)
-    if eps != model.LAYER_NORM_EPS:
-        source.notes.append(
-            f"layer norms: epsilon {eps:g} there, {model.LAYER_NORM_EPS:g} here, as in the original release"
-        )
-    if source.kind == "masked autoencoder" and mask_ratio != 0.75:
-        source.notes.append(f"mask_ratio {mask_ratio} is no part of a model here; pretrain_mae.py has a flag for it")
-
-
-def add_facts_of_timm(source: Source, file: Path, config: dict) -> None:
-    files.check_entries(file, config, ENTRIES)
-    pretrained, arguments = config.get("pretrained_cfg", config), config.get("model_args", {})
-    source.title, source.pooling = LAYOUTS["timm"].title, arguments.get("global_pool", config.get("global_pool"))
-    names = {"num_heads": "encoder_num_heads", "img_size": "img_size"}
-    source.known = {ours: arguments[theirs] for theirs, ours in names.items() if theirs in arguments}
-    source.record = {f"image_{name}": pretrained[name] for name in ("mean", "std") if name in pretrained}
-    if "label_names" in config:
-        source.record["class_names"] = texts_by_number(config["label_names"])
+    if is_timm:
+        source.title, source.pooling = LAYOUTS["timm"].title, told.get("global_pool")
+    elif (eps := told.get("layer_norm_eps", 1e-12)) != model.LAYER_NORM_EPS:
+        here = f"{model.LAYER_NORM_EPS:g} here, as in the original release"
+        source.notes.append(f"layer norms: epsilon {eps:g} there, {here}")
 
 
 # ------------------------------------------------------------------------------------------------ sizes
@@ -201,9 +162,6 @@ def resolve_sizes(source: Source, args: argparse.Namespace) -> dict:
         if told is None and name in guesses:
             source.notes.append(f"{name} {guesses[name]} is a guess from the width; --{name} says otherwise")
         sizes[name] = told if told is not None else sizes.get(name, guesses.get(name))
-    for name in ("taps", "ignore_zero"):
-        told = choose(name, getattr(args, name), source.record.get(name), source.path)
-        source.record |= {} if told is None else {name: told}
     return sizes
 
 
@@ -254,7 +212,7 @@ def check(source: Source, sizes: dict) -> None:
     source.refuse(describe_shapes(source, {name: (1, 1 + config.num_patches, tables[name]) for name in tables}))
     with torch.device("meta"):
         probe_head = {"probe_head": True} if source.kind == "linear probe" else {}
-        network = KINDS[source.kind][0](config, **options_of(source, config), **probe_head)
+        network = KINDS[source.kind](config, **options_of(source, config), **probe_head)
         if source.kind == "encoder" and source.tables:
             network.add_relative_positions()
     expected = {name.removeprefix("backbone."): value.shape for name, value in network.state_dict().items()}
@@ -340,13 +298,12 @@ def flags_for(untold: list[str]) -> str:
 
 def build_record(source: Source, config: model.MAEConfig, args: argparse.Namespace) -> dict:
     """Build the config.json that the training scripts write; ValueError where what is told contradicts the weights."""
-    fields, told, seen = dataclasses.asdict(config), source.record, options_of(source, config)
-    if source.kind != "masked autoencoder":
-        fields = model.without_decoder(fields)
-    record = {"architecture": KINDS[source.kind][0].__name__, "config": fields}
+    told, seen = source.record, options_of(source, config)
+    fields, num_classes = config.as_record(decoder=source.kind == "masked autoencoder"), seen.get("num_classes")
+    record = {"architecture": KINDS[source.kind].__name__, "config": fields}
     if source.kind == "segmenter":
-        is_ade20k = seen["num_classes"] == ADE20K_NUM_CLASSES
-        names = ADE20K_CLASS_NAMES if is_ade20k else [f"class {index}" for index in range(seen["num_classes"])]
+        is_ade20k = num_classes == ADE20K_NUM_CLASSES
+        names = ADE20K_CLASS_NAMES if is_ade20k else [f"class {index}" for index in range(num_classes)]
         record["class_names"] = list(names)
         record |= {"ignore_zero": is_ade20k, "resize_to": [4 * max(config.image_hw), min(config.image_hw)]}
     elif source.kind == "encoder" and source.tables:
@@ -355,9 +312,9 @@ def build_record(source: Source, config: model.MAEConfig, args: argparse.Namespa
         if told.get(name) not in (None, value):
             raise ValueError(f"{name} is {told[name]} beside the weights of {source.path}, {value} in them")
     record |= {name: value for name, value in told.items() if name != "class_names" or seen} | seen
-    if len(record.get("class_names", [])) not in (0, seen.get("num_classes")):
-        told_names, num_classes = len(record["class_names"]), seen["num_classes"]
-        raise ValueError(f"{source.path} has {told_names} class names, but weights for {num_classes} classes")
+    num_names = len(record.get("class_names", []))
+    if num_names not in (0, num_classes):
+        raise ValueError(f"{source.path} has {num_names} class names, but weights for {num_classes} classes")
     for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
         channels = config.input_channels  # the scripts' own default where these are not three is 0.5 each
         default = default if channels == len(default) else [0.5] * channels
@@ -371,36 +328,23 @@ def build_record(source: Source, config: model.MAEConfig, args: argparse.Namespa
 
 def huggingface_configs(kind: str, config: model.MAEConfig, record: dict) -> dict[str, dict]:
     """Build the config.json and preprocessor_config.json of transformers' model of this kind."""
-    height, width = config.image_hw
-    sizes = dataclasses.asdict(config)
-    if kind != "masked autoencoder":
-        sizes = model.without_decoder(sizes)
-    elif height != width:
-        raise ValueError(f"transformers' ViTMAE takes square images only, not {height} x {width}")
-    content = {"architectures": [KINDS[kind][1]], "model_type": KINDS[kind][2], "hidden_act": "gelu"}
+    sizes, (height, width) = record["config"], config.image_hw
+    # transformers' default epsilon, 1e-12, is not the original's
+    content = layouts.HUGGINGFACE_CONFIGS[kind] | layouts.HUGGINGFACE_OF_ALL | {"layer_norm_eps": model.LAYER_NORM_EPS}
     content |= {theirs: sizes[ours] for ours, theirs in layouts.HUGGINGFACE_SIZES.items() if ours in sizes}
     content["intermediate_size"] = int(config.encoder_embed_dim * config.encoder_mlp_ratio)
-    content["layer_norm_eps"] = model.LAYER_NORM_EPS  # transformers' default, 1e-12, is not the original's
-    content |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     if kind == "masked autoencoder":
+        if height != width:
+            raise ValueError(f"transformers' ViTMAE takes square images only, not {height} x {width}")
         content["decoder_intermediate_size"] = int(config.decoder_embed_dim * config.decoder_mlp_ratio)
-        content["mask_ratio"] = 0.75
-    if kind.startswith("classifier"):
+    elif kind != "encoder":
         names = record.get("class_names") or [f"LABEL_{index}" for index in range(record["num_classes"])]
         content["id2label"] = {str(index): name for index, name in enumerate(names)}
         numbers = content["label2id"] = {}
         for index, name in enumerate(names):  # ImageNet has two cranes
             numbers[f"{name} ({index})" if name in numbers else name] = index
-    if kind == "classifier of the mean":
-        content |= {"use_mean_pooling": True, "use_absolute_position_embeddings": True, "layer_scale_init_value": 0.0}
-        content |= {"use_relative_position_bias": False, "use_shared_relative_position_bias": False}
-        content["drop_path_rate"] = 0.0
-    preprocessor = {
-        **{"image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True},
-        **{"size": {"height": height, "width": width}, "resample": 3, "rescale_factor": 1 / 255},  # bicubic
-        **{name: record[name] for name in ("image_mean", "image_std")},
-    }
-    return {"config.json": content, "preprocessor_config.json": preprocessor}
+    told = {"size": {"height": height, "width": width}} | {f"image_{n}": record[f"image_{n}"] for n in ("mean", "std")}
+    return {"config.json": content, "preprocessor_config.json": layouts.HUGGINGFACE_PREPROCESSOR | told}
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -419,11 +363,10 @@ def check_target(target: Path, layout: str, overwrite: bool) -> None:
         raise FileExistsError(f"{target} exists; choose another target or add --overwrite")
     if target.exists() and target.is_dir() == bool(suffix):
         raise ValueError(f"{target} is a {'folder' if suffix else 'file'}, which --overwrite does not replace")
-    if target.is_dir():
-        written = {"model.safetensors", "config.json", "preprocessor_config.json"}
-        others = {file.name for file in target.iterdir()} - written
-        if others:
-            raise ValueError(f"{target} also holds {sorted(others)[0]}, so --overwrite does not replace it")
+    others = {file.name for file in target.iterdir()} if target.is_dir() else set()
+    others -= {"model.safetensors", "config.json", "preprocessor_config.json"}
+    if others:
+        raise ValueError(f"{target} also holds {min(others)}, so --overwrite does not replace it")
 
 
 def write_target(target: Path, contents: Mapping[str, object]) -> None:
@@ -463,7 +406,8 @@ def build_contents(source: Source, converted: Converted, sizes: dict, args: argp
     if args.to == "huggingface":
         contents = {"model.safetensors": tensors, **huggingface_configs(kind, config, record)}
         more = ", add_pooling_layer=False" if kind == "encoder" else ""
-        return contents, f"transformers.{KINDS[kind][1]}.from_pretrained({target!r}{more})"
+        (name,) = contents["config.json"]["architectures"]
+        return contents, f"transformers.{name}.from_pretrained({target!r}{more})"
     tensors = add_backbone(tensors) if kind == "segmenter" else tensors
     opening = OPENS_HERE[record["architecture"]].format(shlex.quote(target))
     return {"model.safetensors": tensors, "config.json": record}, opening
@@ -503,8 +447,7 @@ def inspect(path: str, args: argparse.Namespace) -> None:
     """Print what a source is, and what it can serve here."""
     source, sizes = open_source(path, args)
     num_values = sum(value.numel() for name, value in source.tensors.items() if not name.endswith(layouts.BUFFERS))
-    has_decoder, segmenter = source.kind == "masked autoencoder", source.kind == "segmenter"
-    classifier = KINDS[source.kind][0] is model.ViTMAEForImageClassification
+    has_decoder = source.kind == "masked autoencoder"
     shown = sizes if has_decoder else model.without_decoder(sizes)
     say("layout", f"{source.title} {source.kind}")
     say("sizes", ", ".join(f"{name} {value}" for name, value in shown.items()))
@@ -512,30 +455,25 @@ def inspect(path: str, args: argparse.Namespace) -> None:
     condition = "" if source.has("norm.") else ", a classifier with --global_pool avg, or a segmenter"
     if source.tables:
         condition = ", a segmenter with --rel_pos_bias, and no classifier"
-    lacks = "no, it lacks "
-    say("finetuning", f"{lacks}a plain encoder; --to original --drop takes it out" if segmenter else f"yes{condition}")
-    say("pretraining, pictures", "yes" if has_decoder else f"{lacks}the decoder (mask_token, decoder_*)")
-    say("classifying", "yes" if classifier else f"{lacks}a head (head.*)")
-    say("segmenting", "yes" if segmenter else f"{lacks}neck.*, decode_head.* and auxiliary_head.*")
+    encoder = "a plain encoder; --to original --drop takes it out"
+    uses = {
+        "finetuning": (source.kind != "segmenter", encoder),
+        "pretraining, pictures": (has_decoder, "the decoder (mask_token, decoder_*)"),
+        "classifying": (source.has("head."), "a head (head.*)"),
+        "segmenting": (source.kind == "segmenter", "neck.*, decode_head.* and auxiliary_head.*"),
+    }
+    for use, (serves, lacking) in uses.items():
+        say(use, f"yes{condition if use == 'finetuning' else ''}" if serves else f"no, it lacks {lacking}")
     say("note", *source.notes)
     if source.left_over:
         say("no counterpart", f"{describe_names(source.left_over)}: {source.reasons}")
     untold = [name for name in needed_sizes(source.kind) if sizes[name] is None]
     if untold:
         say("nobody tells", ", ".join(untold))
-    flags = flags_for(untold) + (" --drop" if source.left_over else "")
-    own = source.title in (LAYOUTS["ours"].title, layouts.ORIGINAL_OR_TIMM)
-    as_it_is = own and not source.left_over and scripts_take(path)
-    say("to use it here", "as it is" if as_it_is else weights.convert_command(path) + flags)
-
-
-def scripts_take(path: str) -> bool:
-    """Say whether the scripts open a source of our names, by opening it as they do."""
-    try:
-        model.read_sizes(path)
-    except (ValueError, OSError):
-        return False
-    return True
+    way_in = weights.convert_command(path) + flags_for(untold) + (" --drop" if source.left_over else "")
+    with contextlib.suppress(ValueError, OSError):  # the scripts take what they open themselves
+        way_in = "as it is" if model.read_sizes(path) and not source.left_over else way_in
+    say("to use it here", way_in)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -546,16 +484,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--inspect", metavar="SOURCE", help="say what a source is and serves; writes nothing")
     parser.add_argument("--drop", action="store_true", help="leave out what the target has no place for")
     parser.add_argument("--overwrite", action="store_true", help="allow TARGET to exist")
-    yes_or_no = argparse.BooleanOptionalAction
     told = parser.add_argument_group("what shapes do not tell (default: what lies beside the weights, or named sizes)")
     told.add_argument("--img_size", type=int, nargs="+", metavar="PIXELS", help="of images that are no squares")
     told.add_argument("--encoder_num_heads", type=int, help="attention heads")
     told.add_argument("--decoder_num_heads", type=int, help="attention heads of the decoder")
-    told.add_argument("--norm_pix_loss", action=yes_or_no, help="the decoder predicts normalised patches")
+    of_patches = "the decoder predicts normalised patches"
+    told.add_argument("--norm_pix_loss", action=argparse.BooleanOptionalAction, help=of_patches)
     told.add_argument("--mean", type=float, nargs="+", help="of the images, in [0, 1] (ImageNet's, or 0.5 each)")
     told.add_argument("--std", type=float, nargs="+", help="of the images, in [0, 1] (ImageNet's, or 0.5 each)")
-    told.add_argument("--taps", type=int, nargs=4, help="blocks that a segmenter sees, from 0 (default: by depth)")
-    told.add_argument("--ignore_zero", action=yes_or_no, help="a segmenter ignores raw label 0 (with 150 classes)")
     args = parser.parse_args(argv)
     if args.inspect is None and None in (args.source, args.target, args.to):
         parser.error("give SOURCE, TARGET and --to, or --inspect SOURCE")
