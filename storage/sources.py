@@ -12,16 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from storage.layouts import (
-    BIAS_TABLE,
-    DECODER_PARTS,
-    LAYOUTS,
-    NOT_OF_THE_ENCODER,
-    RANKS,
-    SEGMENTER_PARTS,
-    our_name,
-    their_names,
-)
+from storage import layouts
+from storage.layouts import BIAS_TABLE, LAYOUTS, SEGMENTER_PARTS, their_names
 from storage.weights import count_blocks
 
 
@@ -46,15 +38,10 @@ class Source:
 
     @property
     def kind(self) -> str:
-        if self.has(*SEGMENTER_PARTS):
-            return "segmenter"
-        if self.has(*DECODER_PARTS):
-            return "masked autoencoder"
-        if self.has("head.1."):
-            return "linear probe"
-        if self.has("head."):
-            return f"classifier of the {'mean' if self.has('fc_norm.') else 'cls token'}"
-        return "encoder"
+        classifier = f"classifier of the {'mean' if self.has('fc_norm.') else 'cls token'}"
+        parts = {"segmenter": SEGMENTER_PARTS, "masked autoencoder": layouts.DECODER_PARTS}
+        parts |= {"linear probe": ("head.1.",), classifier: ("head.",)}
+        return next((kind for kind, names in parts.items() if self.has(*names)), "encoder")
 
     @property
     def tables(self) -> list[str]:
@@ -70,7 +57,7 @@ class Source:
             return self.keys[name]
         prefix = "backbone." if any(key.startswith("backbone.") for key in self.keys.values()) else ""
         names = their_names(name, self.layout)
-        return f"{'' if name.startswith(NOT_OF_THE_ENCODER) else prefix}{names[0]}" if names else name
+        return f"{'' if name.startswith(layouts.NOT_OF_THE_ENCODER) else prefix}{names[0]}" if names else name
 
     def refuse(self, problems: list[str]) -> None:
         """Raise ValueError with these problems, if there are any."""
@@ -93,7 +80,7 @@ def rename(source: Source, tensors: Mapping[str, Tensor]) -> None:
         if re.match(layout.left_over, key):
             source.left_over[key] = layout.reason
             continue
-        name, third = our_name(key, source.layout) or (None, 0)
+        name, third = layouts.our_name(key, source.layout) or (None, 0)
         if name is None:
             problems.append(f"unknown key {key}")
         elif misfit := describe_misfit(name, tensor):
@@ -121,7 +108,7 @@ def describe_misfit(name: str, tensor: Tensor) -> str | None:
     """Say what is wrong with the type or the dimensions of a tensor of this name; a segmenter's are compared later."""
     if not tensor.is_floating_point() and not name.endswith(("relative_position_index", "num_batches_tracked")):
         return f"is of {tensor.dtype}, not of floating point"
-    rank = next((rank for pattern, rank in RANKS.items() if re.fullmatch(pattern, name)), 1)
+    rank = next((rank for pattern, rank in layouts.RANKS.items() if re.fullmatch(pattern, name)), 1)
     if tensor.ndim != rank and not name.startswith(SEGMENTER_PARTS):
         return f"has the shape {tuple(tensor.shape)} instead of one of {rank} dimensions"
     return None
@@ -134,15 +121,16 @@ def simplify(source: Source) -> None:
         names = [f"blocks.{index}.{gamma}" for index in range(depth)]
         absent = [f"missing {source.key_of(name)}" for name in names if name not in tensors]
         source.refuse(absent if len(absent) < depth else [])
-        for index, name in enumerate(names if not absent else []):
-            scale, scaled = tensors.pop(name), [f"blocks.{index}.{layer}.{leaf}" for leaf in ("weight", "bias")]
-            if all(other in tensors for other in scaled) and not bool((scale == 1).all()):
-                found = {name: scale} | {other: tensors[other] for other in scaled}
-                if len({len(value) for value in found.values()}) > 1:
-                    shapes = [f"{source.key_of(other)} {tuple(value.shape)}" for other, value in found.items()]
-                    source.refuse([f"lengths that differ: {', '.join(shapes)}"])
-                tensors[scaled[0]], tensors[scaled[1]] = tensors[scaled[0]] * scale[:, None], tensors[scaled[1]] * scale
-                folded += 1
+        for name in names if not absent else []:
+            scale, layers = tensors.pop(name), [f"{name.replace(gamma, layer)}.{leaf}" for leaf in ("weight", "bias")]
+            if not all(other in tensors for other in layers) or bool((scale == 1).all()):
+                continue
+            shapes = {name: scale.shape} | {other: tensors[other].shape for other in layers}
+            if len({shape[0] for shape in shapes.values()}) > 1:
+                listed = ", ".join(f"{source.key_of(other)} {tuple(shape)}" for other, shape in shapes.items())
+                source.refuse([f"lengths that differ: {listed}"])
+            tensors[layers[0]], tensors[layers[1]] = tensors[layers[0]] * scale[:, None], tensors[layers[1]] * scale
+            folded += 1
     for block in (f"blocks.{index}" for index in range(depth)):
         q_bias, v_bias = (tensors.pop(f"{block}.attn.{name}", None) for name in ("q_bias", "v_bias"))
         if q_bias is not None and v_bias is not None:

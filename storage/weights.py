@@ -10,7 +10,7 @@ import re
 import shlex
 import statistics
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,31 +105,24 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return unwrap(read_file(Path(path)), Path(path))
 
 
-def find_sources(path: Path) -> list[Path]:
-    """Give the weight files, or indices of shards, that a path means, the one to be read first."""
-    names = [f"{name}{ending}" for name in WEIGHT_FILES for ending in ("", ".index.json")] if path.is_dir() else [""]
-    found = [path / name for name in names if (path / name).is_file()]
+def find_weights(path: str | Path, names: Sequence[str] = WEIGHT_FILES[:1]) -> Path:
+    """Give the weight file of a folder, the first of these names in it, or the file itself.
+
+    FileNotFoundError says what was looked for, ValueError how to make one file of several.
+    """
+    path = Path(path)
+    found = [path / name for name in names if (path / name).is_file()] if path.is_dir() else [path]
+    if path.name.endswith(".index.json") or (not found and any(path.glob("*.index.json"))):
+        way_out = "save them as one with transformers' save_pretrained(FOLDER, max_shard_size='50GB')"
+        raise ValueError(f"{path} lists several files of weights, which are not read together; {way_out}")
     if not found:
-        expected = f"no {', no '.join(names)} in" if path.is_dir() else "no weight file or folder at"
-        raise FileNotFoundError(f"{expected} {path}; give the weight file itself")
-    return found
-
-
-def read_shards(index: Path) -> dict[str, Tensor]:
-    """Read the files that an index.json lists; ValueError where they and the index disagree."""
-    content, tensors = files.read_json(index), {}
-    files.check_entries(index, content, ENTRIES)
-    places = content.get("weight_map", {})
-    for name in sorted(set(places.values())):
-        if Path(name).name != name or not (index.parent / name).is_file():
-            raise ValueError(f"{index} lists the shard {name!r}, which is no file in {index.parent}")
-        shard = read_file(index.parent / name)
-        expected = {key for key, place in places.items() if place == name}
-        if shard.keys() != expected:
-            key = sorted(shard.keys() ^ expected)[0]
-            raise ValueError(f"{index} and {name} disagree about {key}")
-        tensors |= shard
-    return tensors
+        way_out = (
+            convert_command(path) if any(path.glob("*.bin")) else "give a checkpoint folder such as checkpoint_800"
+        )
+        raise FileNotFoundError(f"{path} holds no {' and no '.join(names)}; {way_out}")
+    if not found[0].is_file():
+        raise FileNotFoundError(f"no checkpoint folder or weight file at {path}")
+    return found[0]
 
 
 def other_weights(content: dict) -> list[str]:
@@ -170,9 +163,6 @@ ENTRIES = {
     files.TABLE: "config pretrained_cfg model_args",
     files.Kind("gelu, as in all models here", lambda name: name == "gelu"): "hidden_act act_layer",
     files.Kind("texts by number from 0", lambda labels: files.TEXTS.check(by_number(labels))): "id2label label_names",
-    files.Kind(
-        "a table of texts", lambda table: isinstance(table, dict) and files.TEXTS.check([*table.values()])
-    ): "weight_map",  # of an index of shards
 }
 
 
@@ -199,21 +189,6 @@ def refuse_foreign(path: str | Path, state_dict: dict[str, Tensor]) -> None:
             f"{path} has other key names than the original release, such as {foreign[:3]}; "
             f"{convert_command(path, state_dict)}"
         )
-
-
-def find_weights(path: str | Path) -> Path:
-    """Give the weight file of a checkpoint folder, or the file itself; FileNotFoundError says what was looked for."""
-    path = Path(path)
-    file = path / "model.safetensors" if path.is_dir() else path
-    if path.is_dir() and not file.is_file():
-        foreign = any(path.glob("*.bin")) or any(path.glob("*.index.json"))
-        way_out = convert_command(path) if foreign else "give a checkpoint folder such as checkpoint_800"
-        raise FileNotFoundError(f"{path} holds no model.safetensors; {way_out}")
-    if not file.is_file():
-        raise FileNotFoundError(f"no checkpoint folder or weight file at {path}")
-    if path.name.endswith(".index.json"):
-        raise ValueError(f"{path} lists files of weights; {convert_command(path)}")
-    return file
 
 
 def read_weights(path: str | Path) -> tuple[Path, dict[str, Tensor]]:

@@ -187,12 +187,6 @@ def test_blocks_of_beits_kind_are_refused_with_the_command(tmp_path, key):
         load_pretrained_encoder(VisionTransformer(TINY), tmp_path / "a.pth")
 
 
-def test_an_index_of_shards_is_refused_with_the_command(tmp_path):
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"index\.json lists files of weights; convert it once with"):
-        read_sizes(tmp_path / "model.safetensors.index.json")
-
-
 def test_a_file_beside_a_foreign_config_is_what_the_command_converts(tmp_path):
     for name, source in (("mae.pth", tmp_path / "mae.pth"), ("model.safetensors", tmp_path)):
         save_file(ViTMAEForPreTraining(TINY).state_dict(), tmp_path / name)

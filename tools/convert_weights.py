@@ -3,11 +3,11 @@
     python tools/convert_weights.py SOURCE TARGET --to {ours,original,timm,huggingface,mmseg,tutorial}
     python tools/convert_weights.py --inspect SOURCE
 
-SOURCE is a weight file or a folder with one, whole or in shards; its layout is read from its keys. LAYOUTS of
-storage/layouts.py is the map, one table for each layout, read both ways. Tensors are renamed, and q, k and v cut or
-joined, without touching a bit. What a target has no place for is named, and needs --drop. A target is whole or not
-there: it is written as TARGET.unfinished.tmp and renamed. A kill between the two renames of --overwrite leaves a folder
-as TARGET.replaced.old, which the next conversion to TARGET puts back before it looks.
+SOURCE is a weight file or a folder with one; its layout is read from its keys. LAYOUTS of storage/layouts.py is the
+map, one table for each layout, read both ways. Tensors are renamed, and q, k and v cut or joined, without touching a
+bit. What a target has no place for is named, and needs --drop. A target is whole or not there: it is written as
+TARGET.unfinished.tmp and renamed. A kill between the two renames of --overwrite leaves a folder as TARGET.replaced.old,
+which the next conversion to TARGET puts back before it looks.
 """
 
 import argparse
@@ -57,12 +57,10 @@ OPENS_HERE = {
 def read_source(path: str | Path) -> Source:
     """Read weights of any layout under our names; ValueError names every key that no table explains."""
     path = Path(path)
-    file, *passed_over = weights.find_sources(path)
-    content = weights.read_shards(file) if file.name.endswith(".index.json") else weights.read_file(file)
+    file = weights.find_weights(path, weights.WEIGHT_FILES)
+    content = weights.read_file(file)
     tensors = weights.unwrap(content, file)
     source = Source(path, layouts.detect_layout(tensors, path), {})
-    if passed_over:
-        source.notes.append(f"{file.name} is read, and not {', '.join(other.name for other in passed_over)} beside it")
     if others := weights.other_weights(content):
         source.notes.append(f"{', '.join(others)} in the same file not read; these are other weights")
     rename(source, tensors)
@@ -158,19 +156,14 @@ def resolve_sizes(source: Source, args: argparse.Namespace) -> dict:
     source.refuse([f"{name} is {told[name]} in config.json, {sizes[name]} in the weights" for name in differ])
     guesses = model.named_heads(sizes) or {}
     for name in ("img_size", *needed_sizes(source.kind)):
-        told = choose(name, getattr(args, name), source.known.get(name), source.path)
+        given, known = square(getattr(args, name)), square(source.known.get(name))
+        if None not in (given, known) and given != known:
+            raise ValueError(f"--{name} {given}, but {source.path} has {known}; leave the flag out")
+        told = known if given is None else given
         if told is None and name in guesses:
             source.notes.append(f"{name} {guesses[name]} is a guess from the width; --{name} says otherwise")
         sizes[name] = told if told is not None else sizes.get(name, guesses.get(name))
     return sizes
-
-
-def choose(name: str, given: object, known: object, path: Path) -> object:
-    """Give a flag, or else what the source says; ValueError where they differ."""
-    given, known = (square(value) if name == "img_size" else value for value in (given, known))
-    if None not in (given, known) and given != known:
-        raise ValueError(f"--{name} {given}, but {path} has {known}; leave the flag out")
-    return known if given is None else given
 
 
 def square(size: object) -> object:
@@ -178,14 +171,6 @@ def square(size: object) -> object:
     if not isinstance(size, list | tuple):
         return size
     return size[0] if len(size) < 3 and len(set(size)) == 1 else tuple(size)
-
-
-def build_config(sizes: dict, placeholder: bool = False) -> model.MAEConfig:
-    """Build a model.MAEConfig; for what only shapes are needed of, heads that nobody told may be one."""
-    known = {name: value for name, value in sizes.items() if value is not None}
-    if placeholder:
-        known = {"encoder_num_heads": 1, "decoder_num_heads": 1, "norm_pix_loss": False} | known
-    return model.MAEConfig(**known)
 
 
 def options_of(source: Source, config: model.MAEConfig) -> dict:
@@ -206,7 +191,9 @@ def options_of(source: Source, config: model.MAEConfig) -> dict:
 
 def check(source: Source, sizes: dict) -> None:
     """Raise ValueError unless a source is whole: every name there, none too many, every shape right."""
-    config, found = build_config(sizes, placeholder=True), source.tensors
+    known = {name: value for name, value in sizes.items() if value is not None}  # only shapes are needed here
+    config = model.MAEConfig(**{"encoder_num_heads": 1, "decoder_num_heads": 1, "norm_pix_loss": False} | known)
+    found = source.tensors
     # These two first, because a model computes tables of their size even where nothing else has memory
     tables = {"pos_embed": config.encoder_embed_dim, "decoder_pos_embed": config.decoder_embed_dim}
     source.refuse(describe_shapes(source, {name: (1, 1 + config.num_patches, tables[name]) for name in tables}))
@@ -399,7 +386,7 @@ def build_contents(source: Source, converted: Converted, sizes: dict, args: argp
     untold = [name for name in needed_sizes(kind) if sizes[name] is None]
     if untold:
         raise ValueError(f"nothing in or beside {source.path} tells {', '.join(untold)}; add{flags_for(untold)}")
-    config = build_config(sizes)
+    config = model.MAEConfig(**sizes)
     record = build_record(source, config, args)
     if args.to == "mmseg":
         return {"": mmseg_checkpoint(tensors, config, record)}, f"mmseg.apis.init_model(config, {target!r})"
@@ -478,7 +465,7 @@ def inspect(path: str, args: argparse.Namespace) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", nargs="?", metavar="SOURCE", help="weight file, index of shards, or folder with one")
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help="weight file, or folder with one")
     parser.add_argument("target", nargs="?", type=Path, metavar="TARGET", help="a folder, or a file, by --to")
     parser.add_argument("--to", choices=[layout for layout in LAYOUTS if layout != "beit"])
     parser.add_argument("--inspect", metavar="SOURCE", help="say what a source is and serves; writes nothing")
