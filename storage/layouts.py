@@ -41,14 +41,9 @@ MMSEG |= blocks("blocks", "layers", BLOCK | MMSEG_BLOCK | BEIT_BLOCK)
 TUTORIAL = {"cls_token": "enc_cls_token", "pos_embed": "enc_pos_embed", "norm": "encoder_layer_norm"}
 TUTORIAL |= same("patch_embed.proj") | blocks("blocks", "encoder_blocks", BLOCK)
 TUTORIAL = {ours: f"encoder.{theirs}" for ours, theirs in TUTORIAL.items()} | same("head")
-HUGGINGFACE_BLOCK = {
-    "norm1": "layernorm_before",
-    "attn.qkv": "attention.attention.query attention.attention.key attention.attention.value",
-    "attn.proj": "attention.output.dense",
-    "norm2": "layernorm_after",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-}
+HUGGINGFACE_BLOCK = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense"}
+HUGGINGFACE_BLOCK |= {"attn.qkv": "attention.attention.query attention.attention.key attention.attention.value"}
+HUGGINGFACE_BLOCK |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
 
 
 @dataclass(frozen=True)

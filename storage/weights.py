@@ -116,9 +116,8 @@ def find_weights(path: str | Path, names: Sequence[str] = WEIGHT_FILES[:1]) -> P
         way_out = "save them as one with transformers' save_pretrained(FOLDER, max_shard_size='50GB')"
         raise ValueError(f"{path} lists several files of weights, which are not read together; {way_out}")
     if not found:
-        way_out = (
-            convert_command(path) if any(path.glob("*.bin")) else "give a checkpoint folder such as checkpoint_800"
-        )
+        foreign = (path / WEIGHT_FILES[-1]).is_file()
+        way_out = convert_command(path) if foreign else "give a checkpoint folder such as checkpoint_800"
         raise FileNotFoundError(f"{path} holds no {' and no '.join(names)}; {way_out}")
     if not found[0].is_file():
         raise FileNotFoundError(f"no checkpoint folder or weight file at {path}")

@@ -818,15 +818,6 @@ def test_training_file_of_the_original_tells_its_sizes(tmp_path):
     assert loaded.config == model.config and torch.equal(loaded.mask_token, model.mask_token)
 
 
-def test_finetuning_file_of_the_original_tells_its_heads(tmp_path, capsys):
-    sizes = dict(img_size=28, encoder_depth=1)
-    model = ViTMAEForImageClassification(dataclasses.replace(MODEL_CONFIGS["mae_vit_huge_patch14"], **sizes), 7)
-    content = {"model": model.state_dict(), "args": argparse.Namespace(model="vit_huge_patch14")}
-    torch.save(content, tmp_path / "checkpoint-3.pth")
-    loaded, _ = load_classifier(convert(tmp_path / "checkpoint-3.pth", tmp_path / "ours", "ours"))
-    assert loaded.config.encoder_num_heads == 16 and "guess" not in capsys.readouterr().out
-
-
 def test_numbers_of_heads_that_are_guessed_are_said_to_be(tmp_path, capsys):
     sizes = dict(encoder_embed_dim=192, encoder_depth=1, encoder_num_heads=3)
     sizes |= dict(decoder_embed_dim=128, decoder_depth=1, decoder_num_heads=4)

@@ -80,9 +80,6 @@ def read_source(path: str | Path) -> Source:
     return source
 
 
-# ------------------------------------------------------------------------------------------------ facts beside them
-
-
 def add_facts(source: Source, folder: Path, content: dict) -> None:
     """Add what a source's config.json, or a training's own record, says beyond shapes.
 
@@ -96,13 +93,8 @@ def add_facts(source: Source, folder: Path, content: dict) -> None:
     elif LAYOUTS[source.layout].config_entry in config:
         add_facts_of_libraries(source, folder)
     arguments, meta = content.get("args"), content.get("meta")
-    if isinstance(arguments, argparse.Namespace):
-        name = str(getattr(arguments, "model", ""))
-        named = model.MODEL_CONFIGS.get(name) or model.MODEL_CONFIGS.get(f"mae_{name}")  # in pretraining, in finetuning
-        for size in ("encoder_num_heads", "decoder_num_heads") if named else ():
-            source.known.setdefault(size, getattr(named, size))
-        if hasattr(arguments, "norm_pix_loss"):
-            source.known.setdefault("norm_pix_loss", bool(arguments.norm_pix_loss))
+    if isinstance(arguments, argparse.Namespace) and hasattr(arguments, "norm_pix_loss"):
+        source.known.setdefault("norm_pix_loss", bool(arguments.norm_pix_loss))
     if isinstance(meta, dict):
         data = meta.get("dataset_meta")
         classes = data.get("classes") if isinstance(data, dict) else meta.get("CLASSES")
@@ -128,9 +120,6 @@ def add_facts_of_libraries(source: Source, folder: Path) -> None:
     elif (eps := told.get("layer_norm_eps", 1e-12)) != model.LAYER_NORM_EPS:
         here = f"{model.LAYER_NORM_EPS:g} here, as in the original release"
         source.notes.append(f"layer norms: epsilon {eps:g} there, {here}")
-
-
-# ------------------------------------------------------------------------------------------------ sizes
 
 
 def needed_sizes(kind: str) -> list[str]:
@@ -274,9 +263,6 @@ def mmseg_checkpoint(tensors: dict[str, Tensor], config: model.MAEConfig, record
     names = record["class_names"]
     meta = {"dataset_meta": {"classes": names, "palette": LABEL_COLOURS[: len(names)].tolist()}}
     return {"meta": meta, "state_dict": add_backbone(added | tensors)}
-
-
-# ------------------------------------------------------------------------------------------------ beside the weights
 
 
 def flags_for(untold: list[str]) -> str:
@@ -480,10 +466,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     told.add_argument("--mean", type=float, nargs="+", help="of the images, in [0, 1] (ImageNet's, or 0.5 each)")
     told.add_argument("--std", type=float, nargs="+", help="of the images, in [0, 1] (ImageNet's, or 0.5 each)")
     args = parser.parse_args(argv)
-    if args.inspect is None and None in (args.source, args.target, args.to):
-        parser.error("give SOURCE, TARGET and --to, or --inspect SOURCE")
-    if args.inspect is not None and args.source is not None:
-        parser.error("--inspect takes one source and no target")
+    conversion = (args.source, args.target, args.to)
+    if (args.source is not None) if args.inspect is not None else (None in conversion):
+        parser.error("give SOURCE, TARGET and --to, or --inspect SOURCE alone")
     return args
 
 
