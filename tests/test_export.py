@@ -184,8 +184,12 @@ def test_export_writes_nothing_where_the_program_differs(wrong, tmp_path, monkey
     folder = write_checkpoint(tmp_path / "best_checkpoint", MODELS["avg"]())
     output = tmp_path / "model.pt2"
     output.write_text("older")
-    monkeypatch.setitem(tool.WRITERS, "torch_export", lambda model, metadata, file: file.write_text("newer"))
-    monkeypatch.setitem(tool.RUNNERS, "torch_export", lambda file, images: torch.full((len(images), 5), wrong))
+
+    def write_wrong(model, metadata, file, images):
+        file.write_text("newer")
+        return torch.full((len(images), 5), wrong)
+
+    monkeypatch.setitem(tool.WRITERS, "torch_export", write_wrong)
     arguments = ["--checkpoint", str(folder), "--to", "torch_export", "--output", str(output), "--overwrite"]
     with pytest.raises(ValueError, match=r"differs from the model by up to .*nothing is written"):
         tool.main(tool.parse_args(arguments))
@@ -227,7 +231,7 @@ def test_output_that_cannot_be_a_file_is_refused_before_anything_is_loaded(more,
         export(nowhere, "onnx", tmp_path / "folder.onnx", *more)
     with pytest.raises(IsADirectoryError, match=r"model\.onnx\.data is a folder"):
         export(nowhere, "onnx", tmp_path / "model.onnx", *more)
-    with pytest.raises(NotADirectoryError, match=r"file is no folder, so .*model\.onnx cannot be written"):
+    with pytest.raises(NotADirectoryError, match=r"file/below/model\.onnx"):
         export(nowhere, "onnx", tmp_path / "file" / "below" / "model.onnx", *more)
     (tmp_path / "link.onnx").symlink_to(tmp_path / "nothing")
     with pytest.raises(
@@ -294,12 +298,17 @@ def test_scores_that_are_no_numbers_are_not_exported(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["best_checkpoint"]
 
 
+def write_text(model: torch.nn.Module, metadata: dict, file: Path, images: Tensor) -> Tensor:
+    """Write in no time, and score as the model does."""
+    file.write_text("whole")
+    return model(images)
+
+
 def test_disk_that_is_too_small_is_refused_before_the_work(tmp_path, monkeypatch):
     tool = load_tool("export")
     folder, output = write_checkpoint(tmp_path / "best_checkpoint", MODELS["avg"]()), tmp_path / "model.pt2"
     model, _ = tool.open_model(str(folder))
-    monkeypatch.setitem(tool.WRITERS, "torch_export", lambda model, metadata, file: file.write_text("whole"))
-    monkeypatch.setitem(tool.RUNNERS, "torch_export", lambda file, images: model(images))
+    monkeypatch.setitem(tool.WRITERS, "torch_export", write_text)
     arguments = tool.parse_args(["--checkpoint", str(folder), "--to", "torch_export", "--output", str(output)])
     needed = 4 * sum(value.numel() for value in model.state_dict().values())
     usage = shutil.disk_usage(tmp_path)
@@ -345,9 +354,7 @@ def test_leftovers_of_a_killed_export_are_removed(tmp_path, monkeypatch):
     (tmp_path / "model.pt2.unfinished.tmp").mkdir()
     (tmp_path / "model.pt2.unfinished.tmp" / "model.pt2.data").write_text("half")
     (tmp_path / "model.pt2.old").write_text("mine")
-    model, _ = tool.open_model(str(folder))
-    monkeypatch.setitem(tool.WRITERS, "torch_export", lambda model, metadata, file: file.write_text("whole"))
-    monkeypatch.setitem(tool.RUNNERS, "torch_export", lambda file, images: model(images))
+    monkeypatch.setitem(tool.WRITERS, "torch_export", write_text)
     tool.main(
         tool.parse_args(["--checkpoint", str(folder), "--to", "torch_export", "--output", str(tmp_path / "model.pt2")])
     )
