@@ -206,20 +206,6 @@ def test_original_file_has_the_scripts_mean_for_its_channels(channels, mean, std
     assert (metadata["image_mean"], metadata["image_std"]) == (list(mean), list(std))
 
 
-def change_record(checkpoint: Path, **changes: object) -> None:
-    file = checkpoint / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-@pytest.mark.parametrize("name", ["image_mean", "image_std"])
-def test_record_with_a_mean_for_other_channels_is_refused(name, tmp_path):
-    folder = write_checkpoint(tmp_path / "best_checkpoint", MODELS["avg"]())
-    change_record(folder, **{name: [0.5]})
-    with pytest.raises(ValueError, match=rf"best_checkpoint gives {name} \[0\.5\] for 3 channels"):
-        export(folder, "torch_export", tmp_path / "model.pt2")
-    assert not (tmp_path / "model.pt2").exists()
-
-
 @pytest.mark.parametrize("more", [[], ["--overwrite"]])
 def test_output_that_cannot_be_a_file_is_refused_before_anything_is_loaded(more, tmp_path):
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")

@@ -71,9 +71,6 @@ def open_model(checkpoint: str) -> tuple[nn.Module, dict]:
         # Without a record, what the scripts would take: ImageNet's for three channels, else 0.5 each.
         default = default if config.input_channels == len(default) else [0.5] * config.input_channels
         metadata[name] = list(record.get(name, default))
-        if len(metadata[name]) != config.input_channels:
-            found = f"config.json of {checkpoint} gives {name} {metadata[name]} for {config.input_channels} channels"
-            raise ValueError(f"{found}; it takes one number for each")
     metadata |= {name: record[name] for name in ("class_names", "ignore_zero") if name in record}
     return model.eval(), metadata
 
