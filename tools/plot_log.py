@@ -42,26 +42,25 @@ def read_rows(log: Path) -> list[dict]:
 
 def draw_panel(series: dict[str, list[tuple[float, float | None]]], caption: str) -> Image.Image:
     """Draw named series of points as lines over common axes; a value of None is a gap in its line."""
-    width, height = PANEL_SIZE
+    left, right = MARGIN["left"], PANEL_SIZE[0] - MARGIN["right"]
+    top, bottom = MARGIN["top"], PANEL_SIZE[1] - MARGIN["bottom"]
     picture = Image.new("RGB", PANEL_SIZE, "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
     xs, ys = zip(*(point for points in series.values() for point in points if point[1] is not None), strict=True)
     (x_low, x_high), (y_low, y_high) = ((min(v), max(v) if max(v) > min(v) else min(v) + 1) for v in (xs, ys))
-    plot_width = width - MARGIN["left"] - MARGIN["right"]
-    plot_height = height - MARGIN["top"] - MARGIN["bottom"]
 
     def place(x: float, y: float) -> tuple[float, float]:
-        right, up = (x - x_low) / (x_high - x_low), (y - y_low) / (y_high - y_low)
-        return MARGIN["left"] + right * plot_width, height - MARGIN["bottom"] - up * plot_height
+        across, up = (x - x_low) / (x_high - x_low), (y - y_low) / (y_high - y_low)
+        return left + across * (right - left), bottom - up * (bottom - top)
 
     for tick in range(NUM_TICKS + 1):
         share = tick / NUM_TICKS
         x, y = x_low + share * (x_high - x_low), y_low + share * (y_high - y_low)
         draw.line([place(x_low, y), place(x_high, y)], fill="#e0e0e0")
-        draw.text((MARGIN["left"] - 6, place(x, y)[1]), f"{y:.4g}", fill="black", font=font, anchor="rm")
-        draw.text((place(x, y)[0], height - MARGIN["bottom"] + 6), f"{x:.4g}", fill="black", font=font, anchor="mt")
-    draw.text((width / 2, height - 12), caption, fill="black", font=font, anchor="mm")
-    legend_x = width - MARGIN["right"]
+        draw.text((left - 6, place(x, y)[1]), f"{y:.4g}", fill="black", font=font, anchor="rm")
+        draw.text((place(x, y)[0], bottom + 6), f"{x:.4g}", fill="black", font=font, anchor="mt")
+    draw.text((PANEL_SIZE[0] / 2, PANEL_SIZE[1] - 12), caption, fill="black", font=font, anchor="mm")
+    legend_x = right
     for colour, (name, points) in reversed(list(zip(COLOURS, series.items(), strict=False))):
         places = [None if y is None else place(x, y) for x, y in points]
         for start, end in itertools.pairwise(places):
