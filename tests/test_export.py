@@ -184,8 +184,12 @@ def test_export_writes_nothing_where_the_program_differs(wrong, tmp_path, monkey
     folder = write_checkpoint(tmp_path / "best_checkpoint", MODELS["avg"]())
     output = tmp_path / "model.pt2"
     output.write_text("older")
-    monkeypatch.setitem(tool.WRITERS, "torch_export", lambda model, metadata, file: file.write_text("newer"))
-    monkeypatch.setitem(tool.RUNNERS, "torch_export", lambda file, images: torch.full((len(images), 5), wrong))
+
+    def write_wrong(model, metadata, file, images):
+        file.write_text("newer")
+        return torch.full((len(images), 5), wrong)
+
+    monkeypatch.setitem(tool.WRITERS, "torch_export", write_wrong)
     arguments = ["--checkpoint", str(folder), "--to", "torch_export", "--output", str(output), "--overwrite"]
     with pytest.raises(ValueError, match=r"differs from the model by up to .*nothing is written"):
         tool.main(tool.parse_args(arguments))
@@ -202,20 +206,6 @@ def test_original_file_has_the_scripts_mean_for_its_channels(channels, mean, std
     assert (metadata["image_mean"], metadata["image_std"]) == (list(mean), list(std))
 
 
-def change_record(checkpoint: Path, **changes: object) -> None:
-    file = checkpoint / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-@pytest.mark.parametrize("name", ["image_mean", "image_std"])
-def test_record_with_a_mean_for_other_channels_is_refused(name, tmp_path):
-    folder = write_checkpoint(tmp_path / "best_checkpoint", MODELS["avg"]())
-    change_record(folder, **{name: [0.5]})
-    with pytest.raises(ValueError, match=rf"best_checkpoint gives {name} \[0\.5\] for 3 channels"):
-        export(folder, "torch_export", tmp_path / "model.pt2")
-    assert not (tmp_path / "model.pt2").exists()
-
-
 @pytest.mark.parametrize("more", [[], ["--overwrite"]])
 def test_output_that_cannot_be_a_file_is_refused_before_anything_is_loaded(more, tmp_path):
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -227,7 +217,7 @@ def test_output_that_cannot_be_a_file_is_refused_before_anything_is_loaded(more,
         export(nowhere, "onnx", tmp_path / "folder.onnx", *more)
     with pytest.raises(IsADirectoryError, match=r"model\.onnx\.data is a folder"):
         export(nowhere, "onnx", tmp_path / "model.onnx", *more)
-    with pytest.raises(NotADirectoryError, match=r"file is no folder, so .*model\.onnx cannot be written"):
+    with pytest.raises(NotADirectoryError, match=r"file/below/model\.onnx"):
         export(nowhere, "onnx", tmp_path / "file" / "below" / "model.onnx", *more)
     (tmp_path / "link.onnx").symlink_to(tmp_path / "nothing")
     with pytest.raises(
@@ -294,12 +284,17 @@ def test_scores_that_are_no_numbers_are_not_exported(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["best_checkpoint"]
 
 
+def write_text(model: torch.nn.Module, metadata: dict, file: Path, images: Tensor) -> Tensor:
+    """Write in no time, and score as the model does."""
+    file.write_text("whole")
+    return model(images)
+
+
 def test_disk_that_is_too_small_is_refused_before_the_work(tmp_path, monkeypatch):
     tool = load_tool("export")
     folder, output = write_checkpoint(tmp_path / "best_checkpoint", MODELS["avg"]()), tmp_path / "model.pt2"
     model, _ = tool.open_model(str(folder))
-    monkeypatch.setitem(tool.WRITERS, "torch_export", lambda model, metadata, file: file.write_text("whole"))
-    monkeypatch.setitem(tool.RUNNERS, "torch_export", lambda file, images: model(images))
+    monkeypatch.setitem(tool.WRITERS, "torch_export", write_text)
     arguments = tool.parse_args(["--checkpoint", str(folder), "--to", "torch_export", "--output", str(output)])
     needed = 4 * sum(value.numel() for value in model.state_dict().values())
     usage = shutil.disk_usage(tmp_path)
@@ -345,9 +340,7 @@ def test_leftovers_of_a_killed_export_are_removed(tmp_path, monkeypatch):
     (tmp_path / "model.pt2.unfinished.tmp").mkdir()
     (tmp_path / "model.pt2.unfinished.tmp" / "model.pt2.data").write_text("half")
     (tmp_path / "model.pt2.old").write_text("mine")
-    model, _ = tool.open_model(str(folder))
-    monkeypatch.setitem(tool.WRITERS, "torch_export", lambda model, metadata, file: file.write_text("whole"))
-    monkeypatch.setitem(tool.RUNNERS, "torch_export", lambda file, images: model(images))
+    monkeypatch.setitem(tool.WRITERS, "torch_export", write_text)
     tool.main(
         tool.parse_args(["--checkpoint", str(folder), "--to", "torch_export", "--output", str(tmp_path / "model.pt2")])
     )

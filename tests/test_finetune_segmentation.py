@@ -597,4 +597,4 @@ def test_segment_labels_images_of_any_size(finished, drawn_pairs, tmp_path, caps
         absent = str(tmp_path / "absent.jpg")
         tool.main(tool.parse_args([absent if argument == str(folder) else argument for argument in arguments]))
     with pytest.raises(SystemExit):
-        tool.parse_args([*arguments, "--opacity", "1.5"])
+        tool.parse_args([*arguments, "--batch_size", "0"])

@@ -155,11 +155,11 @@ def test_segmentation_on_a_pack_is_the_run_on_its_folder(tmp_path):
 def test_stopped_packing_leaves_no_half_shard_and_goes_on(image_folder, packed, tmp_path, monkeypatch):
     written, write_shard = [], pack_dataset.write_shard
 
-    def stop_in_the_third(path, items, records, bar):
+    def stop_in_the_third(path, files, records, bar):
         if len(written) == 2:
             records = (record for record in list(records)[:2])  # too few: as if it died in between
         written.append(path)
-        return write_shard(path, items, records, bar)
+        return write_shard(path, files, records, bar)
 
     monkeypatch.setattr(pack_dataset, "write_shard", stop_in_the_third)
     with pytest.raises(ValueError, match="argument 2 is shorter"):

@@ -17,7 +17,6 @@ and none of the addresses below has been tried.
 # latter falls back from https to http), huggingface_hub takes any range, and requests leaves resuming to its caller.
 
 import argparse
-import contextlib
 import hashlib
 import http.client
 import os
@@ -29,7 +28,6 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +49,6 @@ MAX_IDLE_TRIES = 5  # tries in a row that bring nothing
 RETRY_WAIT_S = 3
 CHUNK_BYTES = 2**20
 UNPACKED_RATIO = 1.1  # unpacked size to archive size: images hardly shrink in an archive
-MAX_UNPACKED_RATIO = 100  # an archive that grows more is made to fill disks
 PICKLE_START = b"\x80\x02"  # of weights that torch wrote before its files were archives
 STAMP = "download.json"  # in a data set that this tool has finished
 
@@ -122,21 +119,6 @@ def arrange_pets(unpacked: Path, target: Path) -> None:
             Image.fromarray(read_label_map(trimap, TRIMAP_CLASSES)).save(label_maps / trimap.name)
 
 
-@contextlib.contextmanager
-def only_run(target: Path) -> Iterator[None]:
-    """Hold TARGET.lock; BlockingIOError when another run does. The lock ends with the process, however that ends."""
-    file = beside(target, "lock")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(file, blocking=False):
-            try:
-                yield
-            finally:
-                file.unlink(missing_ok=True)
-    except Timeout as error:
-        raise BlockingIOError(f"another run is downloading {target}; wait for it") from error
-
-
 def bytes_of(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
 
@@ -176,13 +158,11 @@ def append_rest(url: str, part: Path, total: int) -> None:
     with open_url(url, part.with_suffix(""), **({"Range": f"bytes={start}-"} if start else {})) as response:
         if response.status == http.client.PARTIAL_CONTENT:
             given = response.headers["Content-Range"] or "no range"
-            if given not in (f"bytes {start}-{total - 1}/{total}", f"bytes {start}-{total - 1}/*"):
-                raise ConnectionError(f"asked for the bytes from {start} on of {total}, {url} gives {given}")
+            allowed = (f"bytes {start}-{total - 1}/{total}", f"bytes {start}-{total - 1}/*")
         else:
-            start = 0
-        length, missing = response.headers["Content-Length"], total - start
-        if length not in (None, str(missing)):
-            raise ConnectionError(f"{url} gives {length} bytes now where {missing} are expected")
+            start, given, allowed = 0, response.headers["Content-Length"], (None, str(total))
+        if given not in allowed:
+            raise ConnectionError(f"asked for the bytes from {start} on of {total}, {url} gives {given}")
         with part.open("ab" if start else "wb") as out, tqdm.wrapattr(out, "write", total, initial=start) as bar:
             while start < total:
                 try:  # around the reading alone, so that an error of the disk is not taken for one of the network
@@ -195,9 +175,9 @@ def append_rest(url: str, part: Path, total: int) -> None:
                 start += len(chunk)
 
 
-def fetch(url: str, checksum: str | None, file: Path, total: int) -> None:
-    """Download to `file`, which exists only when whole and verified; FILE.part keeps what came until then."""
-    part, idle_tries = beside(file, "part"), 0
+def fetch(url: str, part: Path, total: int) -> None:
+    """Download what `part` lacks of `total` bytes, trying again as long as some come; it keeps what came."""
+    idle_tries = 0
     if bytes_of(part) > total:
         part.unlink()  # of another file than the server has now
     while (before := bytes_of(part)) < total:
@@ -206,17 +186,9 @@ def fetch(url: str, checksum: str | None, file: Path, total: int) -> None:
         except ConnectionError as error:
             idle_tries = 0 if bytes_of(part) > before else idle_tries + 1
             if idle_tries == MAX_IDLE_TRIES:
-                raise ConnectionError(
-                    f"only {before:,} of {total:,} bytes came: {error}; run again to go on"
-                ) from error
+                came = f"only {before:,} of {total:,} bytes came"
+                raise ConnectionError(f"{came}: {error}; run again to go on") from error
             time.sleep(RETRY_WAIT_S)
-    try:
-        found = verify(part, url, checksum, "it was removed, run the command again")
-    except ValueError:
-        part.unlink()
-        raise
-    part.rename(file)
-    print(f"{file}: {found}")
 
 
 def verify(file: Path, url: str, checksum: str | None, advice: str) -> str:
@@ -248,54 +220,49 @@ def verify(file: Path, url: str, checksum: str | None, advice: str) -> str:
     return f"verified by {' and '.join(found)}" if found else "no checksum is known, only its length was checked"
 
 
-def check_members(archive: Path, folder: Path, members: list[tuple[str, int, bool]]) -> None:
-    """Check name, size and type of all that an archive holds, before any of it is written."""
-    for name, _, plain in members:
-        path = Path(name.replace("\\", "/"))
-        if not plain or path.is_absolute() or ".." in path.parts:
-            found = f"{archive} holds {name!r}, which is a link, a device or outside its folder"
-            raise ValueError(f"{found}; nothing was unpacked. Remove the archive if you do not trust it")
-    unpacked = sum(size for _, size, _ in members)
-    if unpacked > MAX_UNPACKED_RATIO * bytes_of(archive):
-        raise ValueError(f"{archive} would grow from {bytes_of(archive):,} to {unpacked:,} bytes; nothing was unpacked")
-    check_disk(folder, unpacked, f"unpacking {archive.name}")
-
-
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a .zip or a tar file once all of it has passed `check_members`; ValueError where it cannot be read."""
+    """Unpack a .zip or a tar file, once name, type and size of all that it holds are checked; ValueError otherwise."""
+    is_zip = archive.suffix == ".zip"
     try:
-        if archive.suffix == ".zip":
-            with zipfile.ZipFile(archive) as content:
+        with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as content:
+            if is_zip:  # of the kinds 4 is a folder, 8 a plain file, 0 not recorded
                 entries = content.infolist()
                 members = [(e.filename, e.file_size, e.external_attr >> 28 in (0, 4, 8)) for e in entries]
-                check_members(archive, folder, members)  # 4 is a folder, 8 a plain file, 0 not recorded
-                content.extractall(folder, tqdm(entries, desc=archive.name))
-        else:
-            with tarfile.open(archive) as content:
+            else:
                 entries = content.getmembers()
-                check_members(archive, folder, [(e.name, e.size, e.isfile() or e.isdir()) for e in entries])
-                content.extractall(folder, tqdm(entries, desc=archive.name), filter="data")
+                members = [(e.name, e.size, e.isfile() or e.isdir()) for e in entries]
+            for name, _, plain in members:
+                path = Path(name.replace("\\", "/"))
+                if not plain or path.is_absolute() or ".." in path.parts:
+                    found = f"{archive} holds {name!r}, which is a link, a device or outside its folder"
+                    raise ValueError(f"{found}; nothing was unpacked. Remove the archive if you do not trust it")
+            check_disk(folder, sum(size for _, size, _ in members), f"unpacking {archive.name}")
+            content.extractall(folder, tqdm(entries, desc=archive.name), **({} if is_zip else {"filter": "data"}))
     except DAMAGED_ARCHIVE as error:
         reason = str(error).partition("\n")[0].rstrip(":")
         raise ValueError(f"{archive} cannot be unpacked: {reason}; remove it and run the command again") from error
 
 
-def get_file(url: str, checksum: str | None, folder: Path, room: float = 1) -> Path:
-    """Fetch one file, unless it exists; ValueError when another one does. `room` is the disk space, in file sizes."""
-    file = folder / Path(url).name
+def get_file(url: str, checksum: str | None, file: Path, room: float = 1) -> None:
+    """Download a file unless it exists; ValueError when another one does. `room` is the disk space, in file sizes."""
     if os.path.lexists(file):
-        remove(beside(file, "lock"))  # of a run that was killed at the very end
         print(f"{file} is there: {verify(file, url, checksum, 'move it away and run the command again')}")
-        return file
-    with only_run(file):
-        with open_url(url, file, "HEAD") as response:
-            length = response.headers["Content-Length"] or ""
-        if not length.isdecimal() or int(length) == 0:
-            raise ConnectionError(f"{url} does not say how long it is, so nothing tells when it is whole")
-        print(f"downloading {url}")
-        check_disk(folder, room * int(length) - bytes_of(beside(file, "part")), f"getting {file.name}")
-        fetch(url, checksum, file, int(length))
-    return file
+        return
+    with open_url(url, file, "HEAD") as response:
+        length = response.headers["Content-Length"] or ""
+    if not length.isdecimal() or int(length) == 0:
+        raise ConnectionError(f"{url} does not say how long it is, so nothing tells when it is whole")
+    print(f"downloading {url}")
+    part = beside(file, "part")
+    check_disk(file.parent, room * int(length) - bytes_of(part), f"getting {file.name}")
+    fetch(url, part, int(length))
+    try:
+        found = verify(part, url, checksum, "it was removed, run the command again")
+    except ValueError:
+        part.unlink()
+        raise
+    part.rename(file)
+    print(f"{file}: {found}")
 
 
 def get_data(sources: dict[str, str | None], target: Path) -> None:
@@ -304,37 +271,44 @@ def get_data(sources: dict[str, str | None], target: Path) -> None:
     if os.path.lexists(target) and not ((target / STAMP).is_file() and read_json(target / STAMP) == stamp):
         raise FileExistsError(f"{target} exists and is not from this tool; move it away or choose another --output")
     if not target.exists():
-        with only_run(target):
-            archives = [get_file(*source, work, 1 + UNPACKED_RATIO) for source in sources.items()]
-            unpacked = work / "unpacked"
-            remove(unpacked)  # of a run that was killed
-            try:
-                unpacked.mkdir()
-                for archive in archives:
-                    unpack(archive, unpacked)
-                folder = unpacked / target.name
-                if target.name == "pets":
-                    arrange_pets(unpacked, folder)
-                if not folder.is_dir():
-                    raise FileNotFoundError(f"the archive holds no folder {folder.name}, but {contents(unpacked)}")
-                write_json(folder / STAMP, stamp)
-                folder.rename(target)
-            finally:
-                remove(unpacked)
-    for leftover in (work, beside(target, "lock")):  # also of a run that was killed at the very end
-        remove(leftover)
+        work.mkdir(exist_ok=True)
+        for url, checksum in sources.items():
+            get_file(url, checksum, work / Path(url).name, 1 + UNPACKED_RATIO)
+        unpacked = work / "unpacked"
+        remove(unpacked)  # of a run that was killed
+        try:
+            unpacked.mkdir()
+            for url in sources:
+                unpack(work / Path(url).name, unpacked)
+            folder = unpacked / target.name
+            if target.name == "pets":
+                arrange_pets(unpacked, folder)
+            if not folder.is_dir():
+                raise FileNotFoundError(f"the archive holds no folder {folder.name}, but {contents(unpacked)}")
+            write_json(folder / STAMP, stamp)
+            folder.rename(target)
+        finally:
+            remove(unpacked)
+    remove(work)  # also that of a run that was killed at the very end
     print(f"{target} is complete")
 
 
 def main(args: argparse.Namespace) -> None:
-    above = next(path for path in (args.output, *args.output.parents) if os.path.lexists(path))
-    if not above.is_dir():
-        raise NotADirectoryError(f"{above} is no folder; --output takes a folder, which is made if it is not there")
+    """Get one file or one data set, as the only run; the lock ends with the process, however that ends."""
     sources = SOURCES[args.name, args.variant]
-    if args.name.startswith("mae_"):
-        get_file(*next(iter(sources.items())), args.output)
-    else:
-        get_data(sources, args.output / ("pets" if args.name == "pets" else Path(next(iter(sources))).stem))
+    first = Path(next(iter(sources)))
+    args.output.mkdir(parents=True, exist_ok=True)
+    weights = args.name.startswith("mae_")
+    target = args.output / (first.name if weights else "pets" if args.name == "pets" else first.stem)
+    lock = beside(target, "lock")
+    try:
+        with FileLock(lock, blocking=False):
+            try:
+                get_file(*next(iter(sources.items())), target) if weights else get_data(sources, target)
+            finally:
+                lock.unlink(missing_ok=True)
+    except Timeout as error:
+        raise BlockingIOError(f"another run is downloading {target}; wait for it") from error
 
 
 if __name__ == "__main__":

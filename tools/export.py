@@ -71,9 +71,6 @@ def open_model(checkpoint: str) -> tuple[nn.Module, dict]:
         # Without a record, what the scripts would take: ImageNet's for three channels, else 0.5 each.
         default = default if config.input_channels == len(default) else [0.5] * config.input_channels
         metadata[name] = list(record.get(name, default))
-        if len(metadata[name]) != config.input_channels:
-            found = f"config.json of {checkpoint} gives {name} {metadata[name]} for {config.input_channels} channels"
-            raise ValueError(f"{found}; it takes one number for each")
     metadata |= {name: record[name] for name in ("class_names", "ignore_zero") if name in record}
     return model.eval(), metadata
 
@@ -93,14 +90,18 @@ def trace(model: nn.Module, metadata: dict) -> torch.export.ExportedProgram:
     return program
 
 
-def write_torch_export(model: nn.Module, metadata: dict, file: Path) -> None:
+def write_torch_export(model: nn.Module, metadata: dict, file: Path, images: Tensor) -> Tensor:
+    """Write a torch.export file, and give what the written program says of images; `write_onnx` likewise."""
     packed = io.BytesIO()  # not the file itself: on a full disk torch's writer ends the whole process
     torch.export.save(trace(model, metadata), packed, extra_files={"metadata.json": json.dumps(metadata)})
     file.write_bytes(packed.getbuffer())
+    return torch.export.load(file).module()(images)
 
 
-def write_onnx(model: nn.Module, metadata: dict, file: Path) -> None:
+def write_onnx(model: nn.Module, metadata: dict, file: Path, images: Tensor) -> Tensor:
     """Write an ONNX file; weights of more than 2 GB, which the format cannot hold, go into FILE.data beside it."""
+    import onnxruntime
+
     # ONNX has no fused attention, and torch cannot take its own apart when a batch is dynamic and biases are added.
     for module in model.modules():
         if hasattr(module, "fused_attn"):
@@ -109,21 +110,11 @@ def write_onnx(model: nn.Module, metadata: dict, file: Path) -> None:
     program = torch.onnx.export(trace(model, metadata), **names, dynamo=True, verbose=False)
     program.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
     program.save(file)
-
-
-def run_torch_export(file: Path, images: Tensor) -> Tensor:
-    return torch.export.load(file).module()(images)
-
-
-def run_onnx(file: Path, images: Tensor) -> Tensor:
-    import onnxruntime
-
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
 WRITERS = {"onnx": write_onnx, "torch_export": write_torch_export}
-RUNNERS = {"onnx": run_onnx, "torch_export": run_torch_export}
 
 
 def check_request(args: argparse.Namespace) -> None:
@@ -135,9 +126,6 @@ def check_request(args: argparse.Namespace) -> None:
             raise IsADirectoryError(f"{file} is a folder; --output takes the name of a file")
         if os.path.lexists(file) and not args.overwrite:
             raise FileExistsError(f"{file} exists; choose another --output or add --overwrite")
-    above = next(folder for folder in args.output.parents if os.path.lexists(folder))
-    if not above.is_dir():
-        raise NotADirectoryError(f"{above} is no folder, so {args.output} cannot be written")
     missing = [name for name in ONNX_PACKAGES if args.to == "onnx" and importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
@@ -145,41 +133,37 @@ def check_request(args: argparse.Namespace) -> None:
 
 def put_in_place(written: Path, output: Path) -> None:
     """Move a file, with its weights if they are beside it, over older ones; never beside the weights of another."""
-    written_data, output_data = beside(written, "data"), beside(output, "data")
-    if written_data.exists() or output_data.exists():
+    if beside(written, "data").exists() or beside(output, "data").exists():
         output.unlink(missing_ok=True)
-        output_data.unlink(missing_ok=True)
-    if written_data.exists():
-        publish(written_data, output_data)
-    publish(written, output)
+        beside(output, "data").unlink(missing_ok=True)
+    for file in sorted(written.parent.iterdir(), reverse=True):  # FILE.data before FILE
+        publish(file, output.with_name(file.name))
 
 
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     check_request(args)
-    model, metadata = open_model(args.checkpoint)
-    images = draw_images(CHECKED_IMAGES, metadata)
-    expected = model(images)
-    if not expected.isfinite().all():
-        raise ValueError(f"the scores of {args.checkpoint} are not finite numbers, so there is nothing to export")
     # Written and checked in a folder beside its place, so that what bears the final name is whole and right. Not by
     # written_whole: the ONNX file holds the name of the one with its weights, so both need their names from the start.
     folder = beside(args.output, "unfinished.tmp")
     remove(folder)  # of a run that was killed
     folder.mkdir(parents=True)
     try:
+        model, metadata = open_model(args.checkpoint)
+        images = draw_images(CHECKED_IMAGES, metadata)
+        expected = model(images)
+        largest = expected.abs().max().item()
+        if not expected.isfinite().all():
+            raise ValueError(f"the scores of {args.checkpoint} are not finite numbers, so there is nothing to export")
         needed, free = sum(tensor.nbytes for tensor in model.state_dict().values()), shutil.disk_usage(folder).free
         if free < needed:
             room = f"{free / 1e9:.2f} GB are free; choose another --output or make room"
             raise OSError(f"the weights take {needed / 1e9:.2f} GB in {folder.parent}, where {room}")
         written = folder / args.output.name
-        WRITERS[args.to](model, metadata, written)
-        difference = (RUNNERS[args.to](written, images) - expected).abs().max().item()
-        largest = expected.abs().max().item()
+        difference = (WRITERS[args.to](model, metadata, written, images) - expected).abs().max().item()
         if not difference <= TOLERANCE * max(1.0, largest):  # false for NaN as well
-            raise ValueError(
-                f"the exported program differs from the model by up to {difference:.1e}; nothing is written"
-            )
+            found = f"the exported program differs from the model by up to {difference:.1e}"
+            raise ValueError(f"{found}; nothing is written")
         put_in_place(written, args.output)
     finally:
         remove(folder)

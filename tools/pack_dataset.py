@@ -12,10 +12,10 @@ task. Files that cannot be decoded are left out and named.
 """
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import io
-import itertools
 import os
 import sys
 import zlib
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from storage import packs
 from storage.decoding import DECODE_ERRORS, IMAGE_FORMATS, NamedBytes, is_plain_jpeg, read_image
 from storage.files import read_json, recover, write_json, written_whole
-from storage.lists import find_splits, list_images, name_some
+from storage.lists import FileList, find_splits, list_images, name_some
 from storage.packs import Pack, is_inner_path, is_packed
 from storage.pairs import list_pairs
 
@@ -60,17 +60,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# ------------------------------------------------------------------------------------------------ what goes into a pack
-
-
-class Item(NamedTuple):
-    """A file to pack: where it is, its name in the pack, and its label, -1 where there are no classes."""
-
-    path: str
-    name: bytes
-    label: int
-
-
 class Record(NamedTuple):
     """What is stored of a file; `error` says why it cannot be."""
 
@@ -81,67 +70,62 @@ class Record(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One pack to write: its folder, its pack.json without the shards, and what goes into each shard."""
+    """One pack to write: its folder, its pack.json without the shards, and the files that go into each shard."""
 
     folder: Path
     header: dict
-    shards: list[list[Item]]
+    shards: list[FileList]
 
-    @property
     def plan(self) -> dict:
         """Give all that decides the shards' content, so that only equal ones are gone on with."""
         digest = hashlib.sha256()
-        for item in itertools.chain.from_iterable(self.shards):
-            status = os.stat(item.path)
-            digest.update(repr((item.name, item.label, status.st_size, status.st_mtime_ns)).encode())
-        return self.header | {"files": digest.hexdigest(), "items": [len(items) for items in self.shards]}
+        for files in self.shards:
+            for i in range(len(files)):
+                status = os.stat(files.path(i))
+                row = (bytes(files.paths[i]), int(files.labels[i]), status.st_size, status.st_mtime_ns)
+                digest.update(repr(row).encode())
+        return self.header | {"files": digest.hexdigest(), "items": [len(files) for files in self.shards]}
 
 
 def list_jobs(args: argparse.Namespace) -> list[Job]:
     """Find out what kind of folder it is, and give a job for every split."""
-    root = args.source
+    root, jobs = args.source, []
     if any(is_packed(folder) for folder in (root, *root.glob("*/"))):
         raise ValueError(f"{root} is packed already; give the folder that it was made of")
     pairs_root = root / "ADEChallengeData2016" if (root / "ADEChallengeData2016").is_dir() else root
     if (pairs_root / "annotations").is_dir():
-        splits = [name for name in ("training", "validation") if (pairs_root / "annotations" / name).is_dir()]
-        return [plan_pairs(pairs_root, name, args) for name in splits]
-    train, val = find_splits(root)
-    if train == root:
-        return [plan_images(root, args.output, args)]
-    return [plan_images(folder, args.output / folder.name, args) for folder in (train, val) if folder]
-
-
-def plan_images(source: Path, folder: Path, args: argparse.Namespace) -> Job:
-    files = list_images(source)
-    items = [Item(files.path(i), bytes(files.paths[i]), int(files.labels[i])) for i in range(len(files))]
+        header = dict(kind="pairs", encoding="files", quality=None, short_side=None, classes=[])
+        for split in ("training", "validation"):
+            if (pairs_root / "annotations" / split).is_dir():
+                pairs = list_pairs(pairs_root, split)
+                paths = np.stack([pairs.images, pairs.label_maps], axis=1).flatten()  # every second one a label map
+                files = FileList(pairs.root, paths, np.full(len(paths), -1), ())
+                jobs.append(plan_job(args.output / split, header, files, 2 * args.images_per_shard))
+        return jobs
     encoding = dict(encoding="raw", quality=None) if args.raw else dict(encoding="jpeg", quality=args.quality)
-    header = dict(kind="images", short_side=args.short_side, classes=list(files.classes), **encoding)
-    return cut_into_shards(folder, header, items, args.images_per_shard)
+    train, val = find_splits(root)
+    for source in filter(None, (train, val)):
+        files = list_images(source)
+        header = dict(kind="images", short_side=args.short_side, classes=list(files.classes), **encoding)
+        folder = args.output if source == root else args.output / source.name
+        jobs.append(plan_job(folder, header, files, args.images_per_shard))
+    return jobs
 
 
-def plan_pairs(root: Path, split: str, args: argparse.Namespace) -> Job:
-    pairs, items = list_pairs(root, split), []
-    for i in range(len(pairs)):
-        items.append(Item(pairs.path(i), bytes(pairs.images[i]), -1))
-        items.append(Item(pairs.label_path(i), bytes(pairs.label_maps[i]), -1))
-    header = dict(kind="pairs", encoding="files", quality=None, short_side=None, classes=[])
-    return cut_into_shards(args.output / split, header, items, 2 * args.images_per_shard)
-
-
-def cut_into_shards(folder: Path, header: dict, items: list[Item], size: int) -> Job:
-    shards = [items[start : start + size] for start in range(0, len(items), size)]
+def plan_job(folder: Path, header: dict, files: FileList, size: int) -> Job:
+    cuts = [slice(start, start + size) for start in range(0, len(files), size)]
+    shards = [dataclasses.replace(files, paths=files.paths[cut], labels=files.labels[cut]) for cut in cuts]
     return Job(folder, {"version": packs.PACK_VERSION} | header, shards)
 
 
-def encode(item: Item, header: dict) -> Record:
+def encode(path: str, header: dict) -> Record:
     """Make a record of a file."""
     try:
-        data = Path(item.path).read_bytes()
+        data = Path(path).read_bytes()
         if header["encoding"] == "files":
             return Record(data)
-        plain = is_plain_jpeg(Image.open(NamedBytes(data, item.path), formats=IMAGE_FORMATS), 3)
-        image = read_image(NamedBytes(data, item.path))  # in any case, so that every record can be decoded
+        plain = is_plain_jpeg(Image.open(NamedBytes(data, path), formats=IMAGE_FORMATS), 3)
+        image = read_image(NamedBytes(data, path))  # in any case, so that every record can be decoded
         scale = header["short_side"] / min(image.size)
         if plain and scale >= 1 and header["encoding"] == "jpeg":
             return Record(data, image.height, image.width)
@@ -156,32 +140,29 @@ def encode(item: Item, header: dict) -> Record:
         return Record(b"", error=f"{type(error).__name__}: {error}")
 
 
-# ------------------------------------------------------------------------------------------------ writing it
-
-
 def pack(job: Job, num_workers: int) -> None:
     """Write a pack, shard by shard; what an interrupted call has finished is kept."""
-    names = [item.name for item in itertools.chain.from_iterable(job.shards)]
-    too_long = next((name for name in names if not is_inner_path(name)), None)
+    too_long = next((name for files in job.shards for name in files.paths if not is_inner_path(name)), None)
     if too_long is not None:
         raise ValueError(f"{os.fsdecode(too_long)} is no name that a pack can hold; rename it")
-    start(job.folder, job.plan)
-    left_out, shards = [], []
-    bar = tqdm(total=len(names), unit="file", desc=str(job.folder), mininterval=1)
+    start(job.folder, job.plan())
+    left_out, shards, total = [], [], sum(map(len, job.shards))
+    bar = tqdm(total=total, unit="file", desc=str(job.folder), mininterval=1)
     with bar, ProcessPoolExecutor(num_workers) as pool:
-        for number, items in enumerate(job.shards):
+        for number, files in enumerate(job.shards):
             path = job.folder / f"{number:05d}.shard"
             if path.exists():
-                bar.update(len(items))
+                bar.update(len(files))
             else:
-                records = pool.map(functools.partial(encode, header=job.header), items, chunksize=8)
-                left_out += write_shard(path, items, records, bar)
+                paths = map(files.path, range(len(files)))
+                records = pool.map(functools.partial(encode, header=job.header), paths, chunksize=8)
+                left_out += write_shard(path, files, records, bar)
             shards.append(describe_shard(path))
     with written_whole(job.folder / packs.PACK_FILE) as temporary:
         write_json(temporary, job.header | {"shards": shards})
     (job.folder / packs.PACKING_FILE).unlink()
     count, size = len(Pack(job.folder).names), sum(shard["bytes"] for shard in shards) / 1e9
-    missing = len(names) - count
+    missing = total - count
     print(f"{job.folder}: {count:,} records, {size:.3f} GB in {len(shards)} shards, {missing} files left out")
     if left_out:
         print("  left out: " + name_some(left_out, 10, "\n" + " " * 12))
@@ -200,23 +181,23 @@ def start(folder: Path, plan: dict) -> None:
         raise FileExistsError(f"{folder} was begun with other files or flags; remove it or name another folder")
 
 
-def write_shard(path: Path, items: list[Item], records: Iterator[Record], bar: tqdm) -> list[str]:
+def write_shard(path: Path, files: FileList, records: Iterator[Record], bar: tqdm) -> list[str]:
     """Write a shard and give a line for every file that is left out."""
     rows, names, left_out, offset = [], [], [], 0
     with written_whole(path) as temporary, temporary.open("wb") as file:
-        for item, record in zip(items, records, strict=True):
+        for i, record in zip(range(len(files)), records, strict=True):
             bar.update()
             if record.error is not None:
-                left_out.append(f"{item.path}: {record.error}")
+                left_out.append(f"{files.path(i)}: {record.error}")
                 continue
             size, checksum = file.write(record.data), zlib.crc32(record.data)
-            rows.append((offset, size, record.height, record.width, item.label, checksum))
-            names.append(item.name)
+            rows.append((offset, size, record.height, record.width, files.labels[i], checksum))
+            names.append(files.paths[i])
             offset += size
-        index = np.array(rows, packs.SHARD_TABLE).tobytes() + b"\0".join(names)
-        file.write(index)
-        names_size = len(index) - len(rows) * packs.SHARD_TABLE.itemsize
-        file.write(packs.SHARD_TRAILER.pack(len(rows), names_size, zlib.crc32(index), packs.SHARD_MAGIC))
+        table, texts = np.array(rows, packs.SHARD_TABLE).tobytes(), b"\0".join(names)
+        file.write(table + texts)
+        checksum = zlib.crc32(table + texts)
+        file.write(packs.SHARD_TRAILER.pack(len(rows), len(texts), checksum, packs.SHARD_MAGIC))
     return left_out
 
 
@@ -241,10 +222,9 @@ def verify(root: Path) -> None:
     for folder in folders:
         found = Pack(folder)
         shards = found.header["shards"]
-        bar = tqdm(shards, unit="shard", desc=str(folder))
-        changed = [
-            str(folder / shard["file"]) for shard in bar if sha256(folder / shard["file"]) != shard.get("sha256")
-        ]
+        digests = {folder / shard["file"]: shard.get("sha256") for shard in shards}
+        bar = tqdm(digests.items(), unit="shard", desc=str(folder))
+        changed = [str(path) for path, digest in bar if sha256(path) != digest]
         if changed:
             raise ValueError(f"changed since they were packed: {', '.join(changed)}")
         print(f"{folder}: {len(found.names):,} records in {len(shards)} shards are what was packed")

@@ -15,7 +15,6 @@ COLOURS = ("#1f6fb4", "#d1495b", "#3a8f4d", "#8e5ea2", "#c98a1b", "#444444")
 PANEL_SIZE = (560, 320)
 MARGIN = {"left": 70, "right": 16, "top": 34, "bottom": 40}
 NUM_TICKS = 5
-MAX_DOTS = 30  # fewer points than this are marked
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -24,19 +23,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="picture to write")
     parser.add_argument("--overwrite", action="store_true", help="allow --output to exist")
     parser.add_argument("--x", default="epoch", help="horizontal axis (default: epoch)")
-    parser.add_argument(
-        "--y",
-        nargs="+",
-        default=["training_loss", "testing_loss"],
-        help="figures, a panel each; several joined by + share one (default: training_loss testing_loss)",
-    )
+    figures = "figures, a panel each; several joined by + share one (default: training_loss testing_loss)"
+    parser.add_argument("--y", nargs="+", default=["training_loss", "testing_loss"], help=figures)
     return parser.parse_args(argv)
 
 
-def read_points(log: Path, x: str, y: str) -> list[tuple[float, float | None]]:
-    """Read a curve; a figure that is null, of a window whose steps were all left out, is None: a gap in the curve."""
-    rows = []
-    lines = log.read_text().splitlines()
+def read_rows(log: Path) -> list[dict]:
+    rows, lines = [], log.read_text().splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
@@ -44,41 +37,37 @@ def read_points(log: Path, x: str, y: str) -> list[tuple[float, float | None]]:
             if number < len(lines):
                 raise ValueError(f"line {number} of {log} is no JSON: {error}") from error
             print(f"{log}: the last line was cut off and is passed over")
-    return [(row[x], row[y]) for row in rows if row.get(x) is not None and y in row]
+    return rows
 
 
-def draw_panel(series: dict[str, list[tuple[float, float]]], title: str, x_name: str) -> Image.Image:
-    """Draw named series of points as lines over common axes."""
-    width, height = PANEL_SIZE
+def draw_panel(series: dict[str, list[tuple[float, float | None]]], caption: str) -> Image.Image:
+    """Draw named series of points as lines over common axes; a value of None is a gap in its line."""
+    left, right = MARGIN["left"], PANEL_SIZE[0] - MARGIN["right"]
+    top, bottom = MARGIN["top"], PANEL_SIZE[1] - MARGIN["bottom"]
     picture = Image.new("RGB", PANEL_SIZE, "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
-    known = [point for points in series.values() for point in points if point[1] is not None]
-    xs, ys = zip(*known, strict=True)
+    xs, ys = zip(*(point for points in series.values() for point in points if point[1] is not None), strict=True)
     (x_low, x_high), (y_low, y_high) = ((min(v), max(v) if max(v) > min(v) else min(v) + 1) for v in (xs, ys))
-    plot_width = width - MARGIN["left"] - MARGIN["right"]
-    plot_height = height - MARGIN["top"] - MARGIN["bottom"]
 
     def place(x: float, y: float) -> tuple[float, float]:
-        right, up = (x - x_low) / (x_high - x_low), (y - y_low) / (y_high - y_low)
-        return MARGIN["left"] + right * plot_width, height - MARGIN["bottom"] - up * plot_height
+        across, up = (x - x_low) / (x_high - x_low), (y - y_low) / (y_high - y_low)
+        return left + across * (right - left), bottom - up * (bottom - top)
 
     for tick in range(NUM_TICKS + 1):
         share = tick / NUM_TICKS
         x, y = x_low + share * (x_high - x_low), y_low + share * (y_high - y_low)
         draw.line([place(x_low, y), place(x_high, y)], fill="#e0e0e0")
-        draw.text((MARGIN["left"] - 6, place(x, y)[1]), f"{y:.4g}", fill="black", font=font, anchor="rm")
-        draw.text((place(x, y)[0], height - MARGIN["bottom"] + 6), f"{x:.4g}", fill="black", font=font, anchor="mt")
-    caption = f"{title} over {x_name}" if title else x_name
-    draw.text((width / 2, height - 12), caption, fill="black", font=font, anchor="mm")
-    legend_x = width - MARGIN["right"]
+        draw.text((left - 6, place(x, y)[1]), f"{y:.4g}", fill="black", font=font, anchor="rm")
+        draw.text((place(x, y)[0], bottom + 6), f"{x:.4g}", fill="black", font=font, anchor="mt")
+    draw.text((PANEL_SIZE[0] / 2, PANEL_SIZE[1] - 12), caption, fill="black", font=font, anchor="mm")
+    legend_x = right
     for colour, (name, points) in reversed(list(zip(COLOURS, series.items(), strict=False))):
-        for has_values, piece in itertools.groupby(points, lambda point: point[1] is not None):
-            if has_values:
-                places = [place(*point) for point in piece]
-                draw.line(places, fill=colour, width=2)
-                if len(points) <= MAX_DOTS or len(places) == 1:  # a line of one point would not be seen
-                    for x, y in places:
-                        draw.circle((x, y), 3, fill=colour)
+        places = [None if y is None else place(x, y) for x, y in points]
+        for start, end in itertools.pairwise(places):
+            if start and end:
+                draw.line([start, end], fill=colour, width=2)
+        for dot in filter(None, places):  # a point between two gaps has no line
+            draw.circle(dot, 2, fill=colour)
         draw.text((legend_x, 10), name, fill=colour, font=font, anchor="rm")
         legend_x -= draw.textlength(name, font=font) + 14
     return picture
@@ -87,26 +76,18 @@ def draw_panel(series: dict[str, list[tuple[float, float]]], title: str, x_name:
 def main(args: argparse.Namespace) -> None:
     if args.output.exists() and not args.overwrite:
         raise FileExistsError(f"{args.output} exists; choose another --output or add --overwrite")
-    panels = []
-    words = [log.parent.name.split("_") for log in args.logs]
-    shared = 0  # words that all names of runs begin with
-    while all(len(name) > shared + 1 and name[shared] == words[0][shared] for name in words):
-        shared += 1
-    for names in args.y:
-        series = {}
-        figures = names.split("+")
-        for log, run_words in zip(args.logs, words, strict=True):
-            for name in figures:
-                run = "_".join(run_words[shared:])
-                label = " ".join([run] * (len(args.logs) > 1) + [name] * (len(figures) > 1)) or name
-                points = read_points(log, args.x, name)
-                if any(value is not None for _, value in points):
-                    series[label] = points
+    panels, logs = [], [(log.parent.name, read_rows(log)) for log in args.logs]
+    for figures in args.y:
+        series, names = {}, figures.split("+")
+        for (run, rows), name in itertools.product(logs, names):
+            points = [(row[args.x], row[name]) for row in rows if row.get(args.x) is not None and name in row]
+            if any(value is not None for _, value in points):
+                series[" ".join([run] * (len(logs) > 1) + [name] * (len(names) > 1)) or name] = points
         if not series:
-            raise ValueError(f"no row of {', '.join(map(str, args.logs))} has both {args.x!r} and {names!r}")
+            raise ValueError(f"no row of {', '.join(map(str, args.logs))} has both {args.x!r} and {figures!r}")
         if len(series) > len(COLOURS):
             raise ValueError(f"{len(series)} curves are more than the {len(COLOURS)} colours of one panel")
-        panels.append(draw_panel(series, names.replace("+", ", ") if len(args.logs) > 1 else "", args.x))
+        panels.append(draw_panel(series, f"{', '.join(names)} over {args.x}"))
     columns = min(2, len(panels))
     sheet = Image.new("RGB", (columns * PANEL_SIZE[0], math.ceil(len(panels) / columns) * PANEL_SIZE[1]), "white")
     for index, panel in enumerate(panels):

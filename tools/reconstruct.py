@@ -26,13 +26,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="allow --output to exist")
     parser.add_argument("--mask_ratio", type=float, default=0.75, help="share of the patches removed (default: 0.75)")
     parser.add_argument("--seed", type=int, default=0, help="decides the masks (default: 0)")
-    parser.add_argument(
-        "--norm_pix_loss",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="how weights without a config.json were trained: mae_visualize_vit_*.pth without (default), "
-        "mae_pretrain_vit_*_full.pth with",
-    )
+    files = "mae_visualize_vit_*.pth without (default), mae_pretrain_vit_*_full.pth with"
+    trained = f"how weights without a config.json were trained: {files}"
+    parser.add_argument("--norm_pix_loss", action=argparse.BooleanOptionalAction, default=False, help=trained)
     return parser.parse_args(argv)
 
 

@@ -34,15 +34,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder of finetune_segmentation.py")
     parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--overwrite", action="store_true", help="allow pictures of these names to exist")
-    parser.add_argument("--opacity", type=float, default=0.5, help="of the colours over the image (default: 0.5)")
     parser.add_argument("--slide", action=argparse.BooleanOptionalAction, default=True, help="score by windows")
     parser.add_argument("--multi_scale", action="store_true", help="average over six sizes")
     parser.add_argument("--flip", action="store_true", help="average over the image and its mirror image")
     parser.add_argument("--batch_size", type=int, default=4, help="windows at once (default: 4)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    if not 0 <= args.opacity <= 1:
-        parser.error(f"--opacity is a share between 0 and 1, not {args.opacity}")
     if args.batch_size < 1:
         parser.error(f"--batch_size must be at least 1, not {args.batch_size}")
     return args
@@ -85,15 +82,15 @@ def main(args: argparse.Namespace) -> None:
         labels = (classes + record["ignore_zero"]).numpy().astype(np.uint8)
         Image.fromarray(labels).save(args.output / f"{name}_labels.png")
         overlay_file = args.output / f"{name}_overlay.png"
-        draw_overlay(image, classes, {names[k]: k for k in shown}, args.opacity).save(overlay_file)
+        draw_overlay(image, classes, {names[k]: k for k in shown}).save(overlay_file)
         print(f"{file}: {overlay_file}")
         for k in shown:
             print(f"  {100 * counts[k].item() / classes.numel():6.2f} %  {names[k]}")
 
 
-def draw_overlay(image: torch.Tensor, classes: torch.Tensor, shown: dict[str, int], opacity: float) -> Image.Image:
-    """Lay the classes' colours over an image, uint8 (C, H, W), with a legend of those `shown` below."""
-    mixed = (1 - opacity) * image[:3] / 255 + opacity * colour_classes(classes, LABEL_COLOURS)  # (3, H, W), grey too
+def draw_overlay(image: torch.Tensor, classes: torch.Tensor, shown: dict[str, int]) -> Image.Image:
+    """Mix an image, uint8 (C, H, W), half and half with its classes' colours; a legend of those `shown` lies below."""
+    mixed = 0.5 * image[:3] / 255 + 0.5 * colour_classes(classes, LABEL_COLOURS)  # (3, H, W), also of a grey image
     top = Image.fromarray((mixed * 255).round().byte().permute(1, 2, 0).numpy())
     legend = draw_legend({name: tuple(LABEL_COLOURS[k]) for name, k in shown.items()}, max(320, top.width))
     canvas = ImageOps.expand(top, (0, 0, legend.width - top.width, legend.height), "white")
