@@ -68,16 +68,14 @@ def find_checkpoint(experiment: Path, name: str) -> Path:
 
 def newest_whole_checkpoint(checkpoints: list[Path]) -> tuple[Path, list[Path]]:
     """Give the newest checkpoint whose files are as its manifest says, and the newer ones that are damaged."""
-    damaged, reasons = [], []
+    damaged: dict[Path, str] = {}
     for folder in reversed(checkpoints):
-        damage = find_damage(folder)
-        if damage is None:
-            return folder, damaged
-        damaged.append(folder)
-        reasons.append(f"  {folder.name}: {damage}")
+        if (damage := find_damage(folder)) is None:
+            return folder, list(damaged)
+        damaged[folder] = f"  {folder.name}: {damage}\n"
     raise ValueError(
         f"every checkpoint in {checkpoints[0].parent} is damaged, and starting again without being asked would lose "
-        "the run:\n" + "\n".join(reasons) + "\nPut a whole copy back, or choose another --experiment_name"
+        f"the run:\n{''.join(damaged.values())}Put a whole copy back, or choose another --experiment_name"
     )
 
 
@@ -149,7 +147,7 @@ def open_experiment(accelerator: Accelerator, args: argparse.Namespace) -> Start
 
 def choose_start(args: argparse.Namespace) -> Start:
     experiment = Path(args.working_directory) / args.experiment_name
-    existing, name = find_checkpoints(experiment), args.resume_from_checkpoint
+    existing, name, damaged = find_checkpoints(experiment), args.resume_from_checkpoint, []
     if name is None and existing:
         raise FileExistsError(
             f"{experiment} already holds {len(existing)} checkpoints. Add --resume_from_checkpoint latest to go on "
@@ -160,7 +158,7 @@ def choose_start(args: argparse.Namespace) -> Start:
     if name == "latest":
         folder, damaged = newest_whole_checkpoint(existing)
     else:
-        folder, damaged = find_checkpoint(experiment, name), []
+        folder = find_checkpoint(experiment, name)
         if damage := find_damage(folder):
             raise ValueError(f"--resume_from_checkpoint {folder} is damaged: {damage}. 'latest' takes a whole one")
         newer = [other for other in existing if checkpoint_order(other) > checkpoint_order(folder)]
@@ -211,16 +209,6 @@ def tidy(experiment: Path) -> None:
         remove(half)
 
 
-def find_failure(accelerator: Accelerator, act: Callable[[], None]) -> str | None:
-    """Do something on every process and tell all of them what failed on any; None when nothing did."""
-    try:
-        act()
-        failure = None
-    except SAVE_ERRORS as error:
-        failure = f"{type(error).__name__}: {error}"
-    return next((failure for failure in gather_object([failure]) if failure is not None), None)
-
-
 class Checkpoints:
     """Write the states of a run: whole or not at all, each with a manifest, the newest and those kept for good.
 
@@ -232,13 +220,23 @@ class Checkpoints:
         self.accelerator, self.experiment, self.keep = accelerator, experiment, keep
         self.failures, self.size, self.saved_at = 0, 0, time.monotonic()
 
+    def find_failure(self, act: Callable, *args: object, everywhere: bool = False) -> str | None:
+        """Do something on the main process, or `everywhere`; give all what failed on any, None when nothing did."""
+        failure = None
+        try:
+            if everywhere or self.accelerator.is_main_process:
+                act(*args)
+        except SAVE_ERRORS as error:
+            failure = f"{type(error).__name__}: {error}"
+        return next(filter(None, gather_object([failure])), None)
+
     def save(
         self,
         model: nn.Module,
         config: Mapping,
         state: Mapping,
         *,
-        epoch_ends: bool,
+        epoch_ends: bool = False,
         for_good: bool = False,
         average: nn.Module | None = None,
     ) -> bool:
@@ -253,49 +251,17 @@ class Checkpoints:
         name = f"checkpoint_{state['epoch']}" + ("" if epoch_ends else f"_step_{state['step']}")
         folder, temporary = self.experiment / name, self.experiment / f"{name}.tmp"
         check_weights(accelerator, model, self.experiment, state["step"])
-
-        def prepare() -> None:
-            if accelerator.is_main_process:
-                tidy(self.experiment)
-                temporary.mkdir()
-                free = shutil.disk_usage(self.experiment).free
-                if free < SPACE_FACTOR * self.size:
-                    raise OSError(f"{free / 1e9:.2f} GB are free, the last checkpoint has {self.size / 1e9:.2f} GB")
-
-        def write() -> None:
-            accelerator.save_state(temporary)
-            if accelerator.is_main_process:
-                if average is not None:
-                    save_file(average.state_dict(), temporary / AVERAGE_FILE)
-                write_json(temporary / "config.json", config)
-                write_json(temporary / STATE_FILE, {**state, "for_good": for_good})
-
-        def seal() -> None:
-            if accelerator.is_main_process:
-                self.write_manifest(temporary)
-                if folder.exists() and find_damage(folder) is None:  # of this very step, and so the same
-                    remove(temporary)
-                    return
-                if folder.exists():
-                    os.rename(folder, unused_name(folder, ".damaged"))
-                publish(temporary, folder)
-
-        def make_room() -> None:
-            if accelerator.is_main_process:
-                point_last_checkpoint(folder)
-                self.prune()
-
-        failure = find_failure(accelerator, prepare) or find_failure(accelerator, write)
+        failure = self.find_failure(self.begin, temporary)
+        failure = failure or self.find_failure(accelerator.save_state, temporary, everywhere=True)
+        tensors = {AVERAGE_FILE: average.state_dict()} if average is not None else {}
         if failure is None and accelerator.distributed_type in SHARDING:  # these save in pieces; weights go on whole
-            state_dict = accelerator.get_state_dict(model)
-            if accelerator.is_main_process:
-                save_file(state_dict, temporary / "model.safetensors")
-        failure = failure or find_failure(accelerator, seal)
+            tensors["model.safetensors"] = accelerator.get_state_dict(model)
+        records = {"config.json": config, STATE_FILE: {**state, "for_good": for_good}}
+        failure = failure or self.find_failure(self.complete, temporary, folder, tensors, records)
         self.saved_at = time.monotonic()
         if failure is None:
             self.failures = 0
-            failure = find_failure(accelerator, make_room)
-            if failure is not None:
+            if failure := self.find_failure(self.make_room, folder):
                 accelerator.print(f"{name} is written, but older ones could not be removed ({failure})")
             return True
         self.failures += 1
@@ -306,17 +272,36 @@ class Checkpoints:
         accelerator.print(f"{name} could not be written ({failure}); earlier ones are kept, and the run goes on")
         return False
 
-    def write_manifest(self, folder: Path) -> None:
-        record = {
-            file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "crc32": checksum_of(file)}
-            for file in sorted(folder.rglob("*"))
+    def begin(self, temporary: Path) -> None:
+        tidy(self.experiment)
+        temporary.mkdir()
+        free = shutil.disk_usage(self.experiment).free
+        if free < SPACE_FACTOR * self.size:
+            raise OSError(f"{free / 1e9:.2f} GB are free, the last checkpoint has {self.size / 1e9:.2f} GB")
+
+    def complete(self, temporary: Path, folder: Path, tensors: Mapping, records: Mapping) -> None:
+        """Write what Accelerate does not, then the manifest of all, and give the folder its name."""
+        for name, content in tensors.items():
+            save_file(content, temporary / name)
+        for name, content in records.items():
+            write_json(temporary / name, content)
+        files = {
+            file.relative_to(temporary).as_posix(): {"bytes": file.stat().st_size, "crc32": checksum_of(file)}
+            for file in sorted(temporary.rglob("*"))
             if file.is_file()
         }
-        write_json(folder / MANIFEST_FILE, {"files": record})
-        self.size = sum(entry["bytes"] for entry in record.values())
+        write_json(temporary / MANIFEST_FILE, {"files": files})
+        self.size = sum(entry["bytes"] for entry in files.values())
+        if folder.exists() and find_damage(folder) is None:  # of this very step, and so the same
+            remove(temporary)
+            return
+        if folder.exists():
+            os.rename(folder, unused_name(folder, ".damaged"))
+        publish(temporary, folder)
 
-    def prune(self) -> None:
+    def make_room(self, newest: Path) -> None:
         """Remove checkpoints that are neither among the newest nor kept for good; what cannot be read is left alone."""
+        point_last_checkpoint(newest)
         for folder in find_checkpoints(self.experiment)[: -self.keep]:
             try:
                 kept = read_state(folder).get("for_good", True)
@@ -336,22 +321,15 @@ class Checkpoints:
         folder, state_dict = self.experiment / name, self.accelerator.get_state_dict(model)
 
         def write() -> None:
-            if self.accelerator.is_main_process:
-                with written_whole(folder) as temporary:
-                    temporary.mkdir()
-                    tensors = {name: value.contiguous() for name, value in state_dict.items()}
-                    save_file(tensors, temporary / "model.safetensors")
-                    write_json(temporary / "config.json", config)
+            with written_whole(folder) as temporary:
+                temporary.mkdir()
+                tensors = {name: value.contiguous() for name, value in state_dict.items()}
+                save_file(tensors, temporary / "model.safetensors")
+                write_json(temporary / "config.json", config)
 
-        failure = find_failure(self.accelerator, write)
-        if failure is not None:
+        if failure := self.find_failure(write):
             self.accelerator.print(f"{folder} could not be written ({failure}); the run goes on")
         return failure is None
-
-    def finish(self, step: int) -> None:
-        """Leave the file that tells a scheduler that nothing is left to do."""
-        if self.accelerator.is_main_process:
-            write_json(self.experiment / DONE_FILE, {"step": step})
 
 
 # ------------------------------------------------------------------------------------------------ loading them

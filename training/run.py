@@ -28,7 +28,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from training.checkpoints import BEST_CHECKPOINT, Checkpoints, Start, check_weights, open_experiment, resume
+from storage.files import write_json
+from training.checkpoints import BEST_CHECKPOINT, DONE_FILE, Checkpoints, Start, check_weights, open_experiment, resume
 from training.flags import micro_batch_size
 from training.process import build_accelerator, cap_workers, choose_kernels, process_slice
 from training.records import BadFiles, SkippedSteps, StepClock, build_bar, open_records, peak_memory_gb, save_picture
@@ -276,7 +277,6 @@ class Run:
     def save(self, epoch: int, row: Mapping, **how: bool) -> None:
         """Save after `epoch` complete epochs; `row` is one that waits for its evaluation."""
         state = {**self.identity, "epoch": epoch, "step": self.step, "best": self.best, "row": row}
-        how = {"epoch_ends": False, **how}
         self.saved = self.checkpoints.save(self.model, self.plan.config, state, average=self.average, **how)
 
     def finish(self) -> None:
@@ -288,4 +288,5 @@ class Run:
             )
         if not self.saved:
             raise OSError("the last checkpoint could not be written; make room for it and go on with the same command")
-        self.checkpoints.finish(self.step)
+        if self.accelerator.is_main_process:
+            write_json(self.experiment / DONE_FILE, {"step": self.step})
