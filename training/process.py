@@ -175,12 +175,6 @@ def list_checked_pairs(accelerator: Accelerator, split: str, args: argparse.Name
 # ------------------------------------------------------------------------------------------------ printing
 
 
-def print_lines(accelerator: Accelerator, lines: Mapping[str, str]) -> None:
-    """Print texts behind their names, one a line, from the main process."""
-    for name, text in lines.items():
-        accelerator.print(f"{name:<16}{text}")
-
-
 def print_figures(accelerator: Accelerator, figures: Mapping[str, float]) -> None:
     for name, value in figures.items():
         accelerator.print(f"{name:<24}{value:.4f}")

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import importlib
 import json
+import math
 import netrc
 import os
 import re
@@ -25,7 +26,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
-from storage.files import rename_aside, unused_name, written_whole
+from storage.files import rename_aside, unused_name, write_json, written_whole
 from training.checkpoints import (
     CHECKPOINT_NAME,
     DONE_FILE,
@@ -39,7 +40,7 @@ from training.checkpoints import (
     point_last_checkpoint,
     tidy,
 )
-from training.process import describe_processes, print_lines
+from training.process import describe_processes
 
 WANDB_TIMEOUT_S = 20
 BAR_INTERVAL_S = 30  # between lines of a progress bar that goes into a file
@@ -71,16 +72,12 @@ def lock_experiment(experiment: Path) -> TextIO:
 
 def write_args(experiment: Path, args: argparse.Namespace, resumed_from: Path | None) -> list[str]:
     """Write args.json; a resume keeps the first file and adds its own. Give the flags that differ from the first."""
-    flags = json.loads(json.dumps(vars(args)))
-    first = experiment / "args.json"
-    before = json.loads(first.read_text()) if first.exists() and resumed_from is not None else flags
-    file = first
-    if resumed_from is None:
-        rename_aside(first)
-    elif first.exists():
-        file = experiment / f"args_from_{resumed_from.name}.json"
-        rename_aside(file)
-    file.write_text(json.dumps(flags, indent=2) + "\n")
+    before = flags = json.loads(json.dumps(vars(args)))
+    file = experiment / "args.json"
+    if resumed_from is not None and file.exists():
+        before, file = json.loads(file.read_text()), experiment / f"args_from_{resumed_from.name}.json"
+    rename_aside(file)
+    write_json(file, flags)
     return [
         f"--{name} {new} (was {old})"
         for name, old, new in sorted(find_differences(before, flags))
@@ -131,12 +128,6 @@ def optional_write(file: Path) -> Iterator[None]:
         print(f"{file} could not be written ({error}); the run goes on", flush=True)
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    with optional_write(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-
-
 def describe_run(
     accelerator: Accelerator, args: argparse.Namespace, sampler, files, held_out, lines: Mapping[str, str]
 ) -> None:
@@ -157,7 +148,8 @@ def describe_run(
             f"{len(files):,} images do not fill one step of {sampler.images_per_step}, so an epoch repeats some; a "
             "smaller --per_gpu_batch_size avoids it"
         )
-    print_lines(accelerator, common | dict(lines))
+    for name, text in (common | dict(lines)).items():
+        accelerator.print(f"{name:<16}{text}")
 
 
 # ------------------------------------------------------------------------------------------------ progress
@@ -165,17 +157,9 @@ def describe_run(
 
 def build_bar(accelerator: Accelerator, total_steps: int, step: int) -> tqdm:
     """Show the progress of a run from the main process; where no one watches a terminal, a line now and then."""
-    watched = sys.stderr.isatty()
-    return tqdm(
-        total=total_steps,
-        initial=step,
-        unit="step",
-        dynamic_ncols=watched,
-        ncols=None if watched else 160,
-        mininterval=0.1 if watched else BAR_INTERVAL_S,
-        maxinterval=10 if watched else BAR_INTERVAL_S,
-        disable=not accelerator.is_main_process,
-    )
+    in_file = dict(ncols=160, mininterval=BAR_INTERVAL_S, maxinterval=BAR_INTERVAL_S)
+    options = dict(dynamic_ncols=True) if sys.stderr.isatty() else in_file
+    return tqdm(total=total_steps, initial=step, unit="step", disable=not accelerator.is_main_process, **options)
 
 
 class StepClock:
@@ -194,31 +178,24 @@ class StepClock:
 
     def watch(self, loader: Iterable) -> Iterator:
         """Iterate over a loader, adding up the time spent in it and the images it gives."""
-        iterator = iter(loader)
-        while True:
-            asked = time.perf_counter()
-            batch = next(iterator, None)
+        batches, asked = iter(loader), time.perf_counter()
+        for batch in batches:
             self.waited_s += time.perf_counter() - asked
-            if batch is None:
-                return
             self.images += len(batch.images)
             yield batch
+            asked = time.perf_counter()
 
     def read(self, num_processes: int) -> dict[str, float]:
         """Give the figures since the last reading, images counted over all processes, and start over."""
         elapsed_s = max(time.perf_counter() - self.started, 1e-9)
-        figures = {
-            "images_per_second": self.images * num_processes / elapsed_s,
-            "data_wait_fraction": self.waited_s / elapsed_s,
-        }
+        images_per_second, waited = self.images * num_processes / elapsed_s, self.waited_s / elapsed_s
         self.readings += 1
-        slow = figures["data_wait_fraction"] > LONG_WAIT and self.readings > 1
-        self.slow_readings = self.slow_readings + 1 if slow else 0
+        self.slow_readings = self.slow_readings + 1 if waited > LONG_WAIT and self.readings > 1 else 0
         if self.slow_readings == 2 and self.say is not None:
-            self.say(DATA_HINT.format(figures["data_wait_fraction"]))
+            self.say(DATA_HINT.format(waited))
             self.say = None
         self.restart()
-        return figures
+        return {"images_per_second": images_per_second, "data_wait_fraction": waited}
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -246,7 +223,7 @@ class RunLog:
             rename_aside(self.file)
         elif enabled and self.file.exists():
             lines = self.file.read_text().splitlines()
-            kept = [line for line in lines if (row := parse_row(line)) is not None and row["step"] <= resumed_step]
+            kept = [line for line in lines if step_of(line) <= resumed_step]
             with written_whole(self.file) as temporary:
                 temporary.write_text("".join(line + "\n" for line in kept))
 
@@ -262,10 +239,11 @@ class RunLog:
         mode = os.environ.get("WANDB_MODE") or ("online" if wandb_key_exists() else "offline")
         if "WANDB_MODE" not in os.environ and mode == "offline":
             print("--log_wandb: no API key found, so W&B runs offline; `wandb sync` uploads it later", flush=True)
-        if self.with_wandb(lambda: self.init_wandb(args, mode)) is None and mode == "online":
-            self.with_wandb(lambda: self.init_wandb(args, "offline"))
+        self.with_wandb(self.init_wandb, args, mode)
+        if self.wandb_run is None and mode == "online":
+            self.with_wandb(self.init_wandb, args, "offline")
 
-    def init_wandb(self, args: argparse.Namespace, mode: str):
+    def init_wandb(self, args: argparse.Namespace, mode: str) -> None:
         id_file = self.file.with_name("wandb_id.txt")
         run = self.wandb.init(
             project=re.sub(r"[/\\#?%:]", "_", args.experiment_name),  # W&B refuses these
@@ -280,16 +258,14 @@ class RunLog:
         id_file.write_text(run.id + "\n")
         run.define_metric("*", step_metric="step")
         self.wandb_run = run
-        return run
 
-    def with_wandb(self, act: Callable):
+    def with_wandb(self, act: Callable, *args: object) -> None:
         """Do something with W&B; if it fails, say so and leave W&B alone from then on."""
         try:
-            return act()
+            act(*args)
         except (self.wandb.Error, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             print(f"--log_wandb: W&B failed ({type(error).__name__}: {error}); the run goes on without it", flush=True)
             self.wandb_run = None
-            return None
 
     def write(self, row: Mapping[str, float | None]) -> None:
         """Append a row; it carries "step". Rows that a full disk refuses are written with a later one."""
@@ -306,10 +282,14 @@ class RunLog:
             if self.file.exists():
                 os.truncate(self.file, whole)
         if self.wandb_run is not None:
-            self.with_wandb(lambda: self.wandb_run.log(dict(row)))
+            self.with_wandb(self.wandb_run.log, dict(row))
 
-    def picture(self, key: str, path: Path, step: int) -> None:
-        """Send a picture file to W&B."""
+    def picture(self, key: str, epoch: int, picture: Image.Image, step: int) -> None:
+        """Save a picture as <experiment>/<key>/epoch_<epoch>.png, and send it to W&B."""
+        path = self.file.parent / key / f"epoch_{epoch}.png"
+        with optional_write(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
         if self.wandb_run is not None and path.exists():
             self.with_wandb(lambda: self.wandb_run.log({key: self.wandb.Image(str(path)), "step": step}))
 
@@ -320,13 +300,12 @@ class RunLog:
             self.lock.close()
 
 
-def parse_row(line: str) -> dict | None:
-    """Read a row of a log; None for one that a crash cut short."""
+def step_of(line: str) -> float:
+    """Read the step of a row of a log; infinity for one that a crash cut short."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row if isinstance(row, dict) and "step" in row else None
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def wandb_key_exists() -> bool:
@@ -350,10 +329,8 @@ class BadFiles:
         self.file, self.num_images, self.max_fraction = experiment / "bad_files.txt", num_images, max_fraction
         self.new: dict[str, str] = {}
         self.met: set[str] = set()  # by this run; a file that was repaired since it was named counts no more
-        self.named: set[str] = set()
-        if self.file.exists():
-            lines = self.file.read_text(errors="surrogateescape").splitlines()
-            self.named = {line.split("\t")[0] for line in lines}
+        lines = self.file.read_text(errors="surrogateescape").splitlines() if self.file.exists() else []
+        self.named = {line.split("\t")[0] for line in lines}
 
     def note(self, bad_files: Iterable[tuple[str, str]]) -> None:
         """Remember what one batch of this process met; nothing is written before `share`."""
@@ -391,7 +368,7 @@ class SkippedSteps:
     """
 
     def __init__(self, experiment: Path, images_of: Callable[[int], list[str]], max_in_a_row: int):
-        self.experiment, self.images_of, self.max_in_a_row = experiment, images_of, max_in_a_row
+        self.file, self.images_of, self.max_in_a_row = experiment / "nonfinite_steps.jsonl", images_of, max_in_a_row
         self.count, self.in_a_row = 0, 0
 
     def note(self, accelerator: Accelerator, skipped: list[bool], last_step: int, say: Callable[[str], None]) -> None:
@@ -400,17 +377,13 @@ class SkippedSteps:
         FloatingPointError after `max_in_a_row` of them.
         """
         for step, was_skipped in enumerate(skipped, start=last_step - len(skipped) + 1):
-            self.in_a_row = self.in_a_row + 1 if was_skipped else 0
-            if not was_skipped:
-                continue
-            self.count += 1
-            file = self.experiment / "nonfinite_steps.jsonl"
-            if accelerator.is_main_process:
-                with optional_write(file), file.open("a", errors="surrogateescape") as rows:
+            self.count, self.in_a_row = self.count + was_skipped, self.in_a_row + 1 if was_skipped else 0
+            if was_skipped and accelerator.is_main_process:
+                with optional_write(self.file), self.file.open("a", errors="surrogateescape") as rows:
                     rows.write(json.dumps({"step": step, "images": self.images_of(step)}) + "\n")
-                say(f"step {step}: loss or gradient not finite, left out; its images are named in {file}")
+                say(f"step {step}: loss or gradient not finite, left out; its images are named in {self.file}")
             if self.in_a_row == self.max_in_a_row:
                 raise FloatingPointError(
                     f"loss or gradient was not finite in {self.in_a_row} optimizer steps in a row, up to step {step} "
-                    f"(--max_nonfinite_steps). {advise_on_nonfinite(self.experiment)}"
+                    f"(--max_nonfinite_steps). {advise_on_nonfinite(self.file.parent)}"
                 )

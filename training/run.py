@@ -32,7 +32,7 @@ from storage.files import write_json
 from training.checkpoints import BEST_CHECKPOINT, DONE_FILE, Checkpoints, Start, check_weights, open_experiment, resume
 from training.flags import micro_batch_size
 from training.process import build_accelerator, cap_workers, choose_kernels, process_slice
-from training.records import BadFiles, SkippedSteps, StepClock, build_bar, open_records, peak_memory_gb, save_picture
+from training.records import BadFiles, SkippedSteps, StepClock, build_bar, open_records, peak_memory_gb
 from training.signals import GO_ON, SAVE, STOP, Interrupted, Interruptions
 
 
@@ -254,9 +254,7 @@ class Run:
     def keep_picture(self, name: str, picture: Image.Image | None) -> None:
         """Save a picture of this epoch, from the main process, and hand it to the tracker; others may have none."""
         if self.accelerator.is_main_process and picture is not None:
-            path = self.experiment / name / f"epoch_{self.epoch + 1}.png"
-            save_picture(picture, path)
-            self.log.picture(name, path, self.step)
+            self.log.picture(name, self.epoch + 1, picture, self.step)
 
     def finish_epoch(self, figures: Mapping, *, save: bool, for_good: bool) -> None:
         """Write the epoch's row with the figures of its evaluation, and its checkpoint; may raise Stopped."""
