@@ -8,6 +8,7 @@ Nothing here knows a network or a data set.
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -71,9 +72,6 @@ METAVARS = {int: "N", float: "X", str: "TEXT"}
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keep the module docstring's lines, put a flag on one line where it fits, and show defaults that say something."""
 
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=36)
-
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, argparse.BooleanOptionalAction):
             return f"--[no-]{action.dest}"
@@ -100,7 +98,7 @@ class Flags:
         self.parser = argparse.ArgumentParser(
             description=description,
             usage="accelerate launch %(prog)s [flags]",
-            formatter_class=HelpFormatter,
+            formatter_class=functools.partial(HelpFormatter, max_help_position=36),
             allow_abbrev=False,
             add_help=False,
         )
@@ -132,9 +130,8 @@ class Flags:
         if given.get("help"):
             self.parser.print_help()
             self.parser.exit()
-        args = vars(self.parser.parse_args([])) | dict(given)
-        del args["help"]
-        args = argparse.Namespace(**args)
+        args = argparse.Namespace(**vars(self.parser.parse_args([])) | dict(given))
+        del args.help
         self.check(args)
         return args
 
@@ -157,7 +154,9 @@ class Flags:
                 self.error(f"--{name} {given[name]}, but {source} has {sizes[name]}; leave the flag out")
         defaults = {name: sizes[name] for name in fixed}
         if source:
-            defaults |= {"input_channels": sizes["input_channels"], "img_size": as_list(sizes["img_size"])}
+            img_size = sizes["img_size"]
+            defaults["img_size"] = [img_size] if isinstance(img_size, int) else list(img_size)
+            defaults["input_channels"] = sizes["input_channels"]
         if "image_mean" in record:
             defaults |= {"mean": list(record["image_mean"]), "std": list(record["image_std"])}
         return defaults
@@ -215,10 +214,6 @@ def add_flag(group, name: str, default: object, text: str, **options: object) ->
     if isinstance(default, list):
         options = {"nargs": "+", **options}
     group.add_argument(f"--{name}", default=None if isinstance(default, type) else default, help=text, **options)
-
-
-def as_list(size: int | Sequence[int]) -> list[int]:
-    return [size] if isinstance(size, int) else list(size)
 
 
 def micro_batch_size(args: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
+import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -40,7 +41,7 @@ from training.checkpoints import (
     point_last_checkpoint,
     tidy,
 )
-from training.process import describe_processes
+from training.process import cap_workers
 
 WANDB_TIMEOUT_S = 20
 BAR_INTERVAL_S = 30  # between lines of a progress bar that goes into a file
@@ -135,13 +136,18 @@ def describe_run(
 
     `files` and `held_out` describe themselves; without `held_out` nothing is evaluated.
     """
+    capped = cap_workers(args.num_workers)
+    workers = f"{capped} data workers"
+    if capped < args.num_workers:
+        workers += f" (of --num_workers {args.num_workers}, as there are no more cores)"
     common = {
         "training": files.describe(),
         "held out": held_out.describe() if held_out else "none: no train/ with val/ or validation/ beside it",
         "effective batch": f"{sampler.images_per_step} = {accelerator.num_processes} processes x "
         f"{args.gradient_accumulation_steps} forward passes x {sampler.micro_batch_size} images",
         "schedule": f"{args.epochs} epochs of {sampler.steps_per_epoch:,} steps, warmup {args.warmup_epochs} epochs",
-        "runs on": describe_processes(accelerator, args.num_workers),
+        "runs on": f"{accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}, "
+        f"{torch.get_num_threads()} CPU threads and {workers} each, torch {torch.__version__}, timm {timm.__version__}",
     }
     if len(files) < sampler.images_per_step:
         common["note"] = (
@@ -150,6 +156,11 @@ def describe_run(
         )
     for name, text in (common | dict(lines)).items():
         accelerator.print(f"{name:<16}{text}")
+
+
+def print_figures(accelerator: Accelerator, figures: Mapping[str, float]) -> None:
+    for name, value in figures.items():
+        accelerator.print(f"{name:<24}{value:.4f}")
 
 
 # ------------------------------------------------------------------------------------------------ progress
@@ -296,6 +307,7 @@ class RunLog:
     def close(self) -> None:
         if self.wandb_run is not None:
             self.with_wandb(self.wandb_run.finish)
+            self.wandb_run = None
         if self.lock is not None:
             self.lock.close()
 
@@ -377,7 +389,8 @@ class SkippedSteps:
         FloatingPointError after `max_in_a_row` of them.
         """
         for step, was_skipped in enumerate(skipped, start=last_step - len(skipped) + 1):
-            self.count, self.in_a_row = self.count + was_skipped, self.in_a_row + 1 if was_skipped else 0
+            self.count += was_skipped
+            self.in_a_row = self.in_a_row + 1 if was_skipped else 0
             if was_skipped and accelerator.is_main_process:
                 with optional_write(self.file), self.file.open("a", errors="surrogateescape") as rows:
                     rows.write(json.dumps({"step": step, "images": self.images_of(step)}) + "\n")

@@ -17,6 +17,8 @@ Nothing here knows a network, a loss or a data set.
 """
 
 import argparse
+import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -31,9 +33,9 @@ from torch.utils.data import DataLoader
 from storage.files import write_json
 from training.checkpoints import BEST_CHECKPOINT, DONE_FILE, Checkpoints, Start, check_weights, open_experiment, resume
 from training.flags import micro_batch_size
-from training.process import build_accelerator, cap_workers, choose_kernels, process_slice
+from training.process import build_accelerator, cap_workers, process_slice
 from training.records import BadFiles, SkippedSteps, StepClock, build_bar, open_records, peak_memory_gb
-from training.signals import GO_ON, SAVE, STOP, Interrupted, Interruptions
+from training.signals import GO_ON, SAVE, STOP, Interruptions
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error
@@ -71,7 +73,9 @@ def open_run(args: argparse.Namespace) -> Opened:
     accelerator = build_accelerator(args.gradient_accumulation_steps, timeout_minutes=args.timeout_minutes)
     start = open_experiment(accelerator, args)
     set_seed(args.seed)
-    choose_kernels(args.deterministic)
+    if args.deterministic:  # only operations that give the same bits every time; torch raises for the others
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     stepping = dict(
         micro_batch_size=micro_batch_size(args),
         accumulation_steps=args.gradient_accumulation_steps,
@@ -126,8 +130,8 @@ class Run:
                 state["best"] = -1.0
         self.first_epoch = self.epoch = state["epoch"]
         self.step, self.row, self.best = state["step"], state["row"], state["best"]
-        self.log = open_records(accelerator, start, args, self.step)
         self.bad_files = BadFiles(self.experiment, len(plan.files), args.max_bad_fraction)
+        self.log = open_records(accelerator, start, args, self.step)  # from here on there is something to close
         self.skipped_steps = SkippedSteps(self.experiment, self.images_of, args.max_nonfinite_steps)
         self.checkpoints = Checkpoints(accelerator, self.experiment, args.keep_checkpoints)
         self.interruptions = Interruptions(accelerator, self.checkpoints, args.save_minutes, args.timeout_minutes)
@@ -135,8 +139,7 @@ class Run:
         self.clock = StepClock(accelerator.print)
         self.sums: dict[str, Tensor] = {}  # figures of the step under way, on the device
         self.pending: list[Tensor] = []  # (figures + 1,) of each step since the last row; the last is 1.0 where skipped
-        self.saved, self.closed = True, False
-        self.headline = ""  # of the last evaluation, for the bar
+        self.saved, self.headline = True, ""  # of the last evaluation, for the bar
 
     def __enter__(self) -> "Run":
         return self
@@ -150,11 +153,10 @@ class Run:
         return True
 
     def close(self) -> None:
-        if not self.closed:
-            self.closed = True
-            self.bar.close()
-            self.log.close()
-            self.interruptions.close()
+        """Close all that is open; a second time, this does nothing."""
+        self.bar.close()
+        self.log.close()
+        self.interruptions.close()
 
     def images_of(self, step: int) -> list[str]:
         return [self.plan.files.path(index) for index in self.plan.sampler.images_of(step)]
@@ -231,22 +233,22 @@ class Run:
 
     def watch(self, loader: DataLoader) -> Iterator:
         """Give an evaluation's batches; a run that should stop is saved as it was before, and raises Stopped."""
-        try:
-            for batch in self.interruptions.watch(loader):
-                self.bad_files.note(batch.bad_files)
-                yield batch
-        except Interrupted:
-            self.save(self.epoch, self.row)
-            raise Stopped from None
+        images = len(loader.dataset) // process_slice(self.accelerator)[1]
+        common = math.ceil(images / loader.batch_size)  # batches that every process has
+        for index, batch in enumerate(loader):
+            if index < common and self.interruptions.agree() == STOP:
+                self.save(self.epoch, self.row)
+                raise Stopped
+            self.bad_files.note(batch.bad_files)
+            yield batch
 
     def check_weights(self) -> None:
         check_weights(self.accelerator, self.model, self.experiment, self.step)
 
     def keep_best(self, model: nn.Module, figure: float, record: Mapping) -> bool:
         """Write weights into best_checkpoint/ where their figure is higher than all before; True where they were."""
-        if figure <= self.best:
-            return False
-        if not self.checkpoints.save_weights(model, BEST_CHECKPOINT, {**self.plan.config, **record}):
+        config = {**self.plan.config, **record}
+        if figure <= self.best or not self.checkpoints.save_weights(model, BEST_CHECKPOINT, config):
             return False
         self.best = figure
         return True

@@ -4,26 +4,18 @@ What is saved then, and where the loop stops, is known to run.py.
 """
 
 import datetime
-import math
 import os
 import signal
 import time
-from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
 
 from storage.workers import STOP_SIGNALS
 from training.checkpoints import Checkpoints
-from training.process import process_slice
 
 GO_ON, SAVE, STOP = 0, 1, 2
 ONE_REQUEST_S = 3  # signals this close together are one request: a scheduler and a launcher both pass it on
-
-
-class Interrupted(Exception):  # noqa: N818 - it is no error
-    """Leaves an evaluation because the run should stop."""
 
 
 class Interruptions:
@@ -62,15 +54,6 @@ class Interruptions:
         answer = torch.tensor([wanted])
         torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX, self.group)
         return int(answer)
-
-    def watch(self, loader: DataLoader) -> Iterator:
-        """Iterate over an evaluation's loader; raises Interrupted on every process when the run should stop."""
-        images = len(loader.dataset) // process_slice(self.accelerator)[1]
-        common = math.ceil(images / loader.batch_size)  # batches that every process has
-        for index, batch in enumerate(loader):
-            if index < common and self.agree() == STOP:
-                raise Interrupted
-            yield batch
 
     def close(self) -> None:
         """Give the signals back."""
