@@ -353,6 +353,19 @@ def test_run_closes_what_it_opened_however_it_is_left(tmp_path, error):
     assert figures(tmp_path)[-1] == WHOLE[-1]
 
 
+@pytest.mark.parametrize(("name", "reason"), [("SIGUSR1", "SIGUSR1"), (None, "a signal at another process")])
+def test_stopped_run_says_how_to_go_on_or_that_its_state_is_lost(tmp_path, capsys, name, reason):
+    with Training(tmp_path).open() as run:
+        run.step, run.interruptions.name = 7, name
+        raise Stopped
+    said = capsys.readouterr().out
+    assert f"by {reason} at step 7; the same command, with --resume_from_checkpoint latest" in said
+    message = f"stopped by {reason} at step 7, but the state could not be saved"
+    with pytest.raises(OSError, match=message), Training(tmp_path).open() as run:
+        run.step, run.interruptions.name, run.saved = 7, name, False
+        raise Stopped
+
+
 def test_finish_refuses_a_run_that_is_not_complete(tmp_path):
     training = Training(tmp_path)
     with pytest.raises(RuntimeError, match="4 optimizer steps were made instead of 8"), training.open() as run:

@@ -50,16 +50,3 @@ def test_second_signal_ends_the_process_at_once(tmp_path):
     assert ours.recv() == "asked"
     with pytest.raises(EOFError):
         ours.recv()
-
-
-@pytest.mark.parametrize(("name", "reason"), [("SIGUSR1", "SIGUSR1"), (None, "a signal at another process")])
-def test_stopped_run_says_how_to_go_on_or_that_its_state_is_lost(tmp_path, capsys, name, reason):
-    accelerator = Accelerator(cpu=True)
-    interruptions = Interruptions(accelerator, Checkpoints(accelerator, tmp_path, 2), 0)
-    interruptions.close()
-    interruptions.name = name
-    interruptions.report_stop(saved=True, step=7)
-    said = capsys.readouterr().out
-    assert f"by {reason} at step 7; the same command, with --resume_from_checkpoint latest" in said
-    with pytest.raises(OSError, match=f"stopped by {reason} at step 7, but the state could not be saved"):
-        interruptions.report_stop(saved=False, step=7)

@@ -76,13 +76,8 @@ def open_run(args: argparse.Namespace) -> Opened:
     if args.deterministic:  # only operations that give the same bits every time; torch raises for the others
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    stepping = dict(
-        micro_batch_size=micro_batch_size(args),
-        accumulation_steps=args.gradient_accumulation_steps,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        seed=args.seed,
-    )
+    stepping = dict(rank=accelerator.process_index, world_size=accelerator.num_processes, seed=args.seed)
+    stepping |= dict(micro_batch_size=micro_batch_size(args), accumulation_steps=args.gradient_accumulation_steps)
     return Opened(accelerator, start, stepping, loading_options(accelerator, args))
 
 
@@ -148,7 +143,11 @@ class Run:
         self.close()
         if kind is not Stopped:
             return False
-        self.interruptions.report_stop(self.saved, self.step)
+        stopped = f"by {self.interruptions.name or 'a signal at another process'} at step {self.step}"
+        if not self.saved:
+            raise OSError(f"stopped {stopped}, but the state could not be saved")
+        advice = "the same command, with --resume_from_checkpoint latest, goes on from there"
+        self.accelerator.print(f"{'stopped':<16}{stopped}; {advice}")
         self.accelerator.end_training()
         return True
 
@@ -200,10 +199,9 @@ class Run:
         if self.step > 1 and self.step % self.args.log_interval and not epoch_ends and request == GO_ON:
             return
         self.row = self.read_row(names, learning_rate)
-        if epoch_ends:  # its row waits for the evaluation
-            return
-        self.log.write(self.row)
-        self.obey(request, self.epoch)
+        if not epoch_ends:  # there the row waits for the evaluation
+            self.log.write(self.row)
+            self.obey(request, self.epoch)
 
     def read_row(self, names: list[str], learning_rate: float) -> dict:
         """Give the log row of the steps since the last one; figures cross to the host here and nowhere else."""

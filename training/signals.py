@@ -59,13 +59,3 @@ class Interruptions:
         """Give the signals back."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-
-    def report_stop(self, saved: bool, step: int) -> None:
-        """Say how to go on; OSError when the state could not be saved."""
-        reason = self.name or "a signal at another process"
-        if not saved:
-            raise OSError(f"stopped by {reason} at step {step}, but the state could not be saved")
-        self.accelerator.print(
-            f"{'stopped':<16}by {reason} at step {step}; the same command, with "
-            "--resume_from_checkpoint latest, goes on from there"
-        )
