@@ -2,7 +2,7 @@
 
 # ruff: noqa: F401 - the names that scripts use
 
-from training.checkpoints import BEST_CHECKPOINT, LAST_CHECKPOINT
+from training.checkpoints import BEST_CHECKPOINT, LAST_CHECKPOINT, optional_write
 from training.flags import Flags, micro_batch_size, size_flags
 from training.process import (
     SHARDING,
@@ -16,5 +16,5 @@ from training.process import (
     prepare,
     process_slice,
 )
-from training.records import describe_run, optional_write, print_figures
+from training.records import describe_run, print_figures
 from training.run import Plan, Run, open_evaluation, open_run

@@ -5,6 +5,7 @@ A state is a folder with weights, optimizer and random numbers (Accelerate's), s
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pickle
@@ -45,13 +46,10 @@ def checkpoint_order(folder: Path) -> tuple[int, int]:
 
 
 def find_checkpoints(experiment: Path) -> list[Path]:
-    """Give the checkpoints of an experiment, whole or damaged, oldest first.
-
-    A last_checkpoint that is a folder, because the experiment was copied without links, comes first.
-    """
+    """Give the checkpoints of an experiment, whole or damaged, oldest first."""
     folders = [entry for entry in experiment.glob("checkpoint_*") if CHECKPOINT_NAME.fullmatch(entry.name)]
     if not (last := experiment / LAST_CHECKPOINT).is_symlink():
-        folders.append(last)
+        folders.append(last)  # a folder, where the experiment was copied without links; it comes first
     return sorted((folder for folder in folders if folder.is_dir()), key=checkpoint_order)
 
 
@@ -88,10 +86,9 @@ def find_damage(folder: Path) -> str | None:
         for name, expected in manifest["files"].items():
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 return f"{MANIFEST_FILE} names {name!r}, which is not inside the folder"
-            size, checksum = (folder / name).stat().st_size, expected["crc32"]
-            if size != expected["bytes"]:
+            if (size := (folder / name).stat().st_size) != expected["bytes"]:
                 return f"{name} has {size} bytes instead of {expected['bytes']}"
-            if checksum_of(folder / name) != checksum:
+            if checksum_of(folder / name) != expected["crc32"]:
                 return f"{name} has another content than when it was written"
         missing = [name for name in ("config.json", STATE_FILE) if name not in manifest["files"]]
         return f"{MANIFEST_FILE} does not name {', '.join(missing)}" if missing else None
@@ -107,9 +104,6 @@ def read_state(folder: Path) -> dict:
     if not all(type(state.get(name)) is int for name in ("epoch", "step")):
         raise ValueError(f"{folder / STATE_FILE} does not hold an epoch and a step")
     return state
-
-
-# ------------------------------------------------------------------------------------------------ where to start
 
 
 class Start(NamedTuple):
@@ -161,8 +155,7 @@ def choose_start(args: argparse.Namespace) -> Start:
         folder = find_checkpoint(experiment, name)
         if damage := find_damage(folder):
             raise ValueError(f"--resume_from_checkpoint {folder} is damaged: {damage}. 'latest' takes a whole one")
-        newer = [other for other in existing if checkpoint_order(other) > checkpoint_order(folder)]
-        if newer:
+        if newer := [other for other in existing if checkpoint_order(other) > checkpoint_order(folder)]:
             raise FileExistsError(
                 f"going on from {folder} would train over {newer[-1]}. Resume from 'latest', or give "
                 f"--resume_from_checkpoint {folder} with another --experiment_name"
@@ -173,7 +166,43 @@ def choose_start(args: argparse.Namespace) -> Start:
     return Start(experiment, folder, damaged)
 
 
+def tidy(experiment: Path) -> None:
+    """Undo what a kill in the middle of a save left: half folders go, a best checkpoint renamed aside comes back."""
+    recover(experiment / BEST_CHECKPOINT)
+    for half in experiment.glob("*checkpoint*.tmp"):
+        remove(half)
+
+
+def take_over(start: Start) -> None:
+    """Clear the folder, once it is held, of what a kill left: damaged checkpoints that were passed over are renamed.
+
+    BlockingIOError when another run has written a checkpoint since this one looked.
+    """
+    experiment, resume_from, damaged = start
+    tidy(experiment)
+    (experiment / DONE_FILE).unlink(missing_ok=True)
+    for folder in filter(Path.exists, damaged):
+        renamed, reason = unused_name(folder, ".damaged"), find_damage(folder)
+        os.rename(folder, renamed)
+        print(f"{'passed over':<16}{folder.name}, which is damaged ({reason}): now {renamed.name}")
+    newest = find_checkpoints(experiment)[-1:]
+    if newest and (resume_from is None or checkpoint_order(newest[0]) > checkpoint_order(resume_from)):
+        raise BlockingIOError(f"another run has just written {newest[0]}; start this one again")
+    if newest and resume_from.samefile(newest[0]) and CHECKPOINT_NAME.fullmatch(newest[0].name):
+        with optional_write(experiment / LAST_CHECKPOINT):  # a kill right after the save left the older one
+            point_last_checkpoint(newest[0])
+
+
 # ------------------------------------------------------------------------------------------------ writing them
+
+
+@contextlib.contextmanager
+def optional_write(file: Path) -> Iterator[None]:
+    """Write a file that a run can do without: a disk that is full costs the file and a message."""
+    try:
+        yield
+    except OSError as error:
+        print(f"{file} could not be written ({error}); the run goes on", flush=True)
 
 
 def check_weights(accelerator: Accelerator, model: nn.Module, experiment: Path, step: int) -> None:
@@ -181,9 +210,8 @@ def check_weights(accelerator: Accelerator, model: nn.Module, experiment: Path, 
     tensors = [getattr(tensor, "to_local", lambda t=tensor: t)() for tensor in (*model.parameters(), *model.buffers())]
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
     if accelerator.reduce(finite.int(), "sum").item() < accelerator.num_processes:
-        raise FloatingPointError(
-            f"the weights are not finite at step {step}, and not saved. {advise_on_nonfinite(experiment)}"
-        )
+        advice = advise_on_nonfinite(experiment)
+        raise FloatingPointError(f"the weights are not finite at step {step}, and not saved. {advice}")
 
 
 def advise_on_nonfinite(experiment: Path) -> str:
@@ -200,13 +228,6 @@ def point_last_checkpoint(folder: Path) -> None:
     if last.is_dir() and not last.is_symlink():
         os.rename(last, unused_name(last, ""))
     os.replace(link, last)
-
-
-def tidy(experiment: Path) -> None:
-    """Undo what a kill in the middle of a save left: half folders go, a best checkpoint renamed aside comes back."""
-    recover(experiment / BEST_CHECKPOINT)
-    for half in experiment.glob("*checkpoint*.tmp"):
-        remove(half)
 
 
 class Checkpoints:
@@ -247,32 +268,32 @@ class Checkpoints:
         ema.safetensors. Gives whether it was written; FloatingPointError for weights that are not finite, OSError
         when saving has failed too often.
         """
-        accelerator = self.accelerator
         name = f"checkpoint_{state['epoch']}" + ("" if epoch_ends else f"_step_{state['step']}")
         folder, temporary = self.experiment / name, self.experiment / f"{name}.tmp"
-        check_weights(accelerator, model, self.experiment, state["step"])
+        check_weights(self.accelerator, model, self.experiment, state["step"])
         failure = self.find_failure(self.begin, temporary)
-        failure = failure or self.find_failure(accelerator.save_state, temporary, everywhere=True)
+        failure = failure or self.find_failure(self.accelerator.save_state, temporary, everywhere=True)
         tensors = {AVERAGE_FILE: average.state_dict()} if average is not None else {}
-        if failure is None and accelerator.distributed_type in SHARDING:  # these save in pieces; weights go on whole
-            tensors["model.safetensors"] = accelerator.get_state_dict(model)
+        if failure is None and self.accelerator.distributed_type in SHARDING:  # saved in pieces; weights go on whole
+            tensors["model.safetensors"] = self.accelerator.get_state_dict(model)
         records = {"config.json": config, STATE_FILE: {**state, "for_good": for_good}}
         failure = failure or self.find_failure(self.complete, temporary, folder, tensors, records)
         self.saved_at = time.monotonic()
         if failure is None:
             self.failures = 0
             if failure := self.find_failure(self.make_room, folder):
-                accelerator.print(f"{name} is written, but older ones could not be removed ({failure})")
+                self.accelerator.print(f"{name} is written, but older ones could not be removed ({failure})")
             return True
         self.failures += 1
-        if accelerator.is_main_process:
+        if self.accelerator.is_main_process:
             tidy(self.experiment)
         if self.failures == MAX_FAILED_SAVES:
             raise OSError(f"{self.failures} saves in a row failed, the last one with {failure}; earlier ones are kept")
-        accelerator.print(f"{name} could not be written ({failure}); earlier ones are kept, and the run goes on")
+        self.accelerator.print(f"{name} could not be written ({failure}); earlier ones are kept, and the run goes on")
         return False
 
     def begin(self, temporary: Path) -> None:
+        """Make the folder of a save; OSError where the disk has no room for as much as the last one took."""
         tidy(self.experiment)
         temporary.mkdir()
         free = shutil.disk_usage(self.experiment).free
@@ -314,10 +335,7 @@ class Checkpoints:
                 remove(leaving)
 
     def save_weights(self, model: nn.Module, name: str, config: Mapping) -> bool:
-        """Write weights to hand on, model.safetensors and config.json, in the place of older ones.
-
-        False when the disk refused, and the older ones are still there; the run goes on.
-        """
+        """Write weights to hand on in the place of older ones; False when the disk refused, and these are left."""
         folder, state_dict = self.experiment / name, self.accelerator.get_state_dict(model)
 
         def write() -> None:
@@ -353,8 +371,7 @@ def resume(
     state = read_state(folder)
     saved = read_json(folder / "config.json") | {key: state.get(key) for key in identity}
     current = json.loads(json.dumps({**config, **identity}))
-    differences = sorted(find_differences(saved, current))
-    if differences:
+    if differences := sorted(find_differences(saved, current)):
         lines = [f"  {key}: {old!r} in the checkpoint, {new!r} now" for key, old, new in differences]
         raise ValueError(f"cannot resume from {folder}, because this run differs:\n" + "\n".join(lines))
     if not isinstance(state.get("row"), dict) or (keeps_best and not isinstance(state.get("best"), int | float)):

@@ -4,7 +4,6 @@ Everything here but the folder's lock is for people: what cannot be written cost
 """
 
 import argparse
-import contextlib
 import fcntl
 import importlib
 import json
@@ -27,20 +26,8 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
-from storage.files import rename_aside, unused_name, write_json, written_whole
-from training.checkpoints import (
-    CHECKPOINT_NAME,
-    DONE_FILE,
-    LAST_CHECKPOINT,
-    Start,
-    advise_on_nonfinite,
-    checkpoint_order,
-    find_checkpoints,
-    find_damage,
-    find_differences,
-    point_last_checkpoint,
-    tidy,
-)
+from storage.files import rename_aside, write_json, written_whole
+from training.checkpoints import Start, advise_on_nonfinite, find_differences, optional_write, take_over
 from training.process import cap_workers
 
 WANDB_TIMEOUT_S = 20
@@ -55,10 +42,7 @@ DATA_HINT = (
 
 
 def lock_experiment(experiment: Path) -> TextIO:
-    """Create the experiment's folder and hold it for this run; BlockingIOError when another run does.
-
-    The lock goes with the process, however that ends. Keep the returned file open.
-    """
+    """Hold the experiment's folder while this process lives and has the file open; BlockingIOError if another does."""
     experiment.mkdir(parents=True, exist_ok=True)
     lock = (experiment / ".lock").open("w")
     try:
@@ -89,25 +73,12 @@ def write_args(experiment: Path, args: argparse.Namespace, resumed_from: Path | 
 def open_records(accelerator: Accelerator, start: Start, args: argparse.Namespace, step: int) -> "RunLog":
     """Hold the experiment's folder for this run, write its arguments, and open its log; every process calls this.
 
-    What a killed save left is cleared away, and damaged checkpoints that were passed over are renamed. BlockingIOError
-    when another run holds the folder, until its log is closed, or has written to it since this one looked.
+    BlockingIOError when another run holds the folder, until its log is closed, or has written since this one looked.
     """
-    experiment, resume_from, damaged = start
-    lock = None
+    experiment, resume_from, lock = start.experiment, start.resume_from, None
     if accelerator.is_main_process:
         lock = lock_experiment(experiment)
-        tidy(experiment)
-        (experiment / DONE_FILE).unlink(missing_ok=True)
-        for folder in filter(Path.exists, damaged):
-            renamed, reason = unused_name(folder, ".damaged"), find_damage(folder)
-            os.rename(folder, renamed)
-            print(f"{'passed over':<16}{folder.name}, which is damaged ({reason}): now {renamed.name}")
-        newest = find_checkpoints(experiment)[-1:]
-        if newest and (resume_from is None or checkpoint_order(newest[0]) > checkpoint_order(resume_from)):
-            raise BlockingIOError(f"another run has just written {newest[0]}; start this one again")
-        if newest and resume_from.samefile(newest[0]) and CHECKPOINT_NAME.fullmatch(newest[0].name):
-            with optional_write(experiment / LAST_CHECKPOINT):  # a kill right after the save left the older one
-                point_last_checkpoint(newest[0])
+        take_over(start)
         changes = write_args(experiment, args, resume_from)
         origin = f"from {resume_from.name} on" if resume_from else "from the start"
         print(f"{'experiment':<16}{experiment}, {origin}", flush=True)
@@ -115,18 +86,9 @@ def open_records(accelerator: Accelerator, start: Start, args: argparse.Namespac
             print(f"{'changed':<16}since the first start: {', '.join(changes)}", flush=True)
     accelerator.wait_for_everyone()
     log = RunLog(experiment, enabled=accelerator.is_main_process, resumed_step=step if resume_from else None, lock=lock)
-    if args.log_wandb:
+    if args.log_wandb and accelerator.is_main_process:
         log.start_wandb(args)
     return log
-
-
-@contextlib.contextmanager
-def optional_write(file: Path) -> Iterator[None]:
-    """Write a file that a run can do without: a disk that is full costs the file and a message."""
-    try:
-        yield
-    except OSError as error:
-        print(f"{file} could not be written ({error}); the run goes on", flush=True)
 
 
 def describe_run(
@@ -163,7 +125,7 @@ def print_figures(accelerator: Accelerator, figures: Mapping[str, float]) -> Non
         accelerator.print(f"{name:<24}{value:.4f}")
 
 
-# ------------------------------------------------------------------------------------------------ progress
+# ------------------------------------------------------------------------------------------------ progress and log
 
 
 def build_bar(accelerator: Accelerator, total_steps: int, step: int) -> tqdm:
@@ -217,9 +179,6 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-# ------------------------------------------------------------------------------------------------ log
-
-
 class RunLog:
     """Write `<experiment>/log.jsonl`, one row a line, and W&B when asked; only the main process writes.
 
@@ -240,8 +199,6 @@ class RunLog:
 
     def start_wandb(self, args: argparse.Namespace) -> None:
         """Start or go on with a W&B run: online where a key is found, else offline."""
-        if not self.enabled:
-            return
         try:
             self.wandb = importlib.import_module("wandb")
         except ImportError as error:
@@ -349,10 +306,7 @@ class BadFiles:
         self.new |= {path: reason for path, reason in bad_files if path not in self.met}
 
     def share(self, accelerator: Accelerator, say: Callable[[str], None]) -> int:
-        """Bring the processes' findings together, name the new ones and give the count; every process calls it.
-
-        ValueError when the share of bad files is above the limit.
-        """
+        """Name the new ones of all processes and give the count; ValueError above the limit. Every process calls it."""
         found = {path: reason for new in gather_object([self.new]) for path, reason in new.items()}
         self.new = {}
         self.met |= found.keys()
@@ -374,20 +328,14 @@ class BadFiles:
 
 
 class SkippedSteps:
-    """Count the optimizer steps whose loss or gradient was not finite, and name their images in nonfinite_steps.jsonl.
-
-    `images_of` gives the files of an optimizer step.
-    """
+    """Count the optimizer steps whose loss or gradient is not finite; nonfinite_steps.jsonl names their images."""
 
     def __init__(self, experiment: Path, images_of: Callable[[int], list[str]], max_in_a_row: int):
         self.file, self.images_of, self.max_in_a_row = experiment / "nonfinite_steps.jsonl", images_of, max_in_a_row
         self.count, self.in_a_row = 0, 0
 
     def note(self, accelerator: Accelerator, skipped: list[bool], last_step: int, say: Callable[[str], None]) -> None:
-        """Take in whether each of the steps up to `last_step` was left out, in their order.
-
-        FloatingPointError after `max_in_a_row` of them.
-        """
+        """Take in which of the steps up to `last_step` were left out; FloatingPointError for too many in a row."""
         for step, was_skipped in enumerate(skipped, start=last_step - len(skipped) + 1):
             self.count += was_skipped
             self.in_a_row = self.in_a_row + 1 if was_skipped else 0
