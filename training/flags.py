@@ -3,7 +3,6 @@
 A flag is a row of a table: name, default (or, where there is none, its type), help, its lowest and highest value, both
 allowed, with why where that is not plain, and options of argparse. A command is parsed once; what it leaves out comes
 from a recipe, from the sizes of the weights it names, and else from the table.
-Nothing here knows a network or a data set.
 """
 
 import argparse
@@ -38,12 +37,7 @@ FIRST_FLAGS: dict[str, Rows] = {
     "optimisation": [
         ("epochs", int, "passes over the training images", (1, None)),
         ("warmup_epochs", float, "epochs of linear warmup from 0", (0, None)),
-        (
-            "per_gpu_batch_size",
-            int,
-            "images of an optimizer step on one process, over all its forward passes",
-            (1, None),
-        ),
+        ("per_gpu_batch_size", int, "images of an optimizer step on one process, in all forward passes", (1, None)),
         ("gradient_accumulation_steps", 1, "forward passes of an optimizer step", (1, None)),
         ("weight_decay", float, "AdamW's, not on biases and norms", (0, None)),
         ("max_grad_norm", 1.0, "clip the gradient norm to this; 0 never clips, as the paper", (0, None)),
@@ -82,9 +76,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if silent else super()._get_help_string(action)
 
 
-# ------------------------------------------------------------------------------------------------ parsing
-
-
 def size_flags(config_class: type, prefixes: tuple[str, ...], note: str) -> Rows:
     """Give a flag for each size of a network: the fields of its dataclass whose names begin with a prefix."""
     fields = [field for field in dataclasses.fields(config_class) if field.name.startswith(prefixes)]
@@ -121,10 +112,7 @@ class Flags:
         return {name: value for name, value in vars(found).items() if value is not NOT_GIVEN}
 
     def complete(self, given: Mapping[str, object], *defaults: Mapping[str, object]) -> argparse.Namespace:
-        """Complete what a command line says by defaults, of which later ones win, and check it.
-
-        With --help, show these defaults and exit.
-        """
+        """Complete a command line by defaults, of which later ones win, and check it; --help shows these and exits."""
         for table in defaults:
             self.parser.set_defaults(**table)
         if given.get("help"):
@@ -186,10 +174,9 @@ class Flags:
             if len(values) != channels:
                 self.error(f"--{name} has {len(values)} values, --input_channels is {channels}; give as many, or one")
             setattr(args, name, tuple(values))
-        if Path(args.experiment_name).name != args.experiment_name or args.experiment_name in ("", ".."):
-            self.error(
-                f"--experiment_name {args.experiment_name!r} is a folder name; the path goes into --working_directory"
-            )
+        name = args.experiment_name
+        if Path(name).name != name or name in ("", ".."):
+            self.error(f"--experiment_name {name!r} is a folder name; the path goes into --working_directory")
 
     def check_ranges(self, args: argparse.Namespace) -> None:
         """Refuse values outside their range; of flags with several values each of them."""

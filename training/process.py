@@ -26,8 +26,6 @@ SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends, however that ends
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
-# ------------------------------------------------------------------------------------------------ set-up
-
 
 def build_accelerator(gradient_accumulation_steps: int = 1, *, timeout_minutes: float = 30) -> Accelerator:
     """Join the processes that the launcher started; RuntimeError when each of them would train alone.
@@ -110,9 +108,6 @@ def cap_workers(num_workers: int) -> int:
     return min(num_workers, max(1, cores // local_processes))
 
 
-# ------------------------------------------------------------------------------------------------ data
-
-
 def draw_demo_data(accelerator: Accelerator, working_directory: str) -> Path:
     """Give the folder of the drawn scenes, for which the main process draws them where they are not there yet."""
     folder = Path(working_directory) / "demo_data"
@@ -151,9 +146,6 @@ def list_checked_pairs(accelerator: Accelerator, split: str, args: argparse.Name
     with accelerator.local_main_process_first():
         check_pairs(pairs, table, num_threads, list_cache(accelerator, args), decode=decode)
     return pairs
-
-
-# ------------------------------------------------------------------------------------------------ between processes
 
 
 def process_slice(accelerator: Accelerator) -> tuple[int, int]:
@@ -198,5 +190,4 @@ def broadcast_buffers(accelerator: Accelerator, model: nn.Module) -> None:
     Torch's DDP does so before every forward pass of training, but not after the last.
     """
     if accelerator.num_processes > 1 and accelerator.distributed_type not in SHARDING:
-        for buffer in model.buffers():
-            broadcast(buffer, from_process=0)
+        broadcast(list(model.buffers()), from_process=0)
