@@ -137,7 +137,7 @@ def test_rows_are_the_means_since_the_last_and_come_in_order(tmp_path):
     }  # fmt: skip
     assert (row["bad_files"], row["nonfinite_steps"]) == (0, 0) and row["memory_gb"] > 0
     assert names(tmp_path) == ["checkpoint_1", "checkpoint_2"]
-    assert json.loads((tmp_path / "run" / "DONE").read_text()) == {"step": 8} and run.closed
+    assert json.loads((tmp_path / "run" / "DONE").read_text()) == {"step": 8} and run.log.lock.closed
 
 
 def test_figures_of_accumulated_passes_are_their_mean(tmp_path):
@@ -243,6 +243,30 @@ def test_row_that_waits_for_its_evaluation_outlives_a_stop(tmp_path, when):
     assert figures(tmp_path) == WHOLE and len(second.seen) == 8
 
 
+def test_evaluation_is_left_when_the_run_should_stop(tmp_path):
+    met = []
+    with Training(tmp_path).open() as run:
+        next(run.epochs())
+        loader = DataLoader(range(5), batch_size=2, collate_fn=collate_numbers)
+        assert [len(batch.images) for batch in run.watch(loader)] == [2, 2, 1]
+        for batch in run.watch(loader):
+            met.append(batch.images.tolist())
+            run.interruptions.name = "SIGTERM"
+        raise AssertionError("the evaluation was not left")
+    assert met == [[0, 1]]
+
+
+def test_processes_of_an_evaluation_ask_each_other_only_before_batches_that_all_have(tmp_path, monkeypatch):
+    """Of 5 images one process has 3 and the other 2, so before the third nobody would answer."""
+    asked = []
+    with Training(tmp_path).open() as run:
+        monkeypatch.setattr(run.interruptions, "agree", lambda: asked.append(True) or signals.GO_ON)
+        monkeypatch.setattr("training.run.process_slice", lambda _: (0, 2))
+        loader = DataLoader(range(5), sampler=[0, 2, 4], batch_size=1, collate_fn=collate_numbers)
+        assert len(list(run.watch(loader))) == 3
+    assert len(asked) == 2
+
+
 def test_run_stopped_after_an_epoch_is_saved_as_complete(tmp_path):
     training = Training(tmp_path)
     with training.open() as run:
@@ -327,6 +351,19 @@ def test_run_closes_what_it_opened_however_it_is_left(tmp_path, error):
     assert run.bar.disable and run.log.lock.closed
     Training(tmp_path, resume_from_checkpoint="latest").go()  # the folder is free again
     assert figures(tmp_path)[-1] == WHOLE[-1]
+
+
+@pytest.mark.parametrize(("name", "reason"), [("SIGUSR1", "SIGUSR1"), (None, "a signal at another process")])
+def test_stopped_run_says_how_to_go_on_or_that_its_state_is_lost(tmp_path, capsys, name, reason):
+    with Training(tmp_path).open() as run:
+        run.step, run.interruptions.name = 7, name
+        raise Stopped
+    said = capsys.readouterr().out
+    assert f"by {reason} at step 7; the same command, with --resume_from_checkpoint latest" in said
+    message = f"stopped by {reason} at step 7, but the state could not be saved"
+    with pytest.raises(OSError, match=message), Training(tmp_path).open() as run:
+        run.step, run.interruptions.name, run.saved = 7, name, False
+        raise Stopped
 
 
 def test_finish_refuses_a_run_that_is_not_complete(tmp_path):

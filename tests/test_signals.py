@@ -7,11 +7,10 @@ import time
 
 import pytest
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
 
 from training import signals
 from training.checkpoints import Checkpoints
-from training.signals import GO_ON, SAVE, STOP, Interrupted, Interruptions
+from training.signals import GO_ON, SAVE, STOP, Interruptions
 
 
 def test_signals_and_the_clock_ask_to_stop_and_to_save(tmp_path):
@@ -51,40 +50,3 @@ def test_second_signal_ends_the_process_at_once(tmp_path):
     assert ours.recv() == "asked"
     with pytest.raises(EOFError):
         ours.recv()
-
-
-def test_evaluation_is_left_when_the_run_should_stop(tmp_path):
-    accelerator = Accelerator(cpu=True)
-    interruptions = Interruptions(accelerator, Checkpoints(accelerator, tmp_path, 2), 0)
-    loader, met = DataLoader(range(5), batch_size=2), []
-    assert [len(batch) for batch in interruptions.watch(loader)] == [2, 2, 1]
-    with pytest.raises(Interrupted):
-        for batch in interruptions.watch(loader):
-            met.append(batch.tolist())
-            interruptions.name = "SIGTERM"
-    interruptions.close()
-    assert met == [[0, 1]]
-
-
-def test_processes_of_an_evaluation_ask_each_other_only_before_batches_that_all_have(tmp_path, monkeypatch):
-    """Of 5 images one process has 3 and the other 2, so before the third nobody would answer."""
-    accelerator, asked = Accelerator(cpu=True), []
-    interruptions = Interruptions(accelerator, Checkpoints(accelerator, tmp_path, 2), 0)
-    interruptions.close()
-    monkeypatch.setattr(interruptions, "agree", lambda: asked.append(True) or GO_ON)
-    monkeypatch.setattr(signals, "process_slice", lambda _: (0, 2))
-    assert len(list(interruptions.watch(DataLoader(range(5), sampler=[0, 2, 4], batch_size=1)))) == 3
-    assert len(asked) == 2
-
-
-@pytest.mark.parametrize(("name", "reason"), [("SIGUSR1", "SIGUSR1"), (None, "a signal at another process")])
-def test_stopped_run_says_how_to_go_on_or_that_its_state_is_lost(tmp_path, capsys, name, reason):
-    accelerator = Accelerator(cpu=True)
-    interruptions = Interruptions(accelerator, Checkpoints(accelerator, tmp_path, 2), 0)
-    interruptions.close()
-    interruptions.name = name
-    interruptions.report_stop(saved=True, step=7)
-    said = capsys.readouterr().out
-    assert f"by {reason} at step 7; the same command, with --resume_from_checkpoint latest" in said
-    with pytest.raises(OSError, match=f"stopped by {reason} at step 7, but the state could not be saved"):
-        interruptions.report_stop(saved=False, step=7)

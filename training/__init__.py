@@ -1,6 +1,8 @@
 """What a run is told, and what keeps it going. Knows no network, no loss and no data set."""
 
-from training.checkpoints import BEST_CHECKPOINT, LAST_CHECKPOINT, find_checkpoints
+# ruff: noqa: F401 - the names that scripts use
+
+from training.checkpoints import BEST_CHECKPOINT, LAST_CHECKPOINT, optional_write
 from training.flags import Flags, micro_batch_size, size_flags
 from training.process import (
     SHARDING,
@@ -12,34 +14,7 @@ from training.process import (
     list_folder,
     list_splits,
     prepare,
-    print_figures,
     process_slice,
 )
-from training.records import describe_run, optional_write
+from training.records import describe_run, print_figures
 from training.run import Plan, Run, open_evaluation, open_run
-
-__all__ = [
-    "BEST_CHECKPOINT",
-    "LAST_CHECKPOINT",
-    "SHARDING",
-    "Flags",
-    "Plan",
-    "Run",
-    "broadcast_buffers",
-    "collect_features",
-    "describe_run",
-    "draw_demo_data",
-    "find_checkpoints",
-    "gather_slices",
-    "list_checked_pairs",
-    "list_folder",
-    "list_splits",
-    "micro_batch_size",
-    "open_evaluation",
-    "open_run",
-    "optional_write",
-    "prepare",
-    "print_figures",
-    "process_slice",
-    "size_flags",
-]

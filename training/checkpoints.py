@@ -5,6 +5,7 @@ A state is a folder with weights, optimizer and random numbers (Accelerate's), s
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pickle
@@ -45,13 +46,10 @@ def checkpoint_order(folder: Path) -> tuple[int, int]:
 
 
 def find_checkpoints(experiment: Path) -> list[Path]:
-    """Give the checkpoints of an experiment, whole or damaged, oldest first.
-
-    A last_checkpoint that is a folder, because the experiment was copied without links, comes first.
-    """
+    """Give the checkpoints of an experiment, whole or damaged, oldest first."""
     folders = [entry for entry in experiment.glob("checkpoint_*") if CHECKPOINT_NAME.fullmatch(entry.name)]
     if not (last := experiment / LAST_CHECKPOINT).is_symlink():
-        folders.append(last)
+        folders.append(last)  # a folder, where the experiment was copied without links; it comes first
     return sorted((folder for folder in folders if folder.is_dir()), key=checkpoint_order)
 
 
@@ -68,16 +66,14 @@ def find_checkpoint(experiment: Path, name: str) -> Path:
 
 def newest_whole_checkpoint(checkpoints: list[Path]) -> tuple[Path, list[Path]]:
     """Give the newest checkpoint whose files are as its manifest says, and the newer ones that are damaged."""
-    damaged, reasons = [], []
+    damaged: dict[Path, str] = {}
     for folder in reversed(checkpoints):
-        damage = find_damage(folder)
-        if damage is None:
-            return folder, damaged
-        damaged.append(folder)
-        reasons.append(f"  {folder.name}: {damage}")
+        if (damage := find_damage(folder)) is None:
+            return folder, list(damaged)
+        damaged[folder] = f"  {folder.name}: {damage}\n"
     raise ValueError(
         f"every checkpoint in {checkpoints[0].parent} is damaged, and starting again without being asked would lose "
-        "the run:\n" + "\n".join(reasons) + "\nPut a whole copy back, or choose another --experiment_name"
+        f"the run:\n{''.join(damaged.values())}Put a whole copy back, or choose another --experiment_name"
     )
 
 
@@ -90,10 +86,9 @@ def find_damage(folder: Path) -> str | None:
         for name, expected in manifest["files"].items():
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 return f"{MANIFEST_FILE} names {name!r}, which is not inside the folder"
-            size, checksum = (folder / name).stat().st_size, expected["crc32"]
-            if size != expected["bytes"]:
+            if (size := (folder / name).stat().st_size) != expected["bytes"]:
                 return f"{name} has {size} bytes instead of {expected['bytes']}"
-            if checksum_of(folder / name) != checksum:
+            if checksum_of(folder / name) != expected["crc32"]:
                 return f"{name} has another content than when it was written"
         missing = [name for name in ("config.json", STATE_FILE) if name not in manifest["files"]]
         return f"{MANIFEST_FILE} does not name {', '.join(missing)}" if missing else None
@@ -109,9 +104,6 @@ def read_state(folder: Path) -> dict:
     if not all(type(state.get(name)) is int for name in ("epoch", "step")):
         raise ValueError(f"{folder / STATE_FILE} does not hold an epoch and a step")
     return state
-
-
-# ------------------------------------------------------------------------------------------------ where to start
 
 
 class Start(NamedTuple):
@@ -149,7 +141,7 @@ def open_experiment(accelerator: Accelerator, args: argparse.Namespace) -> Start
 
 def choose_start(args: argparse.Namespace) -> Start:
     experiment = Path(args.working_directory) / args.experiment_name
-    existing, name = find_checkpoints(experiment), args.resume_from_checkpoint
+    existing, name, damaged = find_checkpoints(experiment), args.resume_from_checkpoint, []
     if name is None and existing:
         raise FileExistsError(
             f"{experiment} already holds {len(existing)} checkpoints. Add --resume_from_checkpoint latest to go on "
@@ -160,11 +152,10 @@ def choose_start(args: argparse.Namespace) -> Start:
     if name == "latest":
         folder, damaged = newest_whole_checkpoint(existing)
     else:
-        folder, damaged = find_checkpoint(experiment, name), []
+        folder = find_checkpoint(experiment, name)
         if damage := find_damage(folder):
             raise ValueError(f"--resume_from_checkpoint {folder} is damaged: {damage}. 'latest' takes a whole one")
-        newer = [other for other in existing if checkpoint_order(other) > checkpoint_order(folder)]
-        if newer:
+        if newer := [other for other in existing if checkpoint_order(other) > checkpoint_order(folder)]:
             raise FileExistsError(
                 f"going on from {folder} would train over {newer[-1]}. Resume from 'latest', or give "
                 f"--resume_from_checkpoint {folder} with another --experiment_name"
@@ -175,7 +166,43 @@ def choose_start(args: argparse.Namespace) -> Start:
     return Start(experiment, folder, damaged)
 
 
+def tidy(experiment: Path) -> None:
+    """Undo what a kill in the middle of a save left: half folders go, a best checkpoint renamed aside comes back."""
+    recover(experiment / BEST_CHECKPOINT)
+    for half in experiment.glob("*checkpoint*.tmp"):
+        remove(half)
+
+
+def take_over(start: Start) -> None:
+    """Clear the folder, once it is held, of what a kill left: damaged checkpoints that were passed over are renamed.
+
+    BlockingIOError when another run has written a checkpoint since this one looked.
+    """
+    experiment, resume_from, damaged = start
+    tidy(experiment)
+    (experiment / DONE_FILE).unlink(missing_ok=True)
+    for folder in filter(Path.exists, damaged):
+        renamed, reason = unused_name(folder, ".damaged"), find_damage(folder)
+        os.rename(folder, renamed)
+        print(f"{'passed over':<16}{folder.name}, which is damaged ({reason}): now {renamed.name}")
+    newest = find_checkpoints(experiment)[-1:]
+    if newest and (resume_from is None or checkpoint_order(newest[0]) > checkpoint_order(resume_from)):
+        raise BlockingIOError(f"another run has just written {newest[0]}; start this one again")
+    if newest and resume_from.samefile(newest[0]) and CHECKPOINT_NAME.fullmatch(newest[0].name):
+        with optional_write(experiment / LAST_CHECKPOINT):  # a kill right after the save left the older one
+            point_last_checkpoint(newest[0])
+
+
 # ------------------------------------------------------------------------------------------------ writing them
+
+
+@contextlib.contextmanager
+def optional_write(file: Path) -> Iterator[None]:
+    """Write a file that a run can do without: a disk that is full costs the file and a message."""
+    try:
+        yield
+    except OSError as error:
+        print(f"{file} could not be written ({error}); the run goes on", flush=True)
 
 
 def check_weights(accelerator: Accelerator, model: nn.Module, experiment: Path, step: int) -> None:
@@ -183,9 +210,8 @@ def check_weights(accelerator: Accelerator, model: nn.Module, experiment: Path, 
     tensors = [getattr(tensor, "to_local", lambda t=tensor: t)() for tensor in (*model.parameters(), *model.buffers())]
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
     if accelerator.reduce(finite.int(), "sum").item() < accelerator.num_processes:
-        raise FloatingPointError(
-            f"the weights are not finite at step {step}, and not saved. {advise_on_nonfinite(experiment)}"
-        )
+        advice = advise_on_nonfinite(experiment)
+        raise FloatingPointError(f"the weights are not finite at step {step}, and not saved. {advice}")
 
 
 def advise_on_nonfinite(experiment: Path) -> str:
@@ -204,23 +230,6 @@ def point_last_checkpoint(folder: Path) -> None:
     os.replace(link, last)
 
 
-def tidy(experiment: Path) -> None:
-    """Undo what a kill in the middle of a save left: half folders go, a best checkpoint renamed aside comes back."""
-    recover(experiment / BEST_CHECKPOINT)
-    for half in experiment.glob("*checkpoint*.tmp"):
-        remove(half)
-
-
-def find_failure(accelerator: Accelerator, act: Callable[[], None]) -> str | None:
-    """Do something on every process and tell all of them what failed on any; None when nothing did."""
-    try:
-        act()
-        failure = None
-    except SAVE_ERRORS as error:
-        failure = f"{type(error).__name__}: {error}"
-    return next((failure for failure in gather_object([failure]) if failure is not None), None)
-
-
 class Checkpoints:
     """Write the states of a run: whole or not at all, each with a manifest, the newest and those kept for good.
 
@@ -232,13 +241,23 @@ class Checkpoints:
         self.accelerator, self.experiment, self.keep = accelerator, experiment, keep
         self.failures, self.size, self.saved_at = 0, 0, time.monotonic()
 
+    def find_failure(self, act: Callable, *args: object, everywhere: bool = False) -> str | None:
+        """Do something on the main process, or `everywhere`; give all what failed on any, None when nothing did."""
+        failure = None
+        try:
+            if everywhere or self.accelerator.is_main_process:
+                act(*args)
+        except SAVE_ERRORS as error:
+            failure = f"{type(error).__name__}: {error}"
+        return next(filter(None, gather_object([failure])), None)
+
     def save(
         self,
         model: nn.Module,
         config: Mapping,
         state: Mapping,
         *,
-        epoch_ends: bool,
+        epoch_ends: bool = False,
         for_good: bool = False,
         average: nn.Module | None = None,
     ) -> bool:
@@ -249,74 +268,61 @@ class Checkpoints:
         ema.safetensors. Gives whether it was written; FloatingPointError for weights that are not finite, OSError
         when saving has failed too often.
         """
-        accelerator = self.accelerator
         name = f"checkpoint_{state['epoch']}" + ("" if epoch_ends else f"_step_{state['step']}")
         folder, temporary = self.experiment / name, self.experiment / f"{name}.tmp"
-        check_weights(accelerator, model, self.experiment, state["step"])
-
-        def prepare() -> None:
-            if accelerator.is_main_process:
-                tidy(self.experiment)
-                temporary.mkdir()
-                free = shutil.disk_usage(self.experiment).free
-                if free < SPACE_FACTOR * self.size:
-                    raise OSError(f"{free / 1e9:.2f} GB are free, the last checkpoint has {self.size / 1e9:.2f} GB")
-
-        def write() -> None:
-            accelerator.save_state(temporary)
-            if accelerator.is_main_process:
-                if average is not None:
-                    save_file(average.state_dict(), temporary / AVERAGE_FILE)
-                write_json(temporary / "config.json", config)
-                write_json(temporary / STATE_FILE, {**state, "for_good": for_good})
-
-        def seal() -> None:
-            if accelerator.is_main_process:
-                self.write_manifest(temporary)
-                if folder.exists() and find_damage(folder) is None:  # of this very step, and so the same
-                    remove(temporary)
-                    return
-                if folder.exists():
-                    os.rename(folder, unused_name(folder, ".damaged"))
-                publish(temporary, folder)
-
-        def make_room() -> None:
-            if accelerator.is_main_process:
-                point_last_checkpoint(folder)
-                self.prune()
-
-        failure = find_failure(accelerator, prepare) or find_failure(accelerator, write)
-        if failure is None and accelerator.distributed_type in SHARDING:  # these save in pieces; weights go on whole
-            state_dict = accelerator.get_state_dict(model)
-            if accelerator.is_main_process:
-                save_file(state_dict, temporary / "model.safetensors")
-        failure = failure or find_failure(accelerator, seal)
+        check_weights(self.accelerator, model, self.experiment, state["step"])
+        failure = self.find_failure(self.begin, temporary)
+        failure = failure or self.find_failure(self.accelerator.save_state, temporary, everywhere=True)
+        tensors = {AVERAGE_FILE: average.state_dict()} if average is not None else {}
+        if failure is None and self.accelerator.distributed_type in SHARDING:  # saved in pieces; weights go on whole
+            tensors["model.safetensors"] = self.accelerator.get_state_dict(model)
+        records = {"config.json": config, STATE_FILE: {**state, "for_good": for_good}}
+        failure = failure or self.find_failure(self.complete, temporary, folder, tensors, records)
         self.saved_at = time.monotonic()
         if failure is None:
             self.failures = 0
-            failure = find_failure(accelerator, make_room)
-            if failure is not None:
-                accelerator.print(f"{name} is written, but older ones could not be removed ({failure})")
+            if failure := self.find_failure(self.make_room, folder):
+                self.accelerator.print(f"{name} is written, but older ones could not be removed ({failure})")
             return True
         self.failures += 1
-        if accelerator.is_main_process:
+        if self.accelerator.is_main_process:
             tidy(self.experiment)
         if self.failures == MAX_FAILED_SAVES:
             raise OSError(f"{self.failures} saves in a row failed, the last one with {failure}; earlier ones are kept")
-        accelerator.print(f"{name} could not be written ({failure}); earlier ones are kept, and the run goes on")
+        self.accelerator.print(f"{name} could not be written ({failure}); earlier ones are kept, and the run goes on")
         return False
 
-    def write_manifest(self, folder: Path) -> None:
-        record = {
-            file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "crc32": checksum_of(file)}
-            for file in sorted(folder.rglob("*"))
+    def begin(self, temporary: Path) -> None:
+        """Make the folder of a save; OSError where the disk has no room for as much as the last one took."""
+        tidy(self.experiment)
+        temporary.mkdir()
+        free = shutil.disk_usage(self.experiment).free
+        if free < SPACE_FACTOR * self.size:
+            raise OSError(f"{free / 1e9:.2f} GB are free, the last checkpoint has {self.size / 1e9:.2f} GB")
+
+    def complete(self, temporary: Path, folder: Path, tensors: Mapping, records: Mapping) -> None:
+        """Write what Accelerate does not, then the manifest of all, and give the folder its name."""
+        for name, content in tensors.items():
+            save_file(content, temporary / name)
+        for name, content in records.items():
+            write_json(temporary / name, content)
+        files = {
+            file.relative_to(temporary).as_posix(): {"bytes": file.stat().st_size, "crc32": checksum_of(file)}
+            for file in sorted(temporary.rglob("*"))
             if file.is_file()
         }
-        write_json(folder / MANIFEST_FILE, {"files": record})
-        self.size = sum(entry["bytes"] for entry in record.values())
+        write_json(temporary / MANIFEST_FILE, {"files": files})
+        self.size = sum(entry["bytes"] for entry in files.values())
+        if folder.exists() and find_damage(folder) is None:  # of this very step, and so the same
+            remove(temporary)
+            return
+        if folder.exists():
+            os.rename(folder, unused_name(folder, ".damaged"))
+        publish(temporary, folder)
 
-    def prune(self) -> None:
+    def make_room(self, newest: Path) -> None:
         """Remove checkpoints that are neither among the newest nor kept for good; what cannot be read is left alone."""
+        point_last_checkpoint(newest)
         for folder in find_checkpoints(self.experiment)[: -self.keep]:
             try:
                 kept = read_state(folder).get("for_good", True)
@@ -329,29 +335,19 @@ class Checkpoints:
                 remove(leaving)
 
     def save_weights(self, model: nn.Module, name: str, config: Mapping) -> bool:
-        """Write weights to hand on, model.safetensors and config.json, in the place of older ones.
-
-        False when the disk refused, and the older ones are still there; the run goes on.
-        """
+        """Write weights to hand on in the place of older ones; False when the disk refused, and these are left."""
         folder, state_dict = self.experiment / name, self.accelerator.get_state_dict(model)
 
         def write() -> None:
-            if self.accelerator.is_main_process:
-                with written_whole(folder) as temporary:
-                    temporary.mkdir()
-                    tensors = {name: value.contiguous() for name, value in state_dict.items()}
-                    save_file(tensors, temporary / "model.safetensors")
-                    write_json(temporary / "config.json", config)
+            with written_whole(folder) as temporary:
+                temporary.mkdir()
+                tensors = {name: value.contiguous() for name, value in state_dict.items()}
+                save_file(tensors, temporary / "model.safetensors")
+                write_json(temporary / "config.json", config)
 
-        failure = find_failure(self.accelerator, write)
-        if failure is not None:
+        if failure := self.find_failure(write):
             self.accelerator.print(f"{folder} could not be written ({failure}); the run goes on")
         return failure is None
-
-    def finish(self, step: int) -> None:
-        """Leave the file that tells a scheduler that nothing is left to do."""
-        if self.accelerator.is_main_process:
-            write_json(self.experiment / DONE_FILE, {"step": step})
 
 
 # ------------------------------------------------------------------------------------------------ loading them
@@ -375,8 +371,7 @@ def resume(
     state = read_state(folder)
     saved = read_json(folder / "config.json") | {key: state.get(key) for key in identity}
     current = json.loads(json.dumps({**config, **identity}))
-    differences = sorted(find_differences(saved, current))
-    if differences:
+    if differences := sorted(find_differences(saved, current)):
         lines = [f"  {key}: {old!r} in the checkpoint, {new!r} now" for key, old, new in differences]
         raise ValueError(f"cannot resume from {folder}, because this run differs:\n" + "\n".join(lines))
     if not isinstance(state.get("row"), dict) or (keeps_best and not isinstance(state.get("best"), int | float)):

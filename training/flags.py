@@ -3,11 +3,11 @@
 A flag is a row of a table: name, default (or, where there is none, its type), help, its lowest and highest value, both
 allowed, with why where that is not plain, and options of argparse. A command is parsed once; what it leaves out comes
 from a recipe, from the sizes of the weights it names, and else from the table.
-Nothing here knows a network or a data set.
 """
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -37,12 +37,7 @@ FIRST_FLAGS: dict[str, Rows] = {
     "optimisation": [
         ("epochs", int, "passes over the training images", (1, None)),
         ("warmup_epochs", float, "epochs of linear warmup from 0", (0, None)),
-        (
-            "per_gpu_batch_size",
-            int,
-            "images of an optimizer step on one process, over all its forward passes",
-            (1, None),
-        ),
+        ("per_gpu_batch_size", int, "images of an optimizer step on one process, in all forward passes", (1, None)),
         ("gradient_accumulation_steps", 1, "forward passes of an optimizer step", (1, None)),
         ("weight_decay", float, "AdamW's, not on biases and norms", (0, None)),
         ("max_grad_norm", 1.0, "clip the gradient norm to this; 0 never clips, as the paper", (0, None)),
@@ -71,9 +66,6 @@ METAVARS = {int: "N", float: "X", str: "TEXT"}
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keep the module docstring's lines, put a flag on one line where it fits, and show defaults that say something."""
 
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=36)
-
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, argparse.BooleanOptionalAction):
             return f"--[no-]{action.dest}"
@@ -82,9 +74,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     def _get_help_string(self, action: argparse.Action) -> str:
         silent = action.default is None or action.default is False or "(default" in action.help
         return action.help if silent else super()._get_help_string(action)
-
-
-# ------------------------------------------------------------------------------------------------ parsing
 
 
 def size_flags(config_class: type, prefixes: tuple[str, ...], note: str) -> Rows:
@@ -100,7 +89,7 @@ class Flags:
         self.parser = argparse.ArgumentParser(
             description=description,
             usage="accelerate launch %(prog)s [flags]",
-            formatter_class=HelpFormatter,
+            formatter_class=functools.partial(HelpFormatter, max_help_position=36),
             allow_abbrev=False,
             add_help=False,
         )
@@ -123,18 +112,14 @@ class Flags:
         return {name: value for name, value in vars(found).items() if value is not NOT_GIVEN}
 
     def complete(self, given: Mapping[str, object], *defaults: Mapping[str, object]) -> argparse.Namespace:
-        """Complete what a command line says by defaults, of which later ones win, and check it.
-
-        With --help, show these defaults and exit.
-        """
+        """Complete a command line by defaults, of which later ones win, and check it; --help shows these and exits."""
         for table in defaults:
             self.parser.set_defaults(**table)
         if given.get("help"):
             self.parser.print_help()
             self.parser.exit()
-        args = vars(self.parser.parse_args([])) | dict(given)
-        del args["help"]
-        args = argparse.Namespace(**args)
+        args = argparse.Namespace(**vars(self.parser.parse_args([])) | dict(given))
+        del args.help
         self.check(args)
         return args
 
@@ -157,7 +142,9 @@ class Flags:
                 self.error(f"--{name} {given[name]}, but {source} has {sizes[name]}; leave the flag out")
         defaults = {name: sizes[name] for name in fixed}
         if source:
-            defaults |= {"input_channels": sizes["input_channels"], "img_size": as_list(sizes["img_size"])}
+            img_size = sizes["img_size"]
+            defaults["img_size"] = [img_size] if isinstance(img_size, int) else list(img_size)
+            defaults["input_channels"] = sizes["input_channels"]
         if "image_mean" in record:
             defaults |= {"mean": list(record["image_mean"]), "std": list(record["image_std"])}
         return defaults
@@ -187,10 +174,9 @@ class Flags:
             if len(values) != channels:
                 self.error(f"--{name} has {len(values)} values, --input_channels is {channels}; give as many, or one")
             setattr(args, name, tuple(values))
-        if Path(args.experiment_name).name != args.experiment_name or args.experiment_name in ("", ".."):
-            self.error(
-                f"--experiment_name {args.experiment_name!r} is a folder name; the path goes into --working_directory"
-            )
+        name = args.experiment_name
+        if Path(name).name != name or name in ("", ".."):
+            self.error(f"--experiment_name {name!r} is a folder name; the path goes into --working_directory")
 
     def check_ranges(self, args: argparse.Namespace) -> None:
         """Refuse values outside their range; of flags with several values each of them."""
@@ -215,10 +201,6 @@ def add_flag(group, name: str, default: object, text: str, **options: object) ->
     if isinstance(default, list):
         options = {"nargs": "+", **options}
     group.add_argument(f"--{name}", default=None if isinstance(default, type) else default, help=text, **options)
-
-
-def as_list(size: int | Sequence[int]) -> list[int]:
-    return [size] if isinstance(size, int) else list(size)
 
 
 def micro_batch_size(args: argparse.Namespace) -> int:

@@ -9,10 +9,9 @@ import datetime
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -24,10 +23,8 @@ from storage.lists import FileList, ListCache, find_splits, list_images, refuse_
 from storage.pairs import PairList, check_pairs, label_table, list_pairs
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-PR_SET_PDEATHSIG = 1  # of Linux' prctl
+PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends, however that ends
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
-
-# ------------------------------------------------------------------------------------------------ set-up
 
 
 def build_accelerator(gradient_accumulation_steps: int = 1, *, timeout_minutes: float = 30) -> Accelerator:
@@ -35,8 +32,10 @@ def build_accelerator(gradient_accumulation_steps: int = 1, *, timeout_minutes: 
 
     A process that waits for another longer than the timeout gives up, and with it the launcher and the job.
     """
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate launch started this process
-        die_with_parent(signal.SIGTERM)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":  # accelerate launch started this process
+        # A launcher that is killed, and one that starts a single process and only gets SIGTERM, would leave it training
+        # alone. With this 60 of 60 signals to the launcher ended in a saved state (benchmarks/RESULTS.md).
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
     accelerator = Accelerator(
         gradient_accumulation_steps=gradient_accumulation_steps,
         kwargs_handlers=[
@@ -76,23 +75,6 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_MMAP_MAX, 0)
 
 
-def die_with_parent(number: signal.Signals) -> None:
-    """Ask Linux to send this process a signal when its parent ends, however that ends.
-
-    A launcher that is killed, and one that starts a single process and only gets SIGTERM, leave it training alone;
-    with this 60 of 60 signals to `accelerate launch` ended in a saved state (benchmarks/RESULTS.md).
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
-
-
-def choose_kernels(deterministic: bool) -> None:
-    """With `deterministic`, allow only operations that give the same bits every time; torch raises for the others."""
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
-
 def compile_in_place(accelerator: Accelerator, model: nn.Module) -> None:
     """Do what `accelerate launch --dynamo_backend` asks for without wrapping the model.
 
@@ -111,11 +93,8 @@ def prepare(
 
     In bfloat16 on a CPU a model that can attend without torch's fused kernel does: 1.15 times as fast on two cores.
     """
-    if (
-        accelerator.device.type == "cpu"
-        and accelerator.mixed_precision == "bf16"
-        and hasattr(model, "unfuse_attention")
-    ):
+    in_bf16_on_cpu = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
+    if in_bf16_on_cpu and hasattr(model, "unfuse_attention"):
         model.unfuse_attention()
     compile_in_place(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -127,9 +106,6 @@ def cap_workers(num_workers: int) -> int:
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(num_workers, max(1, cores // local_processes))
-
-
-# ------------------------------------------------------------------------------------------------ data
 
 
 def draw_demo_data(accelerator: Accelerator, working_directory: str) -> Path:
@@ -170,35 +146,6 @@ def list_checked_pairs(accelerator: Accelerator, split: str, args: argparse.Name
     with accelerator.local_main_process_first():
         check_pairs(pairs, table, num_threads, list_cache(accelerator, args), decode=decode)
     return pairs
-
-
-# ------------------------------------------------------------------------------------------------ printing
-
-
-def print_lines(accelerator: Accelerator, lines: Mapping[str, str]) -> None:
-    """Print texts behind their names, one a line, from the main process."""
-    for name, text in lines.items():
-        accelerator.print(f"{name:<16}{text}")
-
-
-def print_figures(accelerator: Accelerator, figures: Mapping[str, float]) -> None:
-    for name, value in figures.items():
-        accelerator.print(f"{name:<24}{value:.4f}")
-
-
-def describe_processes(accelerator: Accelerator, num_workers: int) -> str:
-    """Say on what a run works: processes, device, precision, threads, data workers, versions."""
-    capped = cap_workers(num_workers)
-    workers = f"{capped} data workers"
-    if capped < num_workers:
-        workers += f" (of --num_workers {num_workers}, as there are no more cores)"
-    return (
-        f"{accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}, "
-        f"{torch.get_num_threads()} CPU threads and {workers} each, torch {torch.__version__}, timm {timm.__version__}"
-    )
-
-
-# ------------------------------------------------------------------------------------------------ between processes
 
 
 def process_slice(accelerator: Accelerator) -> tuple[int, int]:
@@ -243,5 +190,4 @@ def broadcast_buffers(accelerator: Accelerator, model: nn.Module) -> None:
     Torch's DDP does so before every forward pass of training, but not after the last.
     """
     if accelerator.num_processes > 1 and accelerator.distributed_type not in SHARDING:
-        for buffer in model.buffers():
-            broadcast(buffer, from_process=0)
+        broadcast(list(model.buffers()), from_process=0)

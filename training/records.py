@@ -4,10 +4,10 @@ Everything here but the folder's lock is for people: what cannot be written cost
 """
 
 import argparse
-import contextlib
 import fcntl
 import importlib
 import json
+import math
 import netrc
 import os
 import re
@@ -19,27 +19,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
+import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
-from storage.files import rename_aside, unused_name, written_whole
-from training.checkpoints import (
-    CHECKPOINT_NAME,
-    DONE_FILE,
-    LAST_CHECKPOINT,
-    Start,
-    advise_on_nonfinite,
-    checkpoint_order,
-    find_checkpoints,
-    find_damage,
-    find_differences,
-    point_last_checkpoint,
-    tidy,
-)
-from training.process import describe_processes, print_lines
+from storage.files import rename_aside, write_json, written_whole
+from training.checkpoints import Start, advise_on_nonfinite, find_differences, optional_write, take_over
+from training.process import cap_workers
 
 WANDB_TIMEOUT_S = 20
 BAR_INTERVAL_S = 30  # between lines of a progress bar that goes into a file
@@ -53,10 +42,7 @@ DATA_HINT = (
 
 
 def lock_experiment(experiment: Path) -> TextIO:
-    """Create the experiment's folder and hold it for this run; BlockingIOError when another run does.
-
-    The lock goes with the process, however that ends. Keep the returned file open.
-    """
+    """Hold the experiment's folder while this process lives and has the file open; BlockingIOError if another does."""
     experiment.mkdir(parents=True, exist_ok=True)
     lock = (experiment / ".lock").open("w")
     try:
@@ -71,16 +57,12 @@ def lock_experiment(experiment: Path) -> TextIO:
 
 def write_args(experiment: Path, args: argparse.Namespace, resumed_from: Path | None) -> list[str]:
     """Write args.json; a resume keeps the first file and adds its own. Give the flags that differ from the first."""
-    flags = json.loads(json.dumps(vars(args)))
-    first = experiment / "args.json"
-    before = json.loads(first.read_text()) if first.exists() and resumed_from is not None else flags
-    file = first
-    if resumed_from is None:
-        rename_aside(first)
-    elif first.exists():
-        file = experiment / f"args_from_{resumed_from.name}.json"
-        rename_aside(file)
-    file.write_text(json.dumps(flags, indent=2) + "\n")
+    before = flags = json.loads(json.dumps(vars(args)))
+    file = experiment / "args.json"
+    if resumed_from is not None and file.exists():
+        before, file = json.loads(file.read_text()), experiment / f"args_from_{resumed_from.name}.json"
+    rename_aside(file)
+    write_json(file, flags)
     return [
         f"--{name} {new} (was {old})"
         for name, old, new in sorted(find_differences(before, flags))
@@ -91,25 +73,12 @@ def write_args(experiment: Path, args: argparse.Namespace, resumed_from: Path | 
 def open_records(accelerator: Accelerator, start: Start, args: argparse.Namespace, step: int) -> "RunLog":
     """Hold the experiment's folder for this run, write its arguments, and open its log; every process calls this.
 
-    What a killed save left is cleared away, and damaged checkpoints that were passed over are renamed. BlockingIOError
-    when another run holds the folder, until its log is closed, or has written to it since this one looked.
+    BlockingIOError when another run holds the folder, until its log is closed, or has written since this one looked.
     """
-    experiment, resume_from, damaged = start
-    lock = None
+    experiment, resume_from, lock = start.experiment, start.resume_from, None
     if accelerator.is_main_process:
         lock = lock_experiment(experiment)
-        tidy(experiment)
-        (experiment / DONE_FILE).unlink(missing_ok=True)
-        for folder in filter(Path.exists, damaged):
-            renamed, reason = unused_name(folder, ".damaged"), find_damage(folder)
-            os.rename(folder, renamed)
-            print(f"{'passed over':<16}{folder.name}, which is damaged ({reason}): now {renamed.name}")
-        newest = find_checkpoints(experiment)[-1:]
-        if newest and (resume_from is None or checkpoint_order(newest[0]) > checkpoint_order(resume_from)):
-            raise BlockingIOError(f"another run has just written {newest[0]}; start this one again")
-        if newest and resume_from.samefile(newest[0]) and CHECKPOINT_NAME.fullmatch(newest[0].name):
-            with optional_write(experiment / LAST_CHECKPOINT):  # a kill right after the save left the older one
-                point_last_checkpoint(newest[0])
+        take_over(start)
         changes = write_args(experiment, args, resume_from)
         origin = f"from {resume_from.name} on" if resume_from else "from the start"
         print(f"{'experiment':<16}{experiment}, {origin}", flush=True)
@@ -117,24 +86,9 @@ def open_records(accelerator: Accelerator, start: Start, args: argparse.Namespac
             print(f"{'changed':<16}since the first start: {', '.join(changes)}", flush=True)
     accelerator.wait_for_everyone()
     log = RunLog(experiment, enabled=accelerator.is_main_process, resumed_step=step if resume_from else None, lock=lock)
-    if args.log_wandb:
+    if args.log_wandb and accelerator.is_main_process:
         log.start_wandb(args)
     return log
-
-
-@contextlib.contextmanager
-def optional_write(file: Path) -> Iterator[None]:
-    """Write a file that a run can do without: a disk that is full costs the file and a message."""
-    try:
-        yield
-    except OSError as error:
-        print(f"{file} could not be written ({error}); the run goes on", flush=True)
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    with optional_write(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
 
 
 def describe_run(
@@ -144,38 +98,41 @@ def describe_run(
 
     `files` and `held_out` describe themselves; without `held_out` nothing is evaluated.
     """
+    capped = cap_workers(args.num_workers)
+    workers = f"{capped} data workers"
+    if capped < args.num_workers:
+        workers += f" (of --num_workers {args.num_workers}, as there are no more cores)"
     common = {
         "training": files.describe(),
         "held out": held_out.describe() if held_out else "none: no train/ with val/ or validation/ beside it",
         "effective batch": f"{sampler.images_per_step} = {accelerator.num_processes} processes x "
         f"{args.gradient_accumulation_steps} forward passes x {sampler.micro_batch_size} images",
         "schedule": f"{args.epochs} epochs of {sampler.steps_per_epoch:,} steps, warmup {args.warmup_epochs} epochs",
-        "runs on": describe_processes(accelerator, args.num_workers),
+        "runs on": f"{accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}, "
+        f"{torch.get_num_threads()} CPU threads and {workers} each, torch {torch.__version__}, timm {timm.__version__}",
     }
     if len(files) < sampler.images_per_step:
         common["note"] = (
             f"{len(files):,} images do not fill one step of {sampler.images_per_step}, so an epoch repeats some; a "
             "smaller --per_gpu_batch_size avoids it"
         )
-    print_lines(accelerator, common | dict(lines))
+    for name, text in (common | dict(lines)).items():
+        accelerator.print(f"{name:<16}{text}")
 
 
-# ------------------------------------------------------------------------------------------------ progress
+def print_figures(accelerator: Accelerator, figures: Mapping[str, float]) -> None:
+    for name, value in figures.items():
+        accelerator.print(f"{name:<24}{value:.4f}")
+
+
+# ------------------------------------------------------------------------------------------------ progress and log
 
 
 def build_bar(accelerator: Accelerator, total_steps: int, step: int) -> tqdm:
     """Show the progress of a run from the main process; where no one watches a terminal, a line now and then."""
-    watched = sys.stderr.isatty()
-    return tqdm(
-        total=total_steps,
-        initial=step,
-        unit="step",
-        dynamic_ncols=watched,
-        ncols=None if watched else 160,
-        mininterval=0.1 if watched else BAR_INTERVAL_S,
-        maxinterval=10 if watched else BAR_INTERVAL_S,
-        disable=not accelerator.is_main_process,
-    )
+    in_file = dict(ncols=160, mininterval=BAR_INTERVAL_S, maxinterval=BAR_INTERVAL_S)
+    options = dict(dynamic_ncols=True) if sys.stderr.isatty() else in_file
+    return tqdm(total=total_steps, initial=step, unit="step", disable=not accelerator.is_main_process, **options)
 
 
 class StepClock:
@@ -194,31 +151,24 @@ class StepClock:
 
     def watch(self, loader: Iterable) -> Iterator:
         """Iterate over a loader, adding up the time spent in it and the images it gives."""
-        iterator = iter(loader)
-        while True:
-            asked = time.perf_counter()
-            batch = next(iterator, None)
+        batches, asked = iter(loader), time.perf_counter()
+        for batch in batches:
             self.waited_s += time.perf_counter() - asked
-            if batch is None:
-                return
             self.images += len(batch.images)
             yield batch
+            asked = time.perf_counter()
 
     def read(self, num_processes: int) -> dict[str, float]:
         """Give the figures since the last reading, images counted over all processes, and start over."""
         elapsed_s = max(time.perf_counter() - self.started, 1e-9)
-        figures = {
-            "images_per_second": self.images * num_processes / elapsed_s,
-            "data_wait_fraction": self.waited_s / elapsed_s,
-        }
+        images_per_second, waited = self.images * num_processes / elapsed_s, self.waited_s / elapsed_s
         self.readings += 1
-        slow = figures["data_wait_fraction"] > LONG_WAIT and self.readings > 1
-        self.slow_readings = self.slow_readings + 1 if slow else 0
+        self.slow_readings = self.slow_readings + 1 if waited > LONG_WAIT and self.readings > 1 else 0
         if self.slow_readings == 2 and self.say is not None:
-            self.say(DATA_HINT.format(figures["data_wait_fraction"]))
+            self.say(DATA_HINT.format(waited))
             self.say = None
         self.restart()
-        return figures
+        return {"images_per_second": images_per_second, "data_wait_fraction": waited}
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -227,9 +177,6 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-# ------------------------------------------------------------------------------------------------ log
 
 
 class RunLog:
@@ -246,14 +193,12 @@ class RunLog:
             rename_aside(self.file)
         elif enabled and self.file.exists():
             lines = self.file.read_text().splitlines()
-            kept = [line for line in lines if (row := parse_row(line)) is not None and row["step"] <= resumed_step]
+            kept = [line for line in lines if step_of(line) <= resumed_step]
             with written_whole(self.file) as temporary:
                 temporary.write_text("".join(line + "\n" for line in kept))
 
     def start_wandb(self, args: argparse.Namespace) -> None:
         """Start or go on with a W&B run: online where a key is found, else offline."""
-        if not self.enabled:
-            return
         try:
             self.wandb = importlib.import_module("wandb")
         except ImportError as error:
@@ -262,10 +207,11 @@ class RunLog:
         mode = os.environ.get("WANDB_MODE") or ("online" if wandb_key_exists() else "offline")
         if "WANDB_MODE" not in os.environ and mode == "offline":
             print("--log_wandb: no API key found, so W&B runs offline; `wandb sync` uploads it later", flush=True)
-        if self.with_wandb(lambda: self.init_wandb(args, mode)) is None and mode == "online":
-            self.with_wandb(lambda: self.init_wandb(args, "offline"))
+        self.with_wandb(self.init_wandb, args, mode)
+        if self.wandb_run is None and mode == "online":
+            self.with_wandb(self.init_wandb, args, "offline")
 
-    def init_wandb(self, args: argparse.Namespace, mode: str):
+    def init_wandb(self, args: argparse.Namespace, mode: str) -> None:
         id_file = self.file.with_name("wandb_id.txt")
         run = self.wandb.init(
             project=re.sub(r"[/\\#?%:]", "_", args.experiment_name),  # W&B refuses these
@@ -280,16 +226,14 @@ class RunLog:
         id_file.write_text(run.id + "\n")
         run.define_metric("*", step_metric="step")
         self.wandb_run = run
-        return run
 
-    def with_wandb(self, act: Callable):
+    def with_wandb(self, act: Callable, *args: object) -> None:
         """Do something with W&B; if it fails, say so and leave W&B alone from then on."""
         try:
-            return act()
+            act(*args)
         except (self.wandb.Error, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             print(f"--log_wandb: W&B failed ({type(error).__name__}: {error}); the run goes on without it", flush=True)
             self.wandb_run = None
-            return None
 
     def write(self, row: Mapping[str, float | None]) -> None:
         """Append a row; it carries "step". Rows that a full disk refuses are written with a later one."""
@@ -306,27 +250,31 @@ class RunLog:
             if self.file.exists():
                 os.truncate(self.file, whole)
         if self.wandb_run is not None:
-            self.with_wandb(lambda: self.wandb_run.log(dict(row)))
+            self.with_wandb(self.wandb_run.log, dict(row))
 
-    def picture(self, key: str, path: Path, step: int) -> None:
-        """Send a picture file to W&B."""
+    def picture(self, key: str, epoch: int, picture: Image.Image, step: int) -> None:
+        """Save a picture as <experiment>/<key>/epoch_<epoch>.png, and send it to W&B."""
+        path = self.file.parent / key / f"epoch_{epoch}.png"
+        with optional_write(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
         if self.wandb_run is not None and path.exists():
             self.with_wandb(lambda: self.wandb_run.log({key: self.wandb.Image(str(path)), "step": step}))
 
     def close(self) -> None:
         if self.wandb_run is not None:
             self.with_wandb(self.wandb_run.finish)
+            self.wandb_run = None
         if self.lock is not None:
             self.lock.close()
 
 
-def parse_row(line: str) -> dict | None:
-    """Read a row of a log; None for one that a crash cut short."""
+def step_of(line: str) -> float:
+    """Read the step of a row of a log; infinity for one that a crash cut short."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row if isinstance(row, dict) and "step" in row else None
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def wandb_key_exists() -> bool:
@@ -350,20 +298,15 @@ class BadFiles:
         self.file, self.num_images, self.max_fraction = experiment / "bad_files.txt", num_images, max_fraction
         self.new: dict[str, str] = {}
         self.met: set[str] = set()  # by this run; a file that was repaired since it was named counts no more
-        self.named: set[str] = set()
-        if self.file.exists():
-            lines = self.file.read_text(errors="surrogateescape").splitlines()
-            self.named = {line.split("\t")[0] for line in lines}
+        lines = self.file.read_text(errors="surrogateescape").splitlines() if self.file.exists() else []
+        self.named = {line.split("\t")[0] for line in lines}
 
     def note(self, bad_files: Iterable[tuple[str, str]]) -> None:
         """Remember what one batch of this process met; nothing is written before `share`."""
         self.new |= {path: reason for path, reason in bad_files if path not in self.met}
 
     def share(self, accelerator: Accelerator, say: Callable[[str], None]) -> int:
-        """Bring the processes' findings together, name the new ones and give the count; every process calls it.
-
-        ValueError when the share of bad files is above the limit.
-        """
+        """Name the new ones of all processes and give the count; ValueError above the limit. Every process calls it."""
         found = {path: reason for new in gather_object([self.new]) for path, reason in new.items()}
         self.new = {}
         self.met |= found.keys()
@@ -385,32 +328,23 @@ class BadFiles:
 
 
 class SkippedSteps:
-    """Count the optimizer steps whose loss or gradient was not finite, and name their images in nonfinite_steps.jsonl.
-
-    `images_of` gives the files of an optimizer step.
-    """
+    """Count the optimizer steps whose loss or gradient is not finite; nonfinite_steps.jsonl names their images."""
 
     def __init__(self, experiment: Path, images_of: Callable[[int], list[str]], max_in_a_row: int):
-        self.experiment, self.images_of, self.max_in_a_row = experiment, images_of, max_in_a_row
+        self.file, self.images_of, self.max_in_a_row = experiment / "nonfinite_steps.jsonl", images_of, max_in_a_row
         self.count, self.in_a_row = 0, 0
 
     def note(self, accelerator: Accelerator, skipped: list[bool], last_step: int, say: Callable[[str], None]) -> None:
-        """Take in whether each of the steps up to `last_step` was left out, in their order.
-
-        FloatingPointError after `max_in_a_row` of them.
-        """
+        """Take in which of the steps up to `last_step` were left out; FloatingPointError for too many in a row."""
         for step, was_skipped in enumerate(skipped, start=last_step - len(skipped) + 1):
+            self.count += was_skipped
             self.in_a_row = self.in_a_row + 1 if was_skipped else 0
-            if not was_skipped:
-                continue
-            self.count += 1
-            file = self.experiment / "nonfinite_steps.jsonl"
-            if accelerator.is_main_process:
-                with optional_write(file), file.open("a", errors="surrogateescape") as rows:
+            if was_skipped and accelerator.is_main_process:
+                with optional_write(self.file), self.file.open("a", errors="surrogateescape") as rows:
                     rows.write(json.dumps({"step": step, "images": self.images_of(step)}) + "\n")
-                say(f"step {step}: loss or gradient not finite, left out; its images are named in {file}")
+                say(f"step {step}: loss or gradient not finite, left out; its images are named in {self.file}")
             if self.in_a_row == self.max_in_a_row:
                 raise FloatingPointError(
                     f"loss or gradient was not finite in {self.in_a_row} optimizer steps in a row, up to step {step} "
-                    f"(--max_nonfinite_steps). {advise_on_nonfinite(self.experiment)}"
+                    f"(--max_nonfinite_steps). {advise_on_nonfinite(self.file.parent)}"
                 )

@@ -17,6 +17,8 @@ Nothing here knows a network, a loss or a data set.
 """
 
 import argparse
+import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,11 +30,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from training.checkpoints import BEST_CHECKPOINT, Checkpoints, Start, check_weights, open_experiment, resume
+from storage.files import write_json
+from training.checkpoints import BEST_CHECKPOINT, DONE_FILE, Checkpoints, Start, check_weights, open_experiment, resume
 from training.flags import micro_batch_size
-from training.process import build_accelerator, cap_workers, choose_kernels, process_slice
-from training.records import BadFiles, SkippedSteps, StepClock, build_bar, open_records, peak_memory_gb, save_picture
-from training.signals import GO_ON, SAVE, STOP, Interrupted, Interruptions
+from training.process import build_accelerator, cap_workers, process_slice
+from training.records import BadFiles, SkippedSteps, StepClock, build_bar, open_records, peak_memory_gb
+from training.signals import GO_ON, SAVE, STOP, Interruptions
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error
@@ -70,14 +73,11 @@ def open_run(args: argparse.Namespace) -> Opened:
     accelerator = build_accelerator(args.gradient_accumulation_steps, timeout_minutes=args.timeout_minutes)
     start = open_experiment(accelerator, args)
     set_seed(args.seed)
-    choose_kernels(args.deterministic)
-    stepping = dict(
-        micro_batch_size=micro_batch_size(args),
-        accumulation_steps=args.gradient_accumulation_steps,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        seed=args.seed,
-    )
+    if args.deterministic:  # only operations that give the same bits every time; torch raises for the others
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    stepping = dict(rank=accelerator.process_index, world_size=accelerator.num_processes, seed=args.seed)
+    stepping |= dict(micro_batch_size=micro_batch_size(args), accumulation_steps=args.gradient_accumulation_steps)
     return Opened(accelerator, start, stepping, loading_options(accelerator, args))
 
 
@@ -125,8 +125,8 @@ class Run:
                 state["best"] = -1.0
         self.first_epoch = self.epoch = state["epoch"]
         self.step, self.row, self.best = state["step"], state["row"], state["best"]
-        self.log = open_records(accelerator, start, args, self.step)
         self.bad_files = BadFiles(self.experiment, len(plan.files), args.max_bad_fraction)
+        self.log = open_records(accelerator, start, args, self.step)  # from here on there is something to close
         self.skipped_steps = SkippedSteps(self.experiment, self.images_of, args.max_nonfinite_steps)
         self.checkpoints = Checkpoints(accelerator, self.experiment, args.keep_checkpoints)
         self.interruptions = Interruptions(accelerator, self.checkpoints, args.save_minutes, args.timeout_minutes)
@@ -134,8 +134,7 @@ class Run:
         self.clock = StepClock(accelerator.print)
         self.sums: dict[str, Tensor] = {}  # figures of the step under way, on the device
         self.pending: list[Tensor] = []  # (figures + 1,) of each step since the last row; the last is 1.0 where skipped
-        self.saved, self.closed = True, False
-        self.headline = ""  # of the last evaluation, for the bar
+        self.saved, self.headline = True, ""  # of the last evaluation, for the bar
 
     def __enter__(self) -> "Run":
         return self
@@ -144,16 +143,19 @@ class Run:
         self.close()
         if kind is not Stopped:
             return False
-        self.interruptions.report_stop(self.saved, self.step)
+        stopped = f"by {self.interruptions.name or 'a signal at another process'} at step {self.step}"
+        if not self.saved:
+            raise OSError(f"stopped {stopped}, but the state could not be saved")
+        advice = "the same command, with --resume_from_checkpoint latest, goes on from there"
+        self.accelerator.print(f"{'stopped':<16}{stopped}; {advice}")
         self.accelerator.end_training()
         return True
 
     def close(self) -> None:
-        if not self.closed:
-            self.closed = True
-            self.bar.close()
-            self.log.close()
-            self.interruptions.close()
+        """Close all that is open; a second time, this does nothing."""
+        self.bar.close()
+        self.log.close()
+        self.interruptions.close()
 
     def images_of(self, step: int) -> list[str]:
         return [self.plan.files.path(index) for index in self.plan.sampler.images_of(step)]
@@ -197,10 +199,9 @@ class Run:
         if self.step > 1 and self.step % self.args.log_interval and not epoch_ends and request == GO_ON:
             return
         self.row = self.read_row(names, learning_rate)
-        if epoch_ends:  # its row waits for the evaluation
-            return
-        self.log.write(self.row)
-        self.obey(request, self.epoch)
+        if not epoch_ends:  # there the row waits for the evaluation
+            self.log.write(self.row)
+            self.obey(request, self.epoch)
 
     def read_row(self, names: list[str], learning_rate: float) -> dict:
         """Give the log row of the steps since the last one; figures cross to the host here and nowhere else."""
@@ -230,22 +231,22 @@ class Run:
 
     def watch(self, loader: DataLoader) -> Iterator:
         """Give an evaluation's batches; a run that should stop is saved as it was before, and raises Stopped."""
-        try:
-            for batch in self.interruptions.watch(loader):
-                self.bad_files.note(batch.bad_files)
-                yield batch
-        except Interrupted:
-            self.save(self.epoch, self.row)
-            raise Stopped from None
+        images = len(loader.dataset) // process_slice(self.accelerator)[1]
+        common = math.ceil(images / loader.batch_size)  # batches that every process has
+        for index, batch in enumerate(loader):
+            if index < common and self.interruptions.agree() == STOP:
+                self.save(self.epoch, self.row)
+                raise Stopped
+            self.bad_files.note(batch.bad_files)
+            yield batch
 
     def check_weights(self) -> None:
         check_weights(self.accelerator, self.model, self.experiment, self.step)
 
     def keep_best(self, model: nn.Module, figure: float, record: Mapping) -> bool:
         """Write weights into best_checkpoint/ where their figure is higher than all before; True where they were."""
-        if figure <= self.best:
-            return False
-        if not self.checkpoints.save_weights(model, BEST_CHECKPOINT, {**self.plan.config, **record}):
+        config = {**self.plan.config, **record}
+        if figure <= self.best or not self.checkpoints.save_weights(model, BEST_CHECKPOINT, config):
             return False
         self.best = figure
         return True
@@ -253,9 +254,7 @@ class Run:
     def keep_picture(self, name: str, picture: Image.Image | None) -> None:
         """Save a picture of this epoch, from the main process, and hand it to the tracker; others may have none."""
         if self.accelerator.is_main_process and picture is not None:
-            path = self.experiment / name / f"epoch_{self.epoch + 1}.png"
-            save_picture(picture, path)
-            self.log.picture(name, path, self.step)
+            self.log.picture(name, self.epoch + 1, picture, self.step)
 
     def finish_epoch(self, figures: Mapping, *, save: bool, for_good: bool) -> None:
         """Write the epoch's row with the figures of its evaluation, and its checkpoint; may raise Stopped."""
@@ -276,7 +275,6 @@ class Run:
     def save(self, epoch: int, row: Mapping, **how: bool) -> None:
         """Save after `epoch` complete epochs; `row` is one that waits for its evaluation."""
         state = {**self.identity, "epoch": epoch, "step": self.step, "best": self.best, "row": row}
-        how = {"epoch_ends": False, **how}
         self.saved = self.checkpoints.save(self.model, self.plan.config, state, average=self.average, **how)
 
     def finish(self) -> None:
@@ -288,4 +286,5 @@ class Run:
             )
         if not self.saved:
             raise OSError("the last checkpoint could not be written; make room for it and go on with the same command")
-        self.checkpoints.finish(self.step)
+        if self.accelerator.is_main_process:
+            write_json(self.experiment / DONE_FILE, {"step": self.step})

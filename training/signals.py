@@ -4,26 +4,18 @@ What is saved then, and where the loop stops, is known to run.py.
 """
 
 import datetime
-import math
 import os
 import signal
 import time
-from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
 
 from storage.workers import STOP_SIGNALS
 from training.checkpoints import Checkpoints
-from training.process import process_slice
 
 GO_ON, SAVE, STOP = 0, 1, 2
 ONE_REQUEST_S = 3  # signals this close together are one request: a scheduler and a launcher both pass it on
-
-
-class Interrupted(Exception):  # noqa: N818 - it is no error
-    """Leaves an evaluation because the run should stop."""
 
 
 class Interruptions:
@@ -63,26 +55,7 @@ class Interruptions:
         torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX, self.group)
         return int(answer)
 
-    def watch(self, loader: DataLoader) -> Iterator:
-        """Iterate over an evaluation's loader; raises Interrupted on every process when the run should stop."""
-        images = len(loader.dataset) // process_slice(self.accelerator)[1]
-        common = math.ceil(images / loader.batch_size)  # batches that every process has
-        for index, batch in enumerate(loader):
-            if index < common and self.agree() == STOP:
-                raise Interrupted
-            yield batch
-
     def close(self) -> None:
         """Give the signals back."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-
-    def report_stop(self, saved: bool, step: int) -> None:
-        """Say how to go on; OSError when the state could not be saved."""
-        reason = self.name or "a signal at another process"
-        if not saved:
-            raise OSError(f"stopped by {reason} at step {step}, but the state could not be saved")
-        self.accelerator.print(
-            f"{'stopped':<16}by {reason} at step {step}; the same command, with "
-            "--resume_from_checkpoint latest, goes on from there"
-        )
