@@ -9,7 +9,6 @@ import torch
 from conftest import ROOT, TINY
 from torch.utils.flop_counter import FlopCounterMode
 
-import dataset
 from model import MODEL_CONFIGS, ViTMAEForPreTraining
 from storage.pairs import IGNORE_INDEX
 
@@ -110,14 +109,3 @@ def test_steps_beside_peers_are_taken_in_processes_of_their_own(step, monkeypatc
     ours, theirs = (next(row for row in rows if row[0] == name) for name in ("this project", "transformers"))
     assert all(float(row[column]) > 0 for row in (ours, theirs) for column in (2, 3, 4))
     assert float(ours[5].split()[0]) == pytest.approx(float(theirs[2]) / float(ours[2]), rel=0.03)
-
-
-def test_seeding_is_timed_beside_the_samples_it_is_for(drawn_images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(dataset, "get_worker_info", dataset.get_worker_info)  # the benchmark's own is taken back
-    reliability = load_benchmark("reliability", monkeypatch)
-    flags = ["--path_to_images", str(drawn_images / "train"), "--working_directory", str(tmp_path), "--rounds", "1"]
-    seeded = dataset.seeded
-    reliability.measure_seeding(reliability.parse_args(flags))
-    printed = capsys.readouterr().out
-    assert "24 photographs" in printed and "share of seeding, percent" in printed
-    assert dataset.seeded is seeded
