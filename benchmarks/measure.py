@@ -1,10 +1,9 @@
-"""What the benchmarks share: flags, the machine, clock, turns, two processes, tables.
+"""What the benchmarks share: flags, the machine, clock, turns, tables.
 
 A benchmark that imports this finds the project's modules, whatever folder it is started in.
 """
 
 import argparse
-import os
 import platform
 import statistics
 import subprocess
@@ -91,19 +90,6 @@ def take_turns(names: list, rounds: int, measure: Callable[[Hashable], float]) -
             found[name].append(measure(name))
         print(f"round {index + 1} of {rounds}", file=sys.stderr, flush=True)
     return found
-
-
-# ------------------------------------------------------------------------------------------------ processes
-
-
-def launch_two(script: str, flags: Sequence[str], device: torch.device = CPU) -> None:
-    """Start a script as two processes, with one thread each on the CPU."""
-    on_gpu = device.type == "cuda"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["--mixed_precision", "bf16" if on_gpu else "no", script, *flags]
-    on_cpu = {} if on_gpu else {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, env=os.environ | on_cpu, check=True)
 
 
 # ------------------------------------------------------------------------------------------------ tables

@@ -11,13 +11,15 @@ import functools
 import itertools
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from measure import alternate, build_parser, launch_two, spread
+from measure import alternate, build_parser, spread
 
 from model import MODEL_CONFIGS, ViTMAEForPreTraining
 from storage.files import checksum_of
@@ -26,6 +28,9 @@ from training.signals import Interruptions
 
 NO_CONFIG = {"architecture": "ViTMAEForPreTraining"}
 STEPS = 200  # of a round in which processes agree
+LAUNCH_TWO = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH_TWO += ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0", "--mixed_precision", "no"]
+ONE_THREAD_ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 # By the clock: a disk and another process are waited for.
 take_times = functools.partial(alternate, clock=time.perf_counter)
@@ -107,7 +112,8 @@ def main(args: argparse.Namespace) -> None:
         measure_agreement(args)
         return
     measure_checkpoints(args)
-    launch_two(__file__, ["--working_directory", str(args.working_directory), "--rounds", str(args.rounds)])
+    flags = ["--working_directory", str(args.working_directory), "--rounds", str(args.rounds)]
+    subprocess.run([*LAUNCH_TWO, __file__, *flags], env=os.environ | ONE_THREAD_ON_CPU, check=True)
 
 
 if __name__ == "__main__":
