@@ -1,7 +1,8 @@
-"""The benchmarks of the networks: what they count, and that every network they time trains. Nothing is timed here."""
+"""The benchmarks: what they count, that every network they time trains, what they print. No speed is asserted."""
 
 import dataclasses
 import importlib.util
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -109,3 +110,22 @@ def test_steps_beside_peers_are_taken_in_processes_of_their_own(step, monkeypatc
     ours, theirs = (next(row for row in rows if row[0] == name) for name in ("this project", "transformers"))
     assert all(float(row[column]) > 0 for row in (ours, theirs) for column in (2, 3, 4))
     assert float(ours[5].split()[0]) == pytest.approx(float(theirs[2]) / float(ours[2]), rel=0.03)
+
+
+def test_each_start_is_repeated_at_its_best_rate(tmp_path, monkeypatch, capsys):
+    helps, started = load_benchmark("pretraining_helps", monkeypatch), []
+
+    def run(folder: Path, script: str, name: str, epochs: int, flags: list[str]) -> dict[str, float]:
+        started.append(name)
+        best = "_mae_2e-3_" in name or "_scratch_4e-3_" in name
+        return {"testing_top1_acc": 10 * best + epochs + int(name[-1])}
+
+    monkeypatch.setattr(helps, "run", run)
+    flags = ["--path_to_data", "DATA", "--working_directory", str(tmp_path), "--seeds", "0", "1", "--at_once", "1"]
+    helps.main(helps.parse_args(flags))
+    assert started[:2] == ["pretrained_seed0", "pretrained_seed1"]
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "| mae | 5 | 2e-3 | 15.00 | 16.00 | 15.50 |",
+        "| scratch | 5 | 4e-3 | 15.00 | 16.00 | 15.50 |",
+        "| scratch | 15 | 4e-3 | 25.00 | 26.00 | 25.50 |",
+    ]
