@@ -1,4 +1,4 @@
-"""Does pretraining help to classify, or to label pixels? Finetune a MAE, and train the same model from scratch.
+r"""Does pretraining help to classify, or to label pixels? Finetune a MAE, and train the same model from scratch.
 
     python benchmarks/pretraining_helps.py --path_to_data IMAGENETTE --working_directory work_dir/pretraining_helps
     python benchmarks/pretraining_helps.py --path_to_data IMAGENETTE --path_to_segmentation_data CAMVID \

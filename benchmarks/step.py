@@ -1,8 +1,9 @@
-"""What does an optimizer step cost, in time and memory, beside transformers'?
+r"""What does an optimizer step cost, in time and memory, beside transformers'?
 
     OMP_NUM_THREADS=1 python benchmarks/step.py
     OMP_NUM_THREADS=1 python benchmarks/step.py --model mae_vit_large_patch16 --tables mask_ratio
-    OMP_NUM_THREADS=1 python benchmarks/step.py --tables segmentation --batch_size 2
+    OMP_NUM_THREADS=1 python benchmarks/step.py --tables segmentation --batch_size 2 \
+      --modes "float32 eager" "bfloat16 eager"
 
 Networks of the same sizes, with the same AdamW and clipping, take turns on random images, on the GPU where there is
 one and else on the CPU. Beside the peer (`pip install transformers`) each step is taken in a process of its own,
