@@ -1,13 +1,10 @@
-"""What the benchmarks share: flags, clock, turns, memory, processes of their own, the device's matrix rate, tables.
+"""What the benchmarks share: flags, the machine, clock, turns, tables.
 
 A benchmark that imports this finds the project's modules, whatever folder it is started in.
 """
 
 import argparse
-import json
-import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,7 +17,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-GPU_MATRIX, CPU_MATRIX = 8192, 2048  # side of the matrices whose product gives the rate
 CPU = torch.device("cpu")
 
 
@@ -28,10 +24,6 @@ def build_parser(description: str, *, rounds: int = 5) -> argparse.ArgumentParse
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help=f"times that each is measured (default: {rounds})")
     return parser
-
-
-def choose_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def describe_machine(device: torch.device) -> str:
@@ -100,54 +92,6 @@ def take_turns(names: list, rounds: int, measure: Callable[[Hashable], float]) -
     return found
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
-    """Measure the FLOP/s of a large matrix product, the best of some."""
-    side = GPU_MATRIX if device.type == "cuda" else CPU_MATRIX
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    times = alternate({f"matrix product in {dtype}": lambda: a @ b}, repeats, device, warmup=3)
-    return 2 * side**3 / min(next(iter(times.values())))
-
-
-# ------------------------------------------------------------------------------------------------ memory and processes
-
-
-def memory_gb(device: torch.device) -> float:
-    """Peak memory up to now in GB (1e9 bytes): of the GPU's allocator, or of this process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would give that of the process which started this one, where it is higher
-        (peak,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(peak) * 1024 / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def measure_apart(script: str, flags: Sequence[str]) -> dict | None:
-    """Run a benchmark script in a process of its own and give the JSON of its last line; None if memory ran out."""
-    done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, check=False)
-    if done.returncode:
-        if "out of memory" in done.stderr or done.returncode == -9:
-            return None
-        raise RuntimeError(f"{script} {' '.join(flags)} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def find_memory(script: str, flags: Sequence[str]) -> str:
-    """Give the `gb` of such a process as the cell of a table."""
-    found = measure_apart(script, flags)
-    return f"{found['gb']:.2f}" if found else "out of memory"
-
-
-def launch_two(script: str, flags: Sequence[str], device: torch.device = CPU) -> None:
-    """Start a script as two processes, with one thread each on the CPU."""
-    on_gpu = device.type == "cuda"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["--mixed_precision", "bf16" if on_gpu else "no", script, *flags]
-    on_cpu = {} if on_gpu else {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, env=os.environ | on_cpu, check=True)
-
-
 # ------------------------------------------------------------------------------------------------ tables
 
 
@@ -166,8 +110,3 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     print(f"\n{title}\n")
     for cells in (header, ["---"] * len(header), *rows):
         print("| " + " | ".join(cells) + " |", flush=True)
-
-
-def missing(package: str) -> None:
-    """Say that a peer is left out."""
-    print(f"{package} is not installed, so it is not compared: pip install {package}", flush=True)

@@ -1,6 +1,6 @@
-"""What surviving costs: seconds of a checkpoint, of seeding each sample, and of agreeing after each step.
+"""What surviving costs: seconds of a checkpoint, and of agreeing after each step.
 
-    python benchmarks/reliability.py --path_to_images FOLDER --working_directory DISK
+    python benchmarks/reliability.py --working_directory DISK
 
 Each cost is measured in turn with the work that it is a part of. The checkpoint goes to --working_directory, so that is
 the disk it tells about.
@@ -11,24 +11,26 @@ import functools
 import itertools
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from measure import alternate, build_parser, launch_two, spread
+from measure import alternate, build_parser, spread
 
-import dataset
-from dataset import ImageDataset, SampleKey, build_pretraining_transform
 from model import MODEL_CONFIGS, ViTMAEForPreTraining
 from storage.files import checksum_of
-from storage.lists import list_images
 from training.checkpoints import Checkpoints, find_damage
 from training.signals import Interruptions
 
 NO_CONFIG = {"architecture": "ViTMAEForPreTraining"}
 STEPS = 200  # of a round in which processes agree
+LAUNCH_TWO = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH_TWO += ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0", "--mixed_precision", "no"]
+ONE_THREAD_ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 # By the clock: a disk and another process are waited for.
 take_times = functools.partial(alternate, clock=time.perf_counter)
@@ -36,7 +38,6 @@ take_times = functools.partial(alternate, clock=time.perf_counter)
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser(__doc__, rounds=7)
-    parser.add_argument("--path_to_images", type=Path, help="photographs that stand for the training data")
     parser.add_argument("--working_directory", type=Path, required=True, help="on the disk that checkpoints go to")
     parser.add_argument("--model", choices=MODEL_CONFIGS, default="mae_vit_base_patch16")
     return parser.parse_args(argv)
@@ -80,32 +81,6 @@ def measure_checkpoints(args: argparse.Namespace) -> None:
     shutil.rmtree(plain)
 
 
-def measure_seeding(args: argparse.Namespace) -> None:
-    """Time samples as a data worker makes them, and their seeding alone.
-
-    Samples without seeds would be other crops, of other sizes, whose time differs by more than what is sought.
-    """
-    dataset.get_worker_info = lambda: "a worker"
-    data = ImageDataset(list_images(args.path_to_images), build_pretraining_transform((224, 224), 0.2), noise_size=196)
-    keys = [SampleKey(0, index) for index in range(min(len(data), 200))]
-
-    def read() -> None:
-        for key in keys:
-            data[key]
-
-    def seed() -> None:
-        for key in keys:
-            with dataset.seeded(0, *key, torch_only=data.cuts_first):
-                pass
-
-    times = take_times({"whole": read, "seeds": seed}, args.rounds)
-    shares = [100 * seeds / whole for seeds, whole in zip(times["seeds"], times["whole"], strict=True)]
-    print(f"a training sample (decoded, cropped to 224, flipped; {len(keys)} photographs)")
-    print_spread("microseconds, whole", times["whole"], 1e-6 * len(keys))
-    print_spread("microseconds, of which seeding", times["seeds"], 1e-6 * len(keys))
-    print_spread("share of seeding, percent", shares)
-
-
 def measure_agreement(args: argparse.Namespace) -> None:
     """Time steps of a small model on two processes with and without the agreement."""
     accelerator = Accelerator(cpu=True)
@@ -137,9 +112,8 @@ def main(args: argparse.Namespace) -> None:
         measure_agreement(args)
         return
     measure_checkpoints(args)
-    if args.path_to_images is not None:
-        measure_seeding(args)
-    launch_two(__file__, ["--working_directory", str(args.working_directory), "--rounds", str(args.rounds)])
+    flags = ["--working_directory", str(args.working_directory), "--rounds", str(args.rounds)]
+    subprocess.run([*LAUNCH_TWO, __file__, *flags], env=os.environ | ONE_THREAD_ON_CPU, check=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""The benchmarks of the networks: what they count, and that every network they time trains. Nothing is timed here."""
+"""The benchmarks: what they count, that every network they time trains, what they print. No speed is asserted."""
 
+import dataclasses
 import importlib.util
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -8,8 +10,8 @@ import torch
 from conftest import ROOT, TINY
 from torch.utils.flop_counter import FlopCounterMode
 
-import dataset
-from model import ViTMAEForPreTraining
+from model import MODEL_CONFIGS, ViTMAEForPreTraining
+from storage.pairs import IGNORE_INDEX
 
 
 def load_benchmark(name: str, monkeypatch) -> ModuleType:
@@ -64,10 +66,10 @@ def test_fewer_flops_are_made_than_counted(step):
 
 
 def test_every_network_takes_steps_that_lower_its_loss(step):
-    for build in [*(step.BUILDERS[name] for name in step.installed_networks()), step.FullEncoder]:
+    for build in [*step.PRETRAINING.values(), step.FullEncoder]:
         torch.manual_seed(0)
         network, images = build(TINY, 0.75).train(), torch.randn(2, 3, 16, 16)
-        run = step.build_step(network, step.build_optimizer(network), images, "float32 eager")
+        run = step.build_step(network, step.build_optimizer(network), [images], "float32 eager")
         with torch.no_grad():
             before = sum(network(images) for _ in range(20))
         for _ in range(30):
@@ -85,15 +87,14 @@ def test_networks_compared_have_as_many_weights_to_train(step):
     assert count(step.FullEncoder(TINY, 0.75)) == ours + TINY.encoder_embed_dim
 
 
-def test_heads_compared_give_the_same_loss_and_gradients(monkeypatch):
+def test_segmenters_compared_give_the_same_loss_and_gradients(step):
     """The whole step of both, from the same weights and of the same images."""
-    segmentation = load_benchmark("segmentation", monkeypatch)
-    args = segmentation.parse_args(["--model", "mae_vit_tiny_patch16", "--img_size", "64", "--num_classes", "5"])
-    ours, theirs = (segmentation.Segmenter(args, whose).eval() for whose in (segmentation.OURS, segmentation.THEIRS))
+    config = dataclasses.replace(MODEL_CONFIGS["mae_vit_tiny_patch16"], img_size=64)
+    ours, theirs = (build(config, 5).eval() for build in step.SEGMENTATION.values())
     weights = {k.replace(".bn.", ".batch_norm."): value for k, value in ours.state_dict().items()}
     theirs.load_state_dict({k.replace("conv_seg", "classifier"): value for k, value in weights.items()})
     images, labels = torch.randn(1, 3, 64, 64), torch.randint(0, 5, (1, 64, 64))
-    labels[:, :9] = segmentation.IGNORED
+    labels[:, :9] = IGNORE_INDEX
     losses = [network(images, labels) for network in (ours, theirs)]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
     gradients = [torch.autograd.grad(losses[i], net.neck.parameters()) for i, net in enumerate((ours, theirs))]
@@ -101,22 +102,30 @@ def test_heads_compared_give_the_same_loss_and_gradients(monkeypatch):
 
 
 def test_steps_beside_peers_are_taken_in_processes_of_their_own(step, monkeypatch, capsys):
-    monkeypatch.setattr(step, "matrix_rate", lambda device, dtype: 1e12)
-    flags = ["--tables", "peers", "--modes", "float32 eager", "--rounds", "1", "--batch_size", "1", "--as_shipped"]
+    monkeypatch.setattr(step, "matrix_rate", lambda dtype: 1e12)
+    flags = ["--tables", "peers", "--modes", "float32 eager", "--rounds", "1", "--batch_size", "1"]
     step.main(step.parse_args(["--model", "mae_vit_tiny_patch16", *flags]))
     lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
     ours, theirs = (next(row for row in rows if row[0] == name) for name in ("this project", "transformers"))
-    assert float(ours[2]) > 0 and float(theirs[2]) > 0
-    assert float(ours[6].split()[0]) == pytest.approx(float(theirs[2]) / float(ours[2]), rel=0.03)
+    assert all(float(row[column]) > 0 for row in (ours, theirs) for column in (2, 3, 4))
+    assert float(ours[5].split()[0]) == pytest.approx(float(theirs[2]) / float(ours[2]), rel=0.03)
 
 
-def test_seeding_is_timed_beside_the_samples_it_is_for(drawn_images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(dataset, "get_worker_info", dataset.get_worker_info)  # the benchmark's own is taken back
-    reliability = load_benchmark("reliability", monkeypatch)
-    flags = ["--path_to_images", str(drawn_images / "train"), "--working_directory", str(tmp_path), "--rounds", "1"]
-    seeded = dataset.seeded
-    reliability.measure_seeding(reliability.parse_args(flags))
-    printed = capsys.readouterr().out
-    assert "24 photographs" in printed and "share of seeding, percent" in printed
-    assert dataset.seeded is seeded
+def test_each_start_is_repeated_at_its_best_rate(tmp_path, monkeypatch, capsys):
+    helps, started = load_benchmark("pretraining_helps", monkeypatch), []
+
+    def run(folder: Path, script: str, name: str, epochs: int, flags: list[str]) -> dict[str, float]:
+        started.append(name)
+        best = "_mae_2e-3_" in name or "_scratch_4e-3_" in name
+        return {"testing_top1_acc": 10 * best + epochs + int(name[-1])}
+
+    monkeypatch.setattr(helps, "run", run)
+    flags = ["--path_to_data", "DATA", "--working_directory", str(tmp_path), "--seeds", "0", "1", "--at_once", "1"]
+    helps.main(helps.parse_args(flags))
+    assert started[:2] == ["pretrained_seed0", "pretrained_seed1"]
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "| mae | 5 | 2e-3 | 15.00 | 16.00 | 15.50 |",
+        "| scratch | 5 | 4e-3 | 15.00 | 16.00 | 15.50 |",
+        "| scratch | 15 | 4e-3 | 25.00 | 26.00 | 25.50 |",
+    ]

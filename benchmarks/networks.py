@@ -1,0 +1,126 @@
+"""What step.py compares: this project's networks and transformers' of the same sizes, each of which gives its loss."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import MAEConfig, ViTMAEForPreTraining, ViTMAEForSegmentation, num_kept_patches
+from storage.pairs import IGNORE_INDEX
+from upernet import resize, resized_cross_entropy
+
+# ------------------------------------------------------------------------------------------------ pretraining
+
+
+def build_ours(config: MAEConfig, mask_ratio: float, *, predict_visible: bool = False) -> nn.Module:
+    class Loss(ViTMAEForPreTraining):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images, mask_ratio, predict_visible=predict_visible).loss
+
+    return Loss(config)
+
+
+def build_transformers(config: MAEConfig, mask_ratio: float) -> nn.Module:
+    import transformers
+
+    sizes = transformers.ViTMAEConfig(
+        image_size=config.img_size,
+        patch_size=config.patch_size,
+        num_channels=config.input_channels,
+        hidden_size=config.encoder_embed_dim,
+        num_hidden_layers=config.encoder_depth,
+        num_attention_heads=config.encoder_num_heads,
+        intermediate_size=int(config.encoder_embed_dim * config.encoder_mlp_ratio),
+        decoder_hidden_size=config.decoder_embed_dim,
+        decoder_num_hidden_layers=config.decoder_depth,
+        decoder_num_attention_heads=config.decoder_num_heads,
+        decoder_intermediate_size=int(config.decoder_embed_dim * config.decoder_mlp_ratio),
+        mask_ratio=mask_ratio,
+        norm_pix_loss=config.norm_pix_loss,
+    )
+
+    class Loss(transformers.ViTMAEForPreTraining):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images).loss
+
+    return Loss(sizes)
+
+
+class FullEncoder(ViTMAEForPreTraining):
+    """What masking saves: an encoder that sees every position, removed ones as a mask token (paper, table 1c)."""
+
+    def __init__(self, config: MAEConfig, mask_ratio: float):
+        super().__init__(config)
+        self.mask_ratio = mask_ratio
+        self.encoder_mask_token = nn.Parameter(torch.zeros(1, 1, config.encoder_embed_dim))
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patchify(images)
+        noise = torch.rand(patches.shape[:2], device=images.device)
+        mask = self.random_masking(noise, self.mask_ratio).mask
+        pos_embed = self.positions(images)
+        x = self.embed_patches(patches)
+        x = torch.where(mask[:, :, None].bool(), self.encoder_mask_token.to(x.dtype), x) + pos_embed[:, 1:]
+        x = self.prepend_cls(x, pos_embed)
+        for block in self.blocks:
+            x = block(x)
+        in_order = torch.arange(noise.shape[1], device=images.device).expand_as(noise)
+        pred = self.forward_decoder(self.norm(x), in_order)
+        return self.forward_loss(images, pred, mask)
+
+
+def training_flops(config: MAEConfig, mask_ratio: float) -> float:
+    """Count the FLOPs of the matrix products of one image, forwards and backwards (twice the forward's)."""
+
+    def blocks(depth: int, tokens: int, width: int, mlp_ratio: float) -> float:
+        return depth * (2 * tokens * width**2 * (4 + 2 * mlp_ratio) + 4 * tokens**2 * width)
+
+    kept, patches = num_kept_patches(config.num_patches, mask_ratio), config.num_patches
+    width, decoder_width = config.encoder_embed_dim, config.decoder_embed_dim
+    forward = 2 * kept * config.patch_dim * width
+    forward += blocks(config.encoder_depth, kept + 1, width, config.encoder_mlp_ratio)
+    forward += 2 * (kept + 1) * width * decoder_width
+    forward += blocks(config.decoder_depth, patches + 1, decoder_width, config.decoder_mlp_ratio)
+    forward += 2 * patches * decoder_width * config.patch_dim
+    return 3 * forward
+
+
+# ------------------------------------------------------------------------------------------------ segmentation
+
+
+class Segmenter(ViTMAEForSegmentation):
+    """This project's segmenter, with the loss that training computes."""
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        maps = self.backbone.get_intermediate_layers(images, self.taps)
+        logits, auxiliary = self.decode_head(self.neck(maps)), self.auxiliary_head(maps[2])
+        losses = [
+            resized_cross_entropy(scores, labels, IGNORE_INDEX) / labels.numel() for scores in (logits, auxiliary)
+        ]
+        return losses[0] + 0.4 * losses[1]
+
+
+class TransformersSegmenter(ViTMAEForSegmentation):
+    """This project's encoder and neck under transformers' heads, with torch's loss of the scores at full size."""
+
+    def __init__(self, config: MAEConfig, num_classes: int):
+        import transformers
+        from transformers.models.upernet import modeling_upernet
+
+        super().__init__(config, num_classes)
+        width = config.encoder_embed_dim
+        heads = transformers.UperNetConfig(
+            backbone_config=transformers.ResNetConfig(),
+            hidden_size=width,
+            num_labels=num_classes,
+            auxiliary_channels=256,
+            auxiliary_in_channels=width,
+        )
+        self.decode_head = modeling_upernet.UperNetHead(heads, [width] * 4)
+        self.auxiliary_head = modeling_upernet.UperNetFCNHead(heads, [width] * 4)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        maps = self.backbone.get_intermediate_layers(images, self.taps)
+        logits, auxiliary = self.decode_head(self.neck(maps)), self.auxiliary_head(maps)  # which looks at the third
+        resized = [resize(scores.float(), size=labels.shape[-2:]) for scores in (logits, auxiliary)]
+        losses = [F.cross_entropy(scores, labels, ignore_index=IGNORE_INDEX, reduction="sum") for scores in resized]
+        return (losses[0] + 0.4 * losses[1]) / labels.numel()
