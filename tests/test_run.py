@@ -338,6 +338,21 @@ def test_run_with_another_identity_is_refused_before_it_writes(tmp_path):
 # -------------------------------------------------------------------------------- ends
 
 
+def test_signals_that_come_late_do_not_end_a_stopped_run_before_it_has_said_so(tmp_path, monkeypatch):
+    training, said, others = Training(tmp_path), [], []
+    before = signal.signal(signal.SIGTERM, lambda *_: others.append("handled by another"))
+    try:
+        with training.open() as run:
+            late = lambda text: (os.kill(os.getpid(), signal.SIGTERM), said.append(text))  # noqa: E731
+            monkeypatch.setattr(run.accelerator, "print", late)
+            raise Stopped
+        assert "stopped " in said[0] and others == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert others == ["handled by another"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, Stopped])
 def test_run_closes_what_it_opened_however_it_is_left(tmp_path, error):
     handlers = [signal.getsignal(number) for number in signals.STOP_SIGNALS]

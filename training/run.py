@@ -17,6 +17,7 @@ Nothing here knows a network, a loss or a data set.
 """
 
 import argparse
+import contextlib
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -140,16 +141,18 @@ class Run:
         return self
 
     def __exit__(self, kind, error, trace) -> bool:
-        self.close()
-        if kind is not Stopped:
-            return False
-        stopped = f"by {self.interruptions.name or 'a signal at another process'} at step {self.step}"
-        if not self.saved:
-            raise OSError(f"stopped {stopped}, but the state could not be saved")
-        advice = "the same command, with --resume_from_checkpoint latest, goes on from there"
-        self.accelerator.print(f"{'stopped':<16}{stopped}; {advice}")
-        self.accelerator.end_training()
-        return True
+        # Signals are given back last: a launcher that dies sends one for each of its threads, the last of them late.
+        with contextlib.closing(self):
+            if kind is not Stopped:
+                return False
+            self.bar.close()
+            stopped = f"by {self.interruptions.name or 'a signal at another process'} at step {self.step}"
+            if not self.saved:
+                raise OSError(f"stopped {stopped}, but the state could not be saved")
+            advice = "the same command, with --resume_from_checkpoint latest, goes on from there"
+            self.accelerator.print(f"{'stopped':<16}{stopped}; {advice}")
+            self.accelerator.end_training()
+            return True
 
     def close(self) -> None:
         """Close all that is open; a second time, this does nothing."""
