@@ -29,7 +29,7 @@ SCRIPTS = {
         --warmup_epochs 1 --learning_rate 5e-3 --eval_interval 25""",
     # Group norm, because synchronised batch norm exists on GPUs alone: on the CPU each process has statistics of its
     # own, and two processes are another run than one.
-    "finetune_segmentation": """--encoder_depth 4 --from_scratch --norm group --num_classes 4 --channels 64
+    "finetune_segmentation": """--encoder_depth 4 --from_scratch --norm group --num_classes 4 --channels 128
         --drop_path 0.3 --taps 0 1 2 3 --warmup_iterations 5 --learning_rate 5e-4 --eval_interval 25""",
 }
 
