@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvf
 
-from storage.decoding import CHANNEL_MODES, DECODE_ERRORS, Area, Picture, read_image, to_pixels
+from storage.decoding import CHANNEL_MODES, DECODE_ERRORS, Area, Picture, to_pixels
 from storage.files import random_key
 from storage.lists import FileList, PackedImages
 from storage.pairs import IGNORE_INDEX, PairList, read_label_map
@@ -424,9 +424,10 @@ class ADE20KDataset(ImageDataset):
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
         labels = read_label_map(self.files.label_file(index), self.table)
-        image = read_image(self.files.image_file(index), self.channels)
-        if (image.height, image.width) != labels.shape:  # drawn on the picture as it is stored, rotation flag ignored
-            image = read_image(self.files.image_file(index), self.channels, rotate=False)
+        image = self.files.read_image(index, self.channels)
+        if (image.height, image.width) != labels.shape:
+            size = f"{image.width} x {image.height}"
+            raise ValueError(f"{size} pixels, but its label map has {labels.shape[1]} x {labels.shape[0]}")
         return image, labels
 
     def prepare(self, image: Image.Image, label: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -362,7 +362,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
     # Data: augmentation, drop path and dropout are functions of (seed, epoch, index)
     train_pairs = training.list_checked_pairs(accelerator, "training", args)
-    val_pairs = training.list_checked_pairs(accelerator, "validation", args)
+    val_pairs = training.list_checked_pairs(accelerator, "validation", args, rotate=train_pairs.rotate)
     train_data, val_data = build_data(train_pairs, args, model), build_data(val_pairs, args)
     sampler = dataset.StepSampler(len(train_data), **stepping)
     pin_memory = args.pin_memory and device.type == "cuda"

@@ -179,7 +179,9 @@ class ConfusionMatrix:
         return {name: (100 * score).where(true > 0, torch.nan) for name, score in scores.items()}
 
     def figures(self, prefix: str = "testing") -> dict[str, float]:
-        """Give mIoU, mean accuracy and mean Dice over the classes that occur, and the accuracy of all pixels, percent.
+        """Give mIoU, mean accuracy and mean Dice over the classes that occur, the accuracy of all pixels, in percent.
+
+        Last comes over how many classes the means are.
 
         MMSegmentation's mIoU, mAcc, aAcc and mDice wherever every class occurs, as in ADE20K.
 
@@ -189,7 +191,8 @@ class ConfusionMatrix:
         scores = self.per_class()
         found = {f"{prefix}_m{name}": score.nanmean().item() for name, score in scores.items()}
         counts = self.counts.double()
-        return found | {f"{prefix}_aacc": (100 * counts.diagonal().sum() / counts.sum()).item()}
+        found[f"{prefix}_aacc"] = (100 * counts.diagonal().sum() / counts.sum()).item()
+        return found | {f"{prefix}_classes": int((counts.sum(dim=1) > 0).sum())}
 
 
 KNN_NEIGHBOURS, KNN_TEMPERATURE = 20, 0.07

@@ -15,12 +15,14 @@ import tempfile
 import zlib
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
+
+from storage.files import open_regular
 
 try:
     from torchcodec.decoders import decode_jpeg
@@ -38,9 +40,47 @@ DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupEr
 DECODE_ERRORS += (MemoryError, struct.error, zlib.error, Image.DecompressionBombError)
 
 CHANNEL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+UNDO_ROTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
-def read_image(source: str | Path | io.BytesIO, channels: int = 3, *, rotate: bool = True) -> Image.Image:
+MAX_FILE_BYTES = 1 << 30  # of an image file: sparse files may claim any size
+
+
+class NamedBytes(io.BytesIO):
+    """A file in memory, by whose name Pillow's errors call it."""
+
+    def __init__(self, data: bytes, name: str):
+        super().__init__(data)
+        self.label = name
+
+    def __repr__(self) -> str:
+        return repr(self.label)
+
+    def __str__(self) -> str:
+        return self.label
+
+
+def load_file(path: str | Path) -> NamedBytes:
+    """Read an image file into memory; OSError where it is no regular file or impossibly large.
+
+    Never hand Pillow a path: of an uncompressed TIFF it then maps the file, and mixes up the rows of a rotated one.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_FILE_BYTES:
+            raise OSError(f"{os.fspath(path)} has {size:,} bytes; an image file has at most {MAX_FILE_BYTES:,}")
+        return NamedBytes(file.read(), os.fspath(path))
+
+
+def read_image(source: str | Path | BinaryIO, channels: int = 3, *, rotate: bool = True) -> Image.Image:
     """Decode a file into the 8-bit picture a person sees, with 1 (grey), 3 (RGB) or 4 (RGBA) channels.
 
     Rotation flags are applied (`rotate`), 16-bit values scaled, transparent pixels laid on white. Raises one of
@@ -49,10 +89,16 @@ def read_image(source: str | Path | io.BytesIO, channels: int = 3, *, rotate: bo
     Deviation: the original release ignores EXIF rotation and shows what lies under transparent pixels. Reason: both
     train on pictures nobody sees. Effect: not measured.
     """
-    with Image.open(source, formats=IMAGE_FORMATS) as image:
+    file = load_file(source) if isinstance(source, str | Path) else source
+    with Image.open(file, formats=IMAGE_FORMATS) as image:
         refuse_bomb(image)
+        flag = rotation_flag(image) if image.format == "TIFF" else 1  # Pillow turns TIFFs, and no others, by itself
         image.load()
-    image = scale_to_8_bit(upright(image) if rotate else image)
+    if rotate:
+        image = upright(image)
+    elif flag in UNDO_ROTATION:
+        image = image.transpose(UNDO_ROTATION[flag])
+    image = scale_to_8_bit(image)
     mode = CHANNEL_MODES[channels]
     if image.has_transparency_data and mode != "RGBA":
         image = image.convert("RGBA")
@@ -72,6 +118,15 @@ def upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except DECODE_ERRORS:
         return image
+
+
+def rotation_flag(image: Image.Image) -> int:
+    """Give the rotation flag (EXIF orientation) of an opened image, 1 to 8; a damaged block is none, 1."""
+    try:
+        flag = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DECODE_ERRORS:
+        return 1
+    return flag if flag in range(1, 9) else 1
 
 
 def scale_to_8_bit(image: Image.Image) -> Image.Image:
@@ -152,17 +207,6 @@ class JPEGPicture(Picture):
                 if pixels.shape == (self.channels, self.height, self.width):
                     return Picture(pixels)
         return Picture(to_pixels(read_image(io.BytesIO(self.data), self.channels)))
-
-
-class NamedBytes(io.BytesIO):
-    """A file in memory, by whose name Pillow's errors call it."""
-
-    def __init__(self, data: bytes, name: str):
-        super().__init__(data)
-        self.label = name
-
-    def __repr__(self) -> str:
-        return repr(self.label)
 
 
 def open_picture(file: NamedBytes, channels: int = 3) -> Picture:

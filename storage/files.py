@@ -12,10 +12,11 @@ import os
 import reprlib
 import secrets
 import shutil
+import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 
 def unused_name(path: Path, suffix: str) -> Path:
@@ -28,6 +29,18 @@ def rename_aside(file: Path) -> None:
     """Rename what an earlier run without a checkpoint left under this name, so that nothing is overwritten."""
     if file.exists():
         file.rename(unused_name(file.with_suffix(""), file.suffix))
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file to read, if it is a regular one; OSError where it is not.
+
+    A pipe, a socket or a device would block for ever, or never end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{os.fspath(path)} is no regular file")
+    return open(descriptor, "rb")
 
 
 CHUNK_BYTES = 1 << 24

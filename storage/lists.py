@@ -7,14 +7,15 @@ import dataclasses
 import os
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from storage.decoding import CHANNEL_MODES, IMAGE_SUFFIXES, NamedBytes, Picture, open_picture, read_image, to_pixels
-from storage.files import fingerprint, random_key, written_whole
+from storage.decoding import CHANNEL_MODES, IMAGE_SUFFIXES, Picture, load_file, open_picture, read_image, to_pixels
+from storage.files import fingerprint, random_key, read_json, write_json, written_whole
 from storage.packs import Pack, PackedRows, is_packed, open_pack
 
 LAYOUT = """expected one of
@@ -46,9 +47,7 @@ class FileList:
         return read_image(self.path(index), channels)
 
     def open_picture(self, index: int, channels: int) -> Picture:
-        path = self.path(index)
-        with open(path, "rb") as file:
-            return open_picture(NamedBytes(file.read(), path), channels)
+        return open_picture(load_file(self.path(index)), channels)
 
     def fingerprint(self) -> str:
         """Hash the relative paths, so that a resumed run can tell whether its data is still the same."""
@@ -207,17 +206,23 @@ class ListCache:
         with written_whole(self.list_file(files.root), unique=True) as temporary, temporary.open("wb") as file:
             np.savez(file, **entries)
 
-    def passed(self, *question: object) -> bool:
-        """Tell whether a check is remembered; `question` is all that decides its answer."""
-        return not self.rescan and self.mark_of(question).exists()
+    def recall(self, *question: object) -> dict | None:
+        """Give what a check found; None where it is not remembered. `question` is all that decides its answer."""
+        mark = self.mark_of(question)
+        if self.rescan or not mark.is_file():
+            return None
+        try:
+            return read_json(mark)
+        except (OSError, ValueError):  # damaged: looked at again
+            return None
 
-    def remember(self, *question: object) -> None:
-        """Remember that a check passed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.mark_of(question).touch()
+    def remember(self, answer: Mapping, *question: object) -> None:
+        """Remember what a check found."""
+        with written_whole(self.mark_of(question), unique=True) as temporary:
+            write_json(temporary, answer)
 
     def mark_of(self, question: tuple) -> Path:
-        return self.folder / f"checked-{random_key(*question):016x}"
+        return self.folder / f"checked-{random_key(*question):016x}.json"
 
 
 def list_images(root: Path, cache: ListCache | None = None) -> FileList:

@@ -3,18 +3,19 @@
 Lists of images alone, and the cache that remembers what was checked, live in lists.py.
 """
 
-import io
+import dataclasses
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
-from storage.decoding import DECODE_ERRORS, IMAGE_FORMATS, NamedBytes, read_image
-from storage.files import fingerprint
+from storage.decoding import DECODE_ERRORS, IMAGE_FORMATS, NamedBytes, load_file, read_image, rotation_flag
+from storage.files import fingerprint, open_regular
 from storage.lists import ListCache, contents, name_some, scan_images
 from storage.packs import Pack, is_packed, open_pack
 
@@ -53,6 +54,8 @@ ADE20K_PALETTE = np.frombuffer(bytes.fromhex(ADE20K_COLOURS), dtype=np.uint8).re
 LABEL_COLOURS = np.resize(ADE20K_PALETTE, (IGNORE_INDEX, 3))  # of any data set; from the 151st class on they repeat
 
 LABEL_FORMATS = ("PNG", "BMP", "TIFF", "GIF")  # a JPEG's compression makes up class ids
+# How Pillow calls one channel of up to 8 bits: of 1, 2, 4 or 8, I where white is 0, R where bits come in reverse
+RAW_MODE = re.compile(r"(?:(?P<one>1)|[LP])(?:;(?P<bits>[124])?(?P<inverted>I)?R?)?")
 LABEL_LAYOUT = """expected
   <root>/images/{training,validation}/*.jpg  and  <root>/annotations/{training,validation}/*.png  (ADEChallengeData2016)
 with a label map of the same name and size for every image"""
@@ -73,12 +76,32 @@ def label_table(num_classes: int, ignore_zero: bool) -> np.ndarray:
     return table
 
 
-def read_label_map(source: str | Path | io.BytesIO, table: np.ndarray) -> np.ndarray:
-    """Read a label map as classes, uint8 (H, W); ValueError names the file and what is wrong with it."""
-    with Image.open(source, formats=LABEL_FORMATS) as image:
-        if image.mode not in ("L", "P"):
+def read_raw_labels(source: str | Path | BinaryIO) -> np.ndarray:
+    """Read the samples of a label map as they lie in the file, uint8 (H, W); ValueError where it is no label map.
+
+    Pillow spreads greys of 1, 2 and 4 bits over 0 to 255, and inverts those of a TIFF whose white is 0.
+    """
+    file = load_file(source) if isinstance(source, str | Path) else source
+    with Image.open(file, formats=LABEL_FORMATS) as image:
+        arguments = image.tile[0].args if image.tile and image.format != "GIF" else "P"
+        form = RAW_MODE.fullmatch(arguments if isinstance(arguments, str) else str(arguments[0]))
+        if image.mode not in ("1", "L", "P") or form is None:
             raise ValueError(f"{source} is of mode {image.mode}; a label map has one 8-bit channel of class numbers")
-        raw = np.asarray(image)
+        raw = np.asarray(image).astype(np.uint8)
+    bits = 1 if form["one"] else int(form["bits"] or 8)
+    if image.mode == "P":
+        return raw
+    white = 1 if image.mode == "1" else 255
+    return (white - raw if form["inverted"] else raw) // (white // (2**bits - 1))
+
+
+def read_label_map(source: str | Path | BinaryIO, table: np.ndarray) -> np.ndarray:
+    """Read a label map as classes, uint8 (H, W); ValueError names the file and what is wrong with it."""
+    return map_labels(read_raw_labels(source), table, source)
+
+
+def map_labels(raw: np.ndarray, table: np.ndarray, source: object) -> np.ndarray:
+    """Turn raw label values into classes, uint8 (H, W); ValueError names `source` and values that are none."""
     classes = table[raw]
     if classes.min() < 0:
         unknown = np.unique(raw[classes < 0])
@@ -95,6 +118,7 @@ class PairList:
     root: Path
     images: np.ndarray
     label_maps: np.ndarray
+    rotate: bool = dataclasses.field(default=True, kw_only=True)  # label maps lie on images turned by their flags
 
     def __len__(self) -> int:
         return len(self.images)
@@ -105,12 +129,15 @@ class PairList:
     def label_path(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.label_maps[index]))
 
-    def image_file(self, index: int) -> str | io.BytesIO:
-        """Give what an image can be opened from; `label_file` likewise."""
-        return self.path(index)
+    def image_file(self, index: int) -> BinaryIO:
+        """Open the file of an image; `label_file` likewise."""
+        return open_regular(self.path(index))
 
-    def label_file(self, index: int) -> str | io.BytesIO:
-        return self.label_path(index)
+    def read_image(self, index: int, channels: int) -> Image.Image:
+        return read_image(self.path(index), channels, rotate=self.rotate)
+
+    def label_file(self, index: int) -> BinaryIO:
+        return load_file(self.label_path(index))
 
     def stamps(self) -> list[tuple[int, int]]:
         """Give size and modification time (ns) of every file."""
@@ -132,6 +159,9 @@ class PackedPairs(PairList):
 
     def image_file(self, index: int) -> NamedBytes:
         return self.pack.read(2 * index)
+
+    def read_image(self, index: int, channels: int) -> Image.Image:
+        return read_image(self.image_file(index), channels, rotate=self.rotate)
 
     def label_file(self, index: int) -> NamedBytes:
         return self.pack.read(2 * index + 1)
@@ -189,60 +219,137 @@ def list_pairs(root: str | Path, split: str) -> PairList:
     return PairList(root, *paths)
 
 
-def check_pairs(
-    pairs: PairList, table: np.ndarray, num_threads: int, cache: ListCache | None = None, *, decode: bool = False
-) -> None:
-    """Open every label map, and the head of every image (`decode`: all of it); ValueError names what cannot be used.
+class PairSurvey(NamedTuple):
+    """What was found in a split: its pairs, and how many pixels have each raw label value, int64 (256,)."""
 
-    Minutes for ADE20K, so `cache` remembers a check by the names, sizes and times of all files.
+    pairs: PairList
+    pixels: np.ndarray
+    note: str  # on rotation flags; empty where no image has one
+
+
+def check_pairs(
+    pairs: PairList,
+    table: np.ndarray,
+    num_threads: int,
+    cache: ListCache | None = None,
+    *,
+    decode: bool = False,
+    rotate: bool = True,
+) -> PairSurvey:
+    """Read every label map, and the head of every image (`decode`: all of it), and give what was found.
+
+    The images of the split are all turned by their rotation flags, or none is: what the shapes of those that tell
+    say, and `rotate` where none does. ValueError names what cannot be used. Minutes for ADE20K, so `cache` remembers
+    a check by the names, sizes and times of all files.
     """
-    question = (pairs.fingerprint(), str(pairs.root), table.tolist(), pairs.stamps(), decode)
-    if cache is not None and cache.passed(*question):
-        return
-    with ThreadPoolExecutor(max(1, num_threads)) as pool:
-        found = list(pool.map(lambda i: check_pair(pairs, i, table, decode), range(len(pairs))))
-    problems = [check.problem for check in found if check.problem]
-    if problems:
-        raise ValueError("label maps or images that cannot be used:\n  " + name_some(problems, 10, "\n  "))
-    if not any(check.has_labels for check in found):
-        raise ValueError(f"not one pixel has a label in {os.path.dirname(pairs.label_path(0))}: all are ignored")
-    if cache is not None:
-        cache.remember(*question)
+    question = ("survey", pairs.fingerprint(), str(pairs.root), table.tolist(), pairs.stamps(), decode, rotate)
+    answer = cache.recall(*question) if cache is not None else None
+    if answer is None:
+        with ThreadPoolExecutor(max(1, num_threads)) as pool:
+            found = list(pool.map(lambda i: check_pair(pairs, i, table, decode), range(len(pairs))))
+        problems = [check.problem for check in found if check.problem]
+        if problems:
+            raise ValueError("label maps or images that cannot be used:\n  " + name_some(problems, 10, "\n  "))
+        turned, note = choose_rotation(pairs, found, rotate)
+        answer = {"rotate": turned, "note": note, "pixels": sum(check.pixels for check in found).tolist()}
+        if not any(answer["pixels"][raw] for raw in np.flatnonzero(table != IGNORE_INDEX)):
+            raise ValueError(f"not one pixel has a label in {os.path.dirname(pairs.label_path(0))}: all are ignored")
+        if cache is not None:
+            cache.remember(answer, *question)
+    pixels = np.array(answer["pixels"], dtype=np.int64)
+    return PairSurvey(dataclasses.replace(pairs, rotate=answer["rotate"]), pixels, answer["note"])
 
 
 class PairCheck(NamedTuple):
-    """What is wrong with a pair, None where nothing is, and whether any pixel has a label that counts."""
+    """What is wrong with a pair, if anything; the pixels of each raw value (256,); the image's rotation flag.
+
+    `fits` tells whether the label map has the shape of the image as stored, and as its flag turns it.
+    """
 
     problem: str | None
-    has_labels: bool
+    pixels: np.ndarray | int = 0
+    flag: int = 1
+    fits: tuple[bool, bool] = (True, True)
 
 
 def check_pair(pairs: PairList, index: int, table: np.ndarray, decode: bool) -> PairCheck:
     """Look at a pair. Images that cannot be decoded are training's to skip, and a problem only with `decode`."""
     label_path, image_path = pairs.label_path(index), pairs.path(index)
     try:
-        labels = read_label_map(pairs.label_file(index), table)
+        raw = read_raw_labels(pairs.label_file(index))
+        labels = map_labels(raw, table, label_path)
     except DECODE_ERRORS as error:
         reason = str(error)
-        return PairCheck(reason if reason.startswith(label_path) else f"{label_path}: {reason}", False)
-    height, width = labels.shape
-    has_labels = bool((labels != IGNORE_INDEX).any())
+        return PairCheck(reason if reason.startswith(label_path) else f"{label_path}: {reason}")
+    pixels = np.bincount(raw.ravel(), minlength=256)
     try:
-        with Image.open(pairs.image_file(index), formats=IMAGE_FORMATS) as image:
-            size, turned = image.size, is_turned(image)
+        with pairs.image_file(index) as file:  # of which no more than its head is read
+            image = Image.open(file, formats=IMAGE_FORMATS)
+            flag, size = rotation_flag(image), image.size
+            swaps = flag in (5, 6, 7, 8)
+            stored = size[::-1] if swaps and image.format == "TIFF" else size  # Pillow gives a TIFF's size turned
         if decode:
-            read_image(pairs.image_file(index))
+            pairs.read_image(index, 3)
     except DECODE_ERRORS as error:
-        return PairCheck(f"{image_path}: {type(error).__name__}: {error}" if decode else None, has_labels)
-    if (width, height) != size and not (turned and (height, width) == size):
-        reason = f"{width} x {height} pixels, but its image has {size[0]} x {size[1]}"
-        return PairCheck(f"{label_path}: {reason}", has_labels)
-    return PairCheck(None, has_labels)
+        return PairCheck(f"{image_path}: {type(error).__name__}: {error}" if decode else None, pixels)
+    fits = labels.shape[::-1] == stored, labels.shape[::-1] == (stored[::-1] if swaps else stored)
+    if not any(fits):
+        height, width = labels.shape
+        return PairCheck(f"{label_path}: {width} x {height} pixels, but its image has {size[0]} x {size[1]}", pixels)
+    return PairCheck(None, pixels, flag, fits)
 
 
-def is_turned(image: Image.Image) -> bool:
-    """Tell whether the EXIF flag of an opened image swaps its height and width; a damaged block is none."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    except DECODE_ERRORS:
-        return False
+def choose_rotation(pairs: PairList, found: list[PairCheck], otherwise: bool) -> tuple[bool, str]:
+    """Decide whether the label maps lie on the images as their rotation flags turn them, and say why.
+
+    ValueError where some pairs tell the one and some the other: then no rule is right for those that do not tell.
+    """
+    stored, turned = ([i for i, check in enumerate(found) if check.fits == fits] for fits in ((1, 0), (0, 1)))
+    if stored and turned:
+        raise ValueError(
+            f"label maps follow no one rule in {pairs.root}: {len(turned)} have the shape of the image as its rotation "
+            f"flag turns it ({pairs.label_path(turned[0])}), {len(stored)} as it is stored "
+            f"({pairs.label_path(stored[0])}). Write the images anew without rotation flags (EXIF or TIFF orientation)"
+        )
+    flagged = sum(check.flag != 1 for check in found)
+    if not flagged:
+        return otherwise, ""
+    rotate = bool(turned) if stored or turned else otherwise
+    basis = f"the shapes of {len(stored or turned)} pairs tell" if stored or turned else "no pair tells by its shape"
+    how = "turned by them, as a person sees the image" if rotate else "not turned by them, as the labels are drawn"
+    return rotate, f"{flagged:,} of {len(found):,} images have a rotation flag: all are {how}; {basis}"
+
+
+def describe_labels(pixels: np.ndarray, table: np.ndarray, names: list[str]) -> str:
+    """Say how many pixels are ignored, which classes they are of, and which classes never occur."""
+    counts = count_classes(pixels, table, len(names))
+    order = sorted(np.flatnonzero(counts).tolist(), key=lambda k: -counts[k])
+    shares = [f"{names[k]} {counts[k] / counts.sum():.1%}" for k in order]
+    text = f"{len(order)} of {len(names)} classes occur: {name_some(shares, 10)}"
+    absent = [names[k] for k in np.flatnonzero(counts == 0)]
+    if absent:
+        text += f"; never: {name_some(absent, 10)}"
+    return f"{text}; {1 - counts.sum() / pixels.sum():.1%} of the pixels are ignored"
+
+
+def count_classes(pixels: np.ndarray, table: np.ndarray, num_classes: int) -> np.ndarray:
+    """Turn pixels of each raw value (256,) into pixels of each class, int64 (K,)."""
+    classes = (table >= 0) & (table != IGNORE_INDEX)
+    return np.bincount(table[classes], pixels[classes], minlength=num_classes).astype(np.int64)
+
+
+def refuse_one_class(pixels: np.ndarray, table: np.ndarray, num_classes: int, folder: str) -> None:
+    """Refuse labels of fewer than two classes: every answer would be right; ValueError says what may be wrong."""
+    counts = count_classes(pixels, table, num_classes)
+    if (counts > 0).sum() > 1:
+        return
+    values = ", ".join(f"{raw} on {pixels[raw] / pixels.sum():.1%}" for raw in np.flatnonzero(pixels))
+    ignored = [str(raw) for raw in np.flatnonzero(pixels) if table[raw] == IGNORE_INDEX]
+    message = f"only one of --num_classes {num_classes} occurs in {folder}. Raw label values: {values} of the pixels"
+    if ignored:
+        message += f"; {' and '.join(ignored)} {'is' if len(ignored) == 1 else 'are'} ignored"
+    if pixels[IGNORE_INDEX]:
+        message += ". If 255 is a class, write the label maps anew with 1 in its place: labels[labels == 255] = 1"
+    elif pixels[0] and table[0] == IGNORE_INDEX:
+        message += ". If 0 is a class, give --no-ignore_zero"
+    raise ValueError(message)

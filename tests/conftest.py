@@ -52,6 +52,15 @@ def photographs() -> Path:
     return PHOTOGRAPHS
 
 
+@pytest.fixture
+def cases() -> Path:
+    """Small files that went wrong in practice."""
+    folder = PHOTOGRAPHS.parent / "cases"
+    if not folder.is_dir():
+        pytest.skip("the cases from practice are not on this machine")
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
     """Let every test start its own Accelerator; the library keeps one state per process."""

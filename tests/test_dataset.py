@@ -404,20 +404,19 @@ def test_undecodable_file_stops_an_evaluation_with_its_name(image_folder):
 # -------------------------------------------------------------------------------- segmentation
 
 
-def test_label_map_of_a_rotated_photograph_may_lie_either_way(tmp_path):
+@pytest.mark.parametrize("shape", [(6, 8), (8, 6)])
+def test_label_map_of_a_rotated_photograph_may_lie_either_way(tmp_path, shape):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
-    pixels = np.zeros((6, 8, 3), dtype=np.uint8)
-    pixels[:3] = 255
-    for name, shape in (("stored", (6, 8)), ("upright", (8, 6))):
-        write_pair(tmp_path, "training", name, np.ones(shape, dtype=np.uint8))
-        Image.fromarray(pixels).save(tmp_path / "images" / "training" / f"{name}.jpg", exif=exif)
+    write_pair(tmp_path, "training", "one", np.ones(shape, dtype=np.uint8))
+    Image.new("RGB", (8, 6)).save(tmp_path / "images" / "training" / "one.jpg", exif=exif)
     pairs, table = list_pairs(tmp_path, "training"), label_table(150, True)
-    check_pairs(pairs, table, 1)
-    data = ADE20KDataset(pairs, keep_size, table)
-    for index in range(2):
-        sample = data[SampleKey(EVAL_EPOCH, index)]
-        assert sample.image.shape[1:] == sample.label.shape
+    checked = check_pairs(pairs, table, 1).pairs
+    sample = ADE20KDataset(checked, keep_size, table)[SampleKey(EVAL_EPOCH, 0)]
+    assert sample.image.shape[1:] == sample.label.shape == shape
+    other = dataclasses.replace(checked, rotate=not checked.rotate)
+    with pytest.raises(ValueError, match=r"one\.jpg: .* pixels, but its label map has"):
+        ADE20KDataset(other, keep_size, table, replace_bad_files=False)[SampleKey(EVAL_EPOCH, 0)]
 
 
 @pytest.mark.parametrize(

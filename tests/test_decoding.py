@@ -1,6 +1,7 @@
 """Bytes to pixels: hand-made files, and the same pixels from every decoder."""
 
 import io
+import math
 import os
 import subprocess
 import sys
@@ -8,15 +9,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from test_dataset import build_dataset, read_manifest
 
 import dataset
 import storage.lists
 from dataset import SampleKey, StepSampler, build_training_loader
 from storage import decoding
-from storage.decoding import DECODE_ERRORS, Area, JPEGPicture, NamedBytes, describe_decoder, open_picture, read_image
+from storage.decoding import (
+    DECODE_ERRORS,
+    MAX_FILE_BYTES,
+    Area,
+    JPEGPicture,
+    NamedBytes,
+    describe_decoder,
+    open_picture,
+    read_image,
+)
 
 
 def save(image: Image.Image, path, **options):
@@ -313,3 +324,25 @@ def test_crops_of_one_decoded_image_are_those_of_each_key_alone(decoder, image_f
     assert len(opened) == len(samples) // 4
     assert all(torch.equal(sample.image, alone[sample.key].image) for sample in samples)
     assert len({sample.image.numpy().tobytes() for sample in samples}) == len(samples)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("shape", [(6, 8), (6, 8, 3)])
+@pytest.mark.parametrize("flag", range(1, 9))
+def test_rotated_tiff_has_its_rows_in_order(tmp_path, flag, shape, compression):
+    stored, path = np.arange(math.prod(shape), dtype=np.uint8).reshape(shape), tmp_path / "image.tif"
+    tifffile.imwrite(path, stored, extratags=[(274, 3, 1, flag, True)], compression=compression)
+    channels = shape[2] if len(shape) == 3 else 1
+    assert (np.asarray(read_image(path, channels, rotate=False)) == stored).all()
+    image = Image.fromarray(stored)
+    image.getexif()[0x0112] = flag
+    seen = ImageOps.exif_transpose(image)
+    assert (np.asarray(read_image(path, channels)) == np.asarray(seen)).all()
+
+
+def test_sparse_file_of_impossible_size_is_refused_unread(tmp_path):
+    path = tmp_path / "sparse.jpg"
+    with path.open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    with pytest.raises(OSError, match=r"sparse\.jpg has 1,073,741,825 bytes; an image file has at most"):
+        read_image(path)

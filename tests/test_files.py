@@ -1,6 +1,7 @@
 """Files written whole or not at all, after errors and kills, and JSON files whose entries make no sense."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from storage import files
-from storage.files import check_entries, read_json, recover, write_json, written_whole
+from storage.files import check_entries, open_regular, read_json, recover, write_json, written_whole
 
 KINDS = ["file", "folder"]
 
@@ -178,3 +179,16 @@ def test_check_entries_looks_into_tables_and_shortens_what_is_long():
     check_entries(Path("a.json"), {"inner": {"inner": {"name": "a"}}, "unknown": 3}, kinds)
     with pytest.raises(ValueError, match=r"^name in a\.json has to be a text, not \[0, 1, 2, 3, 4, 5, \.\.\.\]$"):
         check_entries(Path("a.json"), {"inner": {"inner": {"name": list(range(99))}}}, kinds)
+
+
+def test_only_regular_files_are_opened_and_none_is_waited_for(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(tmp_path)  # the path of a socket may be short only
+        server.bind("socket.png")
+        for path in (tmp_path / "pipe.png", tmp_path / "socket.png", Path("/dev/zero"), tmp_path):
+            with pytest.raises(OSError, match=r"is no regular file|No such device"):
+                open_regular(path)
+    (tmp_path / "file").write_bytes(b"content")
+    with open_regular(tmp_path / "file") as file:
+        assert file.read() == b"content"

@@ -2,10 +2,13 @@
 
 import csv
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
+import png
 import pytest
+import tifffile
 from PIL import Image
 
 import storage.pairs
@@ -16,10 +19,15 @@ from storage.pairs import (
     ADE20K_PALETTE,
     IGNORE_INDEX,
     PairCheck,
+    PairSurvey,
     check_pairs,
+    count_classes,
+    describe_labels,
     label_table,
     list_pairs,
     read_label_map,
+    read_raw_labels,
+    refuse_one_class,
 )
 
 
@@ -103,9 +111,11 @@ def test_checked_pairs_are_remembered_until_a_file_changes(pairs_root, tmp_path,
     cache = ListCache(tmp_path / "cache")
     check_pairs(pairs, table, 1, cache)
     calls = []
-    monkeypatch.setattr(storage.pairs, "check_pair", lambda *args: calls.append(args) or PairCheck(None, True))
-    check_pairs(pairs, table, 1, cache)
-    assert calls == []
+    found = check_pairs(pairs, table, 1)
+    check = PairCheck(None, found.pixels)
+    monkeypatch.setattr(storage.pairs, "check_pair", lambda *args: calls.append(args) or check)
+    remembered = check_pairs(pairs, table, 1, cache)
+    assert calls == [] and remembered.pixels.tolist() == found.pixels.tolist() == [48, 48, 48] + [0] * 253
     check_pairs(pairs, label_table(2, True), 1, cache)  # other classes: not the same question
     assert len(calls) == 3
     os.utime(pairs.label_path(0), ns=(1, 1))
@@ -113,6 +123,10 @@ def test_checked_pairs_are_remembered_until_a_file_changes(pairs_root, tmp_path,
     assert len(calls) == 6
     check_pairs(pairs, table, 1, ListCache(tmp_path / "cache", rescan=True))
     assert len(calls) == 9
+    for mark in (tmp_path / "cache").glob("checked-*"):
+        mark.write_bytes(mark.read_bytes()[:-9])
+    check_pairs(pairs, table, 1, cache)  # damaged: looked at again
+    assert len(calls) == 12
 
 
 def test_transposed_label_map_is_refused(pairs_root):
@@ -142,3 +156,173 @@ def test_palette_label_maps_are_read_as_numbers_not_as_colours(tmp_path):
     image.putpalette([value for index in range(256) for value in (255 - index, 0, index)])
     image.save(tmp_path / "palette.png")
     assert read_label_map(tmp_path / "palette.png", label_table(150, True)).tolist() == [[255, 0], [149, 255]]
+
+
+# -------------------------------------------------------------------------------- raw samples
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_png_below_8_bits_is_read_as_its_samples(tmp_path, bits):
+    labels = np.arange(48, dtype=np.uint8).reshape(6, 8) % min(2**bits, 100)
+    with (tmp_path / "labels.png").open("wb") as file:
+        png.Writer(8, 6, greyscale=True, bitdepth=bits).write(file, labels.tolist())
+    assert (read_raw_labels(tmp_path / "labels.png") == labels).all()
+
+
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+@pytest.mark.parametrize("bits", [1, 8])
+def test_tiff_is_read_as_its_samples_also_where_white_is_0(tmp_path, bits, photometric):
+    labels = np.arange(48, dtype=np.uint8).reshape(6, 8) % min(2**bits, 100)
+    path = tmp_path / "labels.tif"
+    tifffile.imwrite(path, labels.astype(bool) if bits == 1 else labels, photometric=photometric)
+    assert (tifffile.imread(path) == labels).all()
+    assert (read_raw_labels(path) == labels).all()
+
+
+@pytest.mark.parametrize("photometric", [0, 1])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_tiff_below_8_bits_is_read_as_its_samples(tmp_path, bits, photometric):
+    per_byte, labels = 8 // bits, np.arange(48).reshape(6, 8) % 2**bits
+    shifts = np.arange(per_byte)[::-1] * bits
+    data = (labels.reshape(6, -1, per_byte) << shifts).sum(axis=2).astype(np.uint8).tobytes()
+    tags = {256: 8, 257: 6, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 6, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<I", 8 + len(data))
+    path = tmp_path / "labels.tif"
+    path.write_bytes(head + data + struct.pack("<H", len(tags)) + entries + bytes(4))
+    assert (read_raw_labels(path) == labels).all()
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "gif", "png", "tif"])
+def test_palettes_and_one_bit_maps_are_read_as_numbers(tmp_path, suffix):
+    labels = np.arange(48, dtype=np.uint8).reshape(6, 8) % 3
+    image = Image.fromarray(labels, "P")
+    image.putpalette([9, 200, 40, 255, 255, 255, 0, 0, 0])
+    image.save(tmp_path / f"palette.{suffix}")
+    assert (read_raw_labels(tmp_path / f"palette.{suffix}") == labels).all()
+    if suffix != "gif":
+        Image.fromarray(labels == 1).save(tmp_path / f"one_bit.{suffix}")
+        assert (read_raw_labels(tmp_path / f"one_bit.{suffix}") == (labels == 1)).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "LA", "I;16", "F"])
+def test_maps_of_more_than_one_byte_a_pixel_are_refused(tmp_path, mode):
+    suffix = "tif" if mode == "F" else "png"
+    Image.new(mode, (8, 6)).save(tmp_path / f"labels.{suffix}")
+    with pytest.raises(ValueError, match=r"labels\.\w+ is of mode .*one 8-bit channel"):
+        read_raw_labels(tmp_path / f"labels.{suffix}")
+
+
+# -------------------------------------------------------------------------------- what labels hold
+
+
+def survey_training(root: Path, table: np.ndarray) -> PairSurvey:
+    return check_pairs(list_pairs(root, "training"), table, 1)
+
+
+def test_labels_are_counted_by_raw_value_and_described(pairs_root):
+    table = label_table(4, True)
+    found = survey_training(pairs_root, table)
+    assert found.pixels[:3].tolist() == [48, 48, 48] and found.pixels.sum() == 144 and found.note == ""
+    assert count_classes(found.pixels, table, 4).tolist() == [48, 48, 0, 0]
+    text = describe_labels(found.pixels, table, ["car", "road", "tree", "sky"])
+    assert text == "2 of 4 classes occur: car 50.0%, road 50.0%; never: tree, sky; 33.3% of the pixels are ignored"
+    refuse_one_class(found.pixels, table, 4, "folder")
+
+
+@pytest.mark.parametrize(
+    ("values", "ignore_zero", "advice"),
+    [
+        ((0, 255), False, r"0 on 75\.0%, 255 on 25\.0% of the pixels; 255 is ignored\. If 255 is a class, write"),
+        ((0, 1), True, r"0 is ignored\. If 0 is a class, give --no-ignore_zero"),
+        ((0, 0), False, r"Raw label values: 0 on 100\.0% of the pixels$"),
+    ],
+)
+def test_labels_of_a_single_class_are_refused_with_the_way_out(tmp_path, values, ignore_zero, advice):
+    labels = np.full((6, 8), values[0], dtype=np.uint8)
+    labels[:3, :4] = values[1]
+    write_pair(tmp_path, "training", "one", labels)
+    table = label_table(2, ignore_zero)
+    with pytest.raises(ValueError, match=r"only one of --num_classes 2 occurs in .*" + advice):
+        refuse_one_class(survey_training(tmp_path, table).pixels, table, 2, str(tmp_path))
+
+
+# -------------------------------------------------------------------------------- rotation flags
+
+TURN = {  # what a viewer does at each flag, in numpy
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: x[::-1].swapaxes(0, 1),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: x[:, ::-1].swapaxes(0, 1),
+}
+
+
+def write_flagged_pair(root: Path, stem: str, suffix: str, flag: int, turned: bool, shape: tuple = (6, 8)) -> None:
+    """Write a picture with a flag beside a label map whose value is a tenth of each grey value it lies on."""
+    grey = 10 * (1 + np.arange(shape[0] * shape[1], dtype=np.uint8).reshape(shape) % 20)
+    write_pair(root, "training", stem, np.ascontiguousarray(TURN[flag](grey) if turned else grey) // 10)
+    path = root / "images" / "training" / f"{stem}.jpg"
+    path.unlink()
+    exif = Image.Exif()
+    exif[0x0112] = flag
+    if suffix == "tif":
+        tifffile.imwrite(path.with_suffix(".tif"), grey, extratags=[(274, 3, 1, flag, True)])
+    else:
+        Image.fromarray(grey).save(path.with_suffix(f".{suffix}"), exif=exif)
+
+
+def labels_lie_on_their_pixels(pairs) -> bool:
+    lying = []
+    for index in range(len(pairs)):
+        grey = np.asarray(pairs.read_image(index, 1))
+        lying.append((grey // 10 == read_raw_labels(pairs.label_path(index))).all())
+    return all(lying) and len(lying) > 0
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("turned", [True, False])
+def test_one_rule_for_all_rotation_flags_of_a_split(tmp_path, suffix, turned):
+    for flag in range(1, 9):
+        write_flagged_pair(tmp_path, f"wide_{flag}", suffix, flag, turned)
+        write_flagged_pair(tmp_path, f"square_{flag}", suffix, flag, turned, (7, 7))
+    found = survey_training(tmp_path, label_table(21, False))
+    how = "turned by them, as a person" if turned else "not turned by them, as the labels"
+    assert found.pairs.rotate is turned and labels_lie_on_their_pixels(found.pairs)
+    assert f"14 of 16 images have a rotation flag: all are {how}" in found.note
+    assert "the shapes of 4 pairs tell" in found.note
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_flags_that_no_shape_tells_follow_what_is_said_and_are_named(tmp_path, suffix):
+    for flag in (2, 3, 4):
+        write_flagged_pair(tmp_path, f"wide_{flag}", suffix, flag, False)
+    pairs, table = list_pairs(tmp_path, "training"), label_table(21, False)
+    for rotate in (True, False):
+        found = check_pairs(pairs, table, 1, ListCache(tmp_path / "cache"), rotate=rotate)
+        assert found.pairs.rotate is rotate and "no pair tells by its shape" in found.note
+    assert labels_lie_on_their_pixels(found.pairs)
+
+
+def test_pairs_that_follow_two_rules_are_refused(tmp_path):
+    write_flagged_pair(tmp_path, "a", "png", 6, True)
+    write_flagged_pair(tmp_path, "b", "tif", 8, False)
+    with pytest.raises(
+        ValueError, match=r"no one rule .*: 1 have .*turns it \(.*a\.png\), 1 as it is stored \(.*b\.png"
+    ):
+        survey_training(tmp_path, label_table(21, False))
+
+
+@pytest.mark.parametrize(
+    "case", ["exif_pairs/jpg_3_stored_rect", "exif_pairs/jpg_6_stored_rect", "tiff_orientation/data/tif_6_stored_rect"]
+)
+def test_cases_of_rotation_from_practice(cases, case):
+    pairs = list_pairs(cases / case, "training")
+    found = check_pairs(pairs, label_table(150, False), 1, rotate=False)
+    assert not found.pairs.rotate and "rotation flag" in found.note
+    for index in range(len(pairs)):
+        image = found.pairs.read_image(index, 1)
+        assert (image.height, image.width) == read_raw_labels(pairs.label_path(index)).shape

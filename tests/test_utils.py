@@ -191,7 +191,7 @@ def test_segmentation_scores_of_a_hand_made_case():
     assert scores["dice"][:2].tolist() == pytest.approx([80, 50])
     assert all(score[2:].isnan().all() for score in scores.values())  # 3 was predicted, but no label has it
     assert confusion.figures() == pytest.approx(
-        {"testing_miou": 50, "testing_macc": 175 / 3, "testing_mdice": 65, "testing_aacc": 60}
+        {"testing_miou": 50, "testing_macc": 175 / 3, "testing_mdice": 65, "testing_aacc": 60, "testing_classes": 2}
     )
 
 

@@ -9,7 +9,7 @@ import datetime
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from storage.demo import write_demo_data
 from storage.lists import FileList, ListCache, find_splits, list_images, refuse_inside
-from storage.pairs import PairList, check_pairs, label_table, list_pairs
+from storage.pairs import PairList, check_pairs, describe_labels, label_table, list_pairs, refuse_one_class
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends, however that ends
@@ -137,15 +137,30 @@ def list_splits(accelerator: Accelerator, root: str, args: argparse.Namespace) -
     return train_files, list_folder(accelerator, val_folder, args) if val_folder else None
 
 
-def list_checked_pairs(accelerator: Accelerator, split: str, args: argparse.Namespace) -> PairList:
-    """Pair the images and label maps of a split, "training" or "validation", and check that all can be used."""
+def list_checked_pairs(
+    accelerator: Accelerator, split: str, args: argparse.Namespace, *, rotate: bool = True
+) -> PairList:
+    """Pair the images and label maps of a split, "training" or "validation", check that all can be used, and say so.
+
+    `rotate` tells whether label maps lie on images as turned by their rotation flags, where no pair of the split does.
+    """
     pairs = list_pairs(args.path_to_data, split)
     accelerator.print(f"{'checking':<16}{pairs.describe()}")
     table, num_threads = label_table(args.num_classes, args.ignore_zero), cap_workers(args.num_workers)
     decode = split == "validation"  # where an image that cannot be decoded is not replaced by another
     with accelerator.local_main_process_first():
-        check_pairs(pairs, table, num_threads, list_cache(accelerator, args), decode=decode)
-    return pairs
+        survey = check_pairs(pairs, table, num_threads, list_cache(accelerator, args), decode=decode, rotate=rotate)
+    if split == "training":
+        refuse_one_class(survey.pixels, table, args.num_classes, os.path.dirname(pairs.label_path(0)))
+    lines = {"labels": describe_labels(survey.pixels, table, args.class_names)}
+    print_lines(accelerator, lines | ({"rotation": survey.note} if survey.note else {}))
+    return survey.pairs
+
+
+def print_lines(accelerator: Accelerator, lines: Mapping[str, str]) -> None:
+    """Print texts behind their names, one a line, from the main process."""
+    for name, text in lines.items():
+        accelerator.print(f"{name:<16}{text}")
 
 
 def process_slice(accelerator: Accelerator) -> tuple[int, int]:

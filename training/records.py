@@ -122,7 +122,7 @@ def describe_run(
 
 def print_figures(accelerator: Accelerator, figures: Mapping[str, float]) -> None:
     for name, value in figures.items():
-        accelerator.print(f"{name:<24}{value:.4f}")
+        accelerator.print(f"{name:<24}{value if isinstance(value, int) else format(value, '.4f')}")
 
 
 # ------------------------------------------------------------------------------------------------ progress and log
