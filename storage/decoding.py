@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from storage.files import open_regular
@@ -49,6 +49,11 @@ UNDO_ROTATION = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
+# Tags of a TIFF, and what their values say
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLES_PER_PIXEL, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 262, 277, 338, 339
+WHITE_IS_ZERO, UNSPECIFIED_SAMPLE = 0, 0
+SAMPLE_KINDS = {1: "u", 2: "i", 3: "f", 4: "u", 5: "c", 6: "c"}  # 4 is "undefined"
+KIND_NAMES = {"u": "unsigned", "i": "signed", "f": "floating-point", "c": "complex"}
 
 
 MAX_FILE_BYTES = 1 << 30  # of an image file: sparse files may claim any size
@@ -83,27 +88,93 @@ def load_file(path: str | Path) -> NamedBytes:
 def read_image(source: str | Path | BinaryIO, channels: int = 3, *, rotate: bool = True) -> Image.Image:
     """Decode a file into the 8-bit picture a person sees, with 1 (grey), 3 (RGB) or 4 (RGBA) channels.
 
-    Rotation flags are applied (`rotate`), 16-bit values scaled, transparent pixels laid on white. Raises one of
-    DECODE_ERRORS.
+    Rotation flags are applied (`rotate`), 16-bit values and floats in [0, 1] scaled, transparent pixels laid on white.
+    Raises one of DECODE_ERRORS, also for values that no 8 bits can show.
 
     Deviation: the original release ignores EXIF rotation and shows what lies under transparent pixels. Reason: both
     train on pictures nobody sees. Effect: not measured.
     """
     file = load_file(source) if isinstance(source, str | Path) else source
-    with Image.open(file, formats=IMAGE_FORMATS) as image:
+    with open_image(file) as image:
         refuse_bomb(image)
-        flag = rotation_flag(image) if image.format == "TIFF" else 1  # Pillow turns TIFFs, and no others, by itself
+        layout = read_layout(image) if image.format == "TIFF" else None
+        flag = rotation_flag(image) if layout else 1  # Pillow turns TIFFs, and no others, by itself
+        if layout and channels == 4:
+            layout.refuse_unknown_band(source)
         image.load()
     if rotate:
         image = upright(image)
     elif flag in UNDO_ROTATION:
         image = image.transpose(UNDO_ROTATION[flag])
-    image = scale_to_8_bit(image)
+    image = scale_to_8_bit(image, layout)
     mode = CHANNEL_MODES[channels]
     if image.has_transparency_data and mode != "RGBA":
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)
+
+
+def open_image(file: BinaryIO) -> Image.Image:
+    """Read the header of an image file. Raises one of DECODE_ERRORS."""
+    try:
+        return Image.open(file, formats=IMAGE_FORMATS)
+    except UnidentifiedImageError as error:
+        if is_tiff(file):
+            raise ValueError(
+                f"{file} is a damaged TIFF, or one of samples that make no 8-bit picture: give --value_range LOW HIGH, "
+                "auto or own"
+            ) from error
+        raise
+
+
+def is_tiff(file: BinaryIO) -> bool:
+    """Tell whether a file begins as a TIFF does; the next read is at its beginning."""
+    file.seek(0)
+    start = file.read(4)
+    file.seek(0)
+    return start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+class TIFFLayout(NamedTuple):
+    """What the tags of a TIFF say of its samples; the first page's."""
+
+    samples: int  # per pixel
+    bits: int  # of the largest sample
+    kind: str  # u, i, f or c, as numpy's
+    white_is_zero: bool
+    extra: tuple[int, ...]  # what samples beyond the colours are: 0 unspecified, 1 and 2 alpha
+
+    def describe(self) -> str:
+        white = ", white as 0" if self.white_is_zero else ""
+        return f"{self.samples} x {self.bits} bits {KIND_NAMES[self.kind]}{white}"
+
+    def refuse_unknown_band(self, source: object) -> None:
+        if UNSPECIFIED_SAMPLE in self.extra:
+            raise ValueError(
+                f"the fourth band of {source} is no transparency; give --value_range, such as 0 255, to train on all four"
+            )
+
+
+def read_layout(image: Image.Image) -> TIFFLayout:
+    """Read the layout of an opened TIFF."""
+    tags = image.tag_v2
+    formats = tags.get(SAMPLE_FORMAT, (1,))
+    return TIFFLayout(
+        samples=tags.get(SAMPLES_PER_PIXEL, 1),
+        bits=max(tags.get(BITS_PER_SAMPLE, (1,))),
+        kind=SAMPLE_KINDS.get(max(formats), "u"),
+        white_is_zero=tags.get(PHOTOMETRIC) == WHITE_IS_ZERO,
+        extra=tuple(tags.get(EXTRA_SAMPLES, ())),
+    )
+
+
+def apply_rotation(values: np.ndarray, flag: int) -> np.ndarray:
+    """Turn an array (C, H, W) as its rotation flag says."""
+    if flag in (5, 6, 7, 8):
+        values = values.swapaxes(1, 2)
+    if flag in (3, 4, 7, 8):
+        values = values[:, ::-1]
+    return values[:, :, ::-1] if flag in (2, 3, 6, 7) else values
 
 
 def refuse_bomb(image: Image.Image) -> None:
@@ -129,18 +200,29 @@ def rotation_flag(image: Image.Image) -> int:
     return flag if flag in range(1, 9) else 1
 
 
-def scale_to_8_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit, 32-bit and float greys to 8 bits; Pillow's own conversion clips them to white."""
+def scale_to_8_bit(image: Image.Image, layout: TIFFLayout | None) -> Image.Image:
+    """Scale 16-bit greys, and floats in [0, 1], to 8 bits; Pillow's own conversion clips them to white.
+
+    ValueError for values that have no known black and white: what is black in one file may be white in another.
+    """
     if not image.mode.startswith(("I", "F")):
         return image
-    values = np.asarray(image).astype(np.float64)
-    white = 65535.0
-    if image.mode in ("I", "F"):  # 32 bits say nothing of the range, the values have to
-        tops = (255.0,) if image.mode == "I" else (1.0, 255.0)
-        white = next((top for top in tops if values.max() <= top), white)
-    transparent = values == image.info.get("transparency", -1)
-    values = np.where(transparent, 1, (values / white).clip(0, 1))
-    return Image.fromarray((values * 255).round().astype(np.uint8))
+    values = np.asarray(image)
+    if image.mode == "F" or (layout and (layout.kind, layout.bits) != ("u", 16) and layout.bits > 12):
+        finite = values[np.isfinite(values)]
+        if not (image.mode == "F" and finite.size == values.size and finite.min() >= 0 and finite.max() <= 1):
+            found = f"values {finite.min():g} to {finite.max():g}" if finite.size else "no finite values"
+            if finite.size < values.size:
+                found += f" and {values.size - finite.size:,} that are not finite"
+            raise ValueError(f"{found} have no known black and white: give --value_range LOW HIGH, or auto")
+        return Image.fromarray((values * 255).round().astype(np.uint8))
+    white = 4095 if layout and layout.bits == 12 else 65535
+    grey = ((values.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
+    if layout and layout.white_is_zero:  # which Pillow minds in 8 bits alone
+        grey = 255 - grey
+    if "transparency" in image.info:
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey)
 
 
 # Three decoders, one result. Training crops come from torchcodec, or from nvimgcodec, which decodes no more than the
@@ -214,7 +296,7 @@ def open_picture(file: NamedBytes, channels: int = 3) -> Picture:
 
     The pixels are those of `read_image`.
     """
-    image = Image.open(file, formats=IMAGE_FORMATS)
+    image = open_image(file)
     refuse_bomb(image)
     if is_plain_jpeg(image, channels):
         # Pillow has read up to where the compressed pixels begin; progressive files have several such places.
