@@ -7,8 +7,9 @@ Shapes   N batch   C channels   H W image   L patches   K classes
 """
 
 import contextlib
-import functools
+import itertools
 import math
+import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import Mixup, auto_augment, create_transform
 from timm.data.auto_augment import RandAugment
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.transforms import InterpolationMode, v2
@@ -29,12 +31,23 @@ from storage.decoding import CHANNEL_MODES, DECODE_ERRORS, Area, Picture, to_pix
 from storage.files import random_key
 from storage.lists import FileList, PackedImages
 from storage.pairs import IGNORE_INDEX, PairList, read_label_map
-from storage.workers import Loader
+from storage.values import (  # noqa: F401 - also names that scripts use as of here
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MappedPicture,
+    PerChannel,
+    ValueMap,
+    build_values,
+    denormalize,
+    fill_values,
+    normalize,
+    patches_with_data,
+)
+from storage.workers import Loader, require_shared_memory, stack
 from upernet import fit_within, resize_image
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-PerChannel = tuple[float, ...]  # a value for each channel, of pixels in [0, 1]
+LONG = 16  # times the pixels of its cut that an image may have when it is resized whole
+LOST = 0.999  # share of no-data in a resized pixel, from which on it is no data
 
 
 # ------------------------------------------------------------------------------------------------ randomness
@@ -72,6 +85,19 @@ def seeded(*parts: int | str, torch_only: bool = False) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ transforms
 
 
+def resize_values(values: Tensor, size: list[int]) -> Tensor:
+    """Resize normalised values (C, h, w), bicubic and antialiased.
+
+    No-data (NaN) counts as the mean, 0, and stays where nothing else went into a pixel.
+    """
+    lost = values.isnan()
+    resized = F.interpolate(values.nan_to_num(0)[None], size, mode="bicubic", antialias=True)[0]
+    if lost.any():
+        share = F.interpolate(lost.float()[None], size, mode="bilinear", antialias=True)[0]
+        resized[share > LOST] = torch.nan
+    return resized
+
+
 class ResizedCropFlip:
     """Random resized crop (bicubic, antialiased) and flip, on uint8, in two steps: `cut`, then the rest of it.
 
@@ -100,6 +126,9 @@ class ResizedCropFlip:
         return Area((height - h) // 2, (width - w) // 2, h, w)
 
     def resize_and_flip(self, pixels: Tensor) -> Tensor:
+        if pixels.is_floating_point():
+            pixels = resize_values(pixels, self.img_size)
+            return pixels.flip(-1) if torch.rand(1) < 0.5 else pixels
         # What torchvision's resize calls; that leaves pixels interleaved as they come, and undoing it costs a third.
         pixels = F.interpolate(pixels[None], self.img_size, mode="bicubic", antialias=True)[0]
         return pixels.flip(-1) if torch.rand(1) < 0.5 else pixels
@@ -111,6 +140,17 @@ class ResizedCropFlip:
 def build_pretraining_transform(img_size: tuple[int, int], min_crop_scale: float) -> ResizedCropFlip:
     """Random resized crop and flip, nothing else (paper, appendix A.1; table 1e: colour jitter hurts)."""
     return ResizedCropFlip(img_size, min_crop_scale)
+
+
+class ValueFinetuningTransform(ResizedCropFlip):
+    """What finetuning does to images in their own units: random resized crop, flip and random erasing."""
+
+    def __init__(self, img_size: tuple[int, int], random_erasing: float):
+        super().__init__(img_size, min_crop_scale=0.08)
+        self.erase = RandomErasing(random_erasing, mode="pixel", device="cpu")
+
+    def resize_and_flip(self, pixels: Tensor) -> Tensor:
+        return self.erase(fill_values(super().resize_and_flip(pixels)))
 
 
 def build_finetuning_transform(
@@ -154,9 +194,16 @@ class SingleTryResizedCrop(v2.RandomResizedCrop):
         return dict(top=top, left=left, height=crop_height, width=crop_width)
 
 
-def build_probing_transform(img_size: tuple[int, int], mean: PerChannel, std: PerChannel) -> Callable:
-    """Random resized crop, flip and normalisation, as for the original linear probing (table 10); float32 (C, H, W)."""
+def build_probing_transform(
+    img_size: tuple[int, int], mean: PerChannel, std: PerChannel, *, own_units: bool = False
+) -> Callable:
+    """Random resized crop, flip and normalisation, as for the original linear probing (table 10); float32 (C, H, W).
+
+    Images read in their own units (`own_units`) come normalised.
+    """
     crop = SingleTryResizedCrop(img_size, interpolation=InterpolationMode.BICUBIC)
+    if own_units:
+        return v2.Compose([fill_values, crop, v2.RandomHorizontalFlip()])
     to_floats = (v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std))
     return v2.Compose([crop, v2.RandomHorizontalFlip(), *to_floats])
 
@@ -170,21 +217,50 @@ def eval_crop_ratio(img_size: tuple[int, int]) -> float:
 class ResizeCenterCrop:
     """Resize (bicubic, ratio kept) until `img_size` / `crop_ratio` is covered, and cut `img_size` from the middle.
 
-    Takes a picture and gives uint8 (C, H, W).
+    Takes a picture and gives uint8 (C, H, W), or takes and gives normalised values, float32 (C, H, W).
     """
 
     img_size: tuple[int, int]
     crop_ratio: float = 1.0
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        height, width = (int(side / self.crop_ratio) for side in self.img_size)
-        # In whole numbers: a scale factor would round 750 of a 375 x 750 image to 511 instead of 512.
-        if height * image.width >= width * image.height:
-            size = height, max(width, height * image.width // image.height)
-        else:
-            size = max(height, width * image.height // image.width), width
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        if isinstance(image, Tensor):
+            return self.fit_values(image)
+        size, box = self.resized(image.height, image.width)
+        if math.prod(size) > LONG * math.prod(self.img_size):
+            return tvf.pil_to_tensor(image.resize(self.img_size[::-1], Image.Resampling.BICUBIC, box))
+        # Pixels that the box gives as well, but for the order of rows and columns, by which a level or two differ
         image = tvf.resize(image, list(size), interpolation=InterpolationMode.BICUBIC)
         return tvf.pil_to_tensor(tvf.center_crop(image, list(self.img_size)))
+
+    def fit_values(self, values: Tensor) -> Tensor:
+        size, (_, box) = self.img_size[::-1], self.resized(*values.shape[1:])
+        lost = values.isnan()
+        bands = torch.stack([resize_band(band, size, Image.Resampling.BICUBIC, box) for band in fill_values(values)])
+        if lost.any():
+            shares = [resize_band(band, size, Image.Resampling.BILINEAR, box) for band in lost.float()]
+            bands[torch.stack(shares) > LOST] = torch.nan
+        return bands
+
+    def resized(self, image_height: int, image_width: int) -> tuple[tuple[int, int], tuple[float, ...]]:
+        """Give the size of the whole image of which the middle is cut, and what becomes the cut: the box in the source.
+
+        With the box nothing but the cut is resized: a whole line of 20,000 x 2 pixels would take gigabytes.
+        """
+        height, width = (int(side / self.crop_ratio) for side in self.img_size)
+        # In whole numbers: a scale factor would round 750 of a 375 x 750 image to 511 instead of 512.
+        if height * image_width >= width * image_height:
+            width = max(width, height * image_width // image_height)
+        else:
+            height = max(height, width * image_height // image_width)
+        top, left = round((height - self.img_size[0]) / 2), round((width - self.img_size[1]) / 2)
+        y, x = image_height / height, image_width / width
+        return (height, width), (left * x, top * y, (left + self.img_size[1]) * x, (top + self.img_size[0]) * y)
+
+
+def resize_band(band: Tensor, size: tuple[int, int], filter: Image.Resampling, box: tuple) -> Tensor:
+    """Resize a part of float32 (H, W) to `size`, width and height."""
+    return torch.from_numpy(np.array(Image.fromarray(band.numpy()).resize(size, filter, box)))
 
 
 def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -211,8 +287,8 @@ class SegmentationTransform:
     crop_tries: int = 10
     distort: bool = True
 
-    def __call__(self, image: Image.Image, labels: np.ndarray) -> tuple[Tensor, Tensor]:
-        image, labels = tvf.pil_to_tensor(image), torch.from_numpy(labels)
+    def __call__(self, image: Image.Image | Tensor, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+        image, labels = keep_size(image, labels)
         factor = random.uniform(*self.factors)
         size = fit_within(*labels.shape, int(self.long_side * factor), int(self.short_side * factor))
         image, labels = resize_image(image, size), resize_labels(labels, size)
@@ -220,7 +296,7 @@ class SegmentationTransform:
         image, labels = image[(..., *area)], labels[area]
         if random.random() < 0.5:
             image, labels = image.flip(-1), labels.flip(-1)
-        if self.distort and len(image) == 3:
+        if self.distort and len(image) == 3 and not image.is_floating_point():
             image = distort_colours(image)
         image = normalize(image[None], self.mean, self.std)[0]
         bottom, right = (side - there for side, there in zip(self.img_size, labels.shape, strict=True))
@@ -271,27 +347,10 @@ def distort_colours(image: Tensor) -> Tensor:
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
 
 
-def keep_size(image: Image.Image, labels: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Turn an image and its label map into tensors as they are, uint8 (C, H, W) and (H, W): a test resizes later."""
-    return tvf.pil_to_tensor(image), torch.from_numpy(labels)
-
-
-@functools.cache
-def channel_values(values: PerChannel, device: torch.device) -> Tensor:
-    """Put a number for each channel on a device, (1, C, 1, 1): once, because a GPU is waited for when that is done."""
-    return torch.tensor(values, device=device).view(1, -1, 1, 1)
-
-
-def normalize(images: Tensor, mean: PerChannel, std: PerChannel) -> Tensor:
-    """Turn uint8 (N, C, H, W) into normalised float32, on the device where it lies."""
-    mean, std = (channel_values(tuple(values), images.device) for values in (mean, std))
-    return (images.float() / 255 - mean) / std
-
-
-def denormalize(images: Tensor, mean: PerChannel, std: PerChannel) -> Tensor:
-    """Undo `normalize` up to the scale: float (N, C, H, W) with 0 black and 1 white, not clipped."""
-    mean, std = (channel_values(tuple(values), images.device) for values in (mean, std))
-    return images.float() * std + mean
+def keep_size(image: Image.Image | Tensor, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Turn an image and its label map into tensors as they are, (C, H, W) and uint8 (H, W): a test resizes later."""
+    image = fill_values(image) if isinstance(image, Tensor) else tvf.pil_to_tensor(image)
+    return image, torch.from_numpy(labels)
 
 
 # ------------------------------------------------------------------------------------------------ data sets
@@ -348,19 +407,21 @@ class ImageDataset(Dataset):
         *,
         seed: int = 0,
         channels: int = 3,
+        values: ValueMap | None = None,
         noise_size: int = 0,
         replace_bad_files: bool = True,
         keep_decoded: bool = False,
     ):
-        if channels not in CHANNEL_MODES:
+        if channels not in CHANNEL_MODES and values is None:
             raise ValueError(
-                f"--input_channels {channels}: image files give 1 (grey), 3 (RGB) or 4 (RGBA) channels; for other "
-                "counts the model works, but the data set has to be your own"
+                f"--input_channels {channels}: 8-bit pictures have 1 (grey), 3 (RGB) or 4 (RGBA) channels; for other "
+                "counts give --value_range LOW HIGH, auto or own"
             )
-        if channels == 4 and isinstance(files, PackedImages):
+        if channels == 4 and isinstance(files, PackedImages) and files.pack.header["encoding"] != "files":
             raise ValueError(f"--input_channels 4: {files.root} is packed without transparency; give the folder itself")
         self.files, self.transform, self.seed = files, transform, seed
-        self.channels, self.noise_size, self.replace_bad_files = channels, noise_size, replace_bad_files
+        self.channels, self.values = channels, values
+        self.noise_size, self.replace_bad_files = noise_size, replace_bad_files
         self.keep_decoded, self.kept = keep_decoded, (-1, None)  # index and picture
         # Where the crop is known before anything is decoded, no more than the crop has to be.
         self.cuts_first = isinstance(transform, ResizedCropFlip)
@@ -370,21 +431,31 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, key: SampleKey) -> Sample:
         bad_files = []
-        with seeded(self.seed, *key, torch_only=self.cuts_first):
+        with seeded(self.seed, *key, torch_only=type(self.transform) is ResizedCropFlip):
             noise = torch.rand(self.noise_size)  # drawn first, so that masks do not hang on the augmentation
-            image, label = self.prepare(*self.decode(key.index % len(self.files), bad_files))
+            image, label = self.load(key.index % len(self.files), bad_files)
         return Sample(key, image, label, noise, bad_files)
 
     def read(self, index: int) -> tuple[Image.Image | Tensor, int]:
         label = int(self.files.labels[index])
         if self.cuts_first:
             return self.transform.cut(self.open_picture(index)), label
-        return self.files.read_image(index, self.channels), label
+        return self.read_whole(index), label
+
+    def read_whole(self, index: int) -> Image.Image | Tensor:
+        """Read a picture, or where images are read in their own units all values, normalised float32 (C, H, W)."""
+        if self.values is None:
+            return self.files.read_image(index, self.channels)
+        picture = self.open_picture(index)
+        return picture.cut(Area(0, 0, picture.height, picture.width))
 
     def open_picture(self, index: int) -> Picture:
         if self.kept[0] == index:
             return self.kept[1]
-        picture = self.files.open_picture(index, self.channels)
+        if self.values is None:
+            picture = self.files.open_picture(index, self.channels)
+        else:
+            picture = MappedPicture(self.files.open_values(index, self.channels), self.values)
         if self.keep_decoded:
             picture = picture.decoded()
             self.kept = index, picture
@@ -393,17 +464,20 @@ class ImageDataset(Dataset):
     def prepare(self, image: Image.Image | Tensor, label: int) -> tuple[Tensor, int]:
         return self.transform.resize_and_flip(image) if self.cuts_first else self.transform(image), label
 
-    def decode(self, index: int, bad_files: list[BadFile]) -> tuple[Image.Image | Tensor, int]:
-        """Read an image with its label, or where it cannot be decoded another one."""
+    def load(self, index: int, bad_files: list[BadFile]) -> tuple[Tensor, int]:
+        """Read and transform an image with its label, or where that fails another one."""
         while True:
             path = self.files.path(index)
-            before = torch.get_rng_state() if self.cuts_first else None
+            before = torch.get_rng_state()
             try:
-                return self.read(index)
+                return self.prepare(*self.read(index))
             except DECODE_ERRORS as error:
-                if before is not None:  # a crop may have been drawn, or not: the replacement must not hang on that
-                    torch.set_rng_state(before)
+                torch.set_rng_state(before)  # a crop may have been drawn, or not: nothing must hang on that
                 reason = f"{type(error).__name__}: {error}"
+                if os.path.islink(path) and not os.path.exists(path):
+                    reason = "a link to nothing"
+                elif isinstance(error, FileNotFoundError):
+                    reason = "missing since the list of files was made; --rescan_data makes it anew"
                 if not self.replace_bad_files:
                     raise ValueError(f"cannot decode {path}: {reason}") from error
                 bad_files.append(BadFile(path, reason))
@@ -422,28 +496,29 @@ class ADE20KDataset(ImageDataset):
         super().__init__(pairs, transform, **options)
         self.table = table
 
-    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
+    def read(self, index: int) -> tuple[Image.Image | Tensor, np.ndarray]:
         labels = read_label_map(self.files.label_file(index), self.table)
-        image = self.files.read_image(index, self.channels)
-        if (image.height, image.width) != labels.shape:
-            size = f"{image.width} x {image.height}"
-            raise ValueError(f"{size} pixels, but its label map has {labels.shape[1]} x {labels.shape[0]}")
+        image = self.read_whole(index)
+        height, width = image.shape[1:] if isinstance(image, Tensor) else (image.height, image.width)
+        if (height, width) != labels.shape:
+            raise ValueError(f"{width} x {height} pixels, but its label map has {labels.shape[1]} x {labels.shape[0]}")
         return image, labels
 
-    def prepare(self, image: Image.Image, label: np.ndarray) -> tuple[Tensor, Tensor]:
+    def prepare(self, image: Image.Image | Tensor, label: np.ndarray) -> tuple[Tensor, Tensor]:
         return self.transform(image, label)
 
 
 def collate(samples: list[Sample]) -> Batch:
-    batch = collate_lists(samples)
-    labels = torch.stack(batch.labels) if isinstance(batch.labels[0], Tensor) else torch.tensor(batch.labels)
-    return batch._replace(images=torch.stack(batch.images), labels=labels)
+    _, images, labels, noise, bad_files = zip(*samples, strict=True)
+    labels = stack(labels) if isinstance(labels[0], Tensor) else torch.tensor(labels)
+    return Batch(stack(images), labels, stack(noise), list(itertools.chain(*bad_files)))
 
 
 def collate_lists(samples: list[Sample]) -> Batch:
     """Keep images and label maps of different sizes apart: both are lists."""
     _, images, labels, noise, bad_files = zip(*samples, strict=True)
-    return Batch(list(images), list(labels), torch.stack(noise), [bad for bad_list in bad_files for bad in bad_list])
+    images, labels = ([stack([tensor])[0] for tensor in tensors] for tensors in (images, labels))
+    return Batch(images, labels, stack(noise), list(itertools.chain(*bad_files)))
 
 
 class PairMixing:
@@ -556,6 +631,9 @@ def build_training_loader(
     pin_memory: bool = False,
     collate_fn: Callable = collate,
 ) -> DataLoader:
+    """Give the batches of the sampler's epoch; RuntimeError at once where they do not fit into shared memory."""
+    if num_workers:
+        require_shared_memory(num_workers, sampler.micro_batch_size * dataset[SampleKey(0, 0)].image.nbytes)
     return Loader(
         dataset,
         batch_sampler=sampler,

@@ -179,9 +179,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.learning_rate is not None and args.base_learning_rate is not None:
         flags.error("--learning_rate is the peak, --base_learning_rate is scaled to the batch; give one of them")
+    if args.eval_only and args.value_range == "auto":
+        flags.error("--value_range auto measures training images; --eval_only has the weights' range: leave it out")
     augments = not (args.eval_only or args.knn or args.linear_probe)
-    if augments and args.input_channels != 3 and args.random_aug_magnitude:
-        flags.error("RandAugment changes colours: with --input_channels other than 3, add --random_aug_magnitude 0")
+    if augments and (args.input_channels != 3 or args.value_range) and args.random_aug_magnitude:
+        flags.error(
+            "RandAugment changes colours: with --input_channels other than 3 or --value_range, add "
+            "--random_aug_magnitude 0"
+        )
     if args.linear_probe and training.micro_batch_size(args) < 2:
         flags.error("--linear_probe normalises over a forward pass, here of 1 image: give more --per_gpu_batch_size")
     try:
@@ -253,7 +258,12 @@ def evaluate(
 
 
 def write_evaluation(
-    evaluation: Evaluation, data: dataset.ImageDataset, class_names: list[str], folder: Path, record: dict
+    evaluation: Evaluation,
+    data: dataset.ImageDataset,
+    class_names: list[str],
+    folder: Path,
+    record: dict,
+    channels: list[int] | None,
 ) -> list[str]:
     """Write the figures, a table with a row for each class, and a picture of the most frequent errors; name the files.
 
@@ -266,24 +276,16 @@ def write_evaluation(
     figures_file, table_file, picture_file = (folder / name for name in EVALUATION_FILES)
     storage.write_json(figures_file, record)
 
-    lines = ["class\tname\timages\ttop1\ttop5\tmost_often_taken_for\ttimes"]
+    table = [["class", "name", "images", "top1", "top5", "most_often_taken_for", "times"]]
     for index, name in enumerate(class_names):
         there = evaluation.labels == index
         row = confusion.counts[index].clone()
         row[index] = 0
         top1, top5 = (utils.accuracy(evaluation.top[there], evaluation.labels[there], k) for k in (1, TOP))
         taken_for = class_names[int(row.argmax())] if row.max() else ""
-        fields = (
-            name,
-            utils.describe_class(name),
-            int(there.sum()),
-            f"{top1:.2f}",
-            f"{top5:.2f}",
-            taken_for,
-            int(row.max()),
-        )
-        lines.append("\t".join(str(field) for field in fields))
-    table_file.write_text("\n".join(lines) + "\n")
+        scores = int(there.sum()), f"{top1:.2f}", f"{top5:.2f}"
+        table.append((name, utils.describe_class(name), *scores, taken_for, int(row.max())))
+    storage.write_rows(table_file, table)
 
     rows = {}
     for true, predicted, times in confusion.worst_pairs(NUM_PICTURES):
@@ -295,7 +297,9 @@ def write_evaluation(
         names = utils.describe_class(class_names[true]), utils.describe_class(class_names[predicted])
         rows[f"{names[0]}, taken for {names[1]}: {times} of {int(confusion.counts[true].sum())}"] = pictures
     if rows:
-        utils.draw_rows({title: torch.stack(pictures) / 255 for title, pictures in rows.items()}).save(picture_file)
+        scale = 255 if channels is None else 1
+        panels = {title: utils.show_values([torch.stack(found) / scale], channels)[0] for title, found in rows.items()}
+        utils.draw_rows(panels).save(picture_file)
     return [file.name for file in (figures_file, table_file, picture_file) if file.exists()]
 
 
@@ -308,6 +312,7 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
         raise PermissionError(f"the figures are written beside the weights, but {weights.parent} cannot be written to")
     folder = storage.find_validation(Path(args.path_to_data)) or Path(args.path_to_data)
     files = training.list_folder(accelerator, folder, args)
+    training.choose_value_range(accelerator, args, files)
     class_names = record.get("class_names") or list(files.classes)
     storage.check_same_classes(files.classes, tuple(class_names) or ("",), folder, f"the classifier in {weights}")
     for what, number in ((str(folder), len(class_names)), ("--num_classes", args.num_classes)):
@@ -321,7 +326,7 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
     figures = evaluation.figures()
     if accelerator.is_main_process:
         summary = figures | {"weights": str(weights), "data": str(folder), "num_images": len(data)}
-        written = write_evaluation(evaluation, data, class_names, weights.parent, summary)
+        written = write_evaluation(evaluation, data, class_names, weights.parent, summary, args.show_channels)
         print(f"{'written':<16}{', '.join(written)} in {weights.parent}")
     training.print_figures(accelerator, figures)
     accelerator.end_training()
@@ -380,12 +385,14 @@ def list_labelled_splits(
             f"--num_classes {args.num_classes}, but {train_files.root} has {len(train_files.classes)} class folders; "
             "give that number or leave the flag out"
         )
+    training.choose_value_range(accelerator, args, train_files)
     return train_files, val_files
 
 
 def build_eval_data(files: storage.FileList, args: argparse.Namespace) -> dataset.ImageDataset:
     """Give images as validation sees them; one that cannot be decoded is an error, as a score is over all of them."""
-    options = dict(seed=args.seed, channels=args.input_channels, replace_bad_files=False)
+    values = dataset.build_values(args.value_range, args.mean, args.std)
+    options = dict(seed=args.seed, channels=args.input_channels, values=values, replace_bad_files=False)
     return dataset.build_eval_images(files, build_config(args).image_hw, **options)
 
 
@@ -394,17 +401,17 @@ def build_training_data(
 ) -> tuple[dataset.ImageDataset, Callable]:
     """Give the augmented training images, already normalised, and how samples are mixed into a batch."""
     hw, statistics = model.config.image_hw, (args.mean, args.std)
+    values = dataset.build_values(args.value_range, args.mean, args.std)
     if args.linear_probe:
-        transform = dataset.build_probing_transform(hw, *statistics)
+        transform = dataset.build_probing_transform(hw, *statistics, own_units=values is not None)
+    elif values is not None:
+        if args.random_aug_magnitude:
+            raise ValueError("RandAugment works on 8-bit pictures; with --value_range add --random_aug_magnitude 0")
+        transform = dataset.ValueFinetuningTransform(hw, args.random_erasing)
     else:
         transform = dataset.build_finetuning_transform(hw, args.random_aug_magnitude, args.random_erasing, *statistics)
-    data = dataset.ImageDataset(
-        files,
-        transform,
-        seed=args.seed,
-        channels=args.input_channels,
-        noise_size=model.drop_path_noise_size,
-    )
+    options = dict(seed=args.seed, channels=args.input_channels, values=values)
+    data = dataset.ImageDataset(files, transform, noise_size=model.drop_path_noise_size, **options)
     mixing = dataset.PairMixing(
         len(files.classes), args.mixup_alpha, args.cutmix_alpha, args.label_smoothing, args.seed
     )
@@ -572,6 +579,7 @@ def build_record(
         "class_names": list(files.classes),
         "image_mean": args.mean,
         "image_std": args.std,
+        "value_range": args.value_range,
     }
 
 
@@ -591,7 +599,8 @@ def draw_predictions(
         f"{'right' if answer == sample.label else 'wrong'}: {names[answer]} {probability:.0%}"
         for sample, answer, probability in zip(samples, answers.tolist(), probabilities.tolist(), strict=True)
     ]
-    return utils.draw_rows({title: dataset.denormalize(images, args.mean, args.std)}, {title: captions})
+    panels = utils.show_values([dataset.denormalize(images, args.mean, args.std)], args.show_channels)
+    return utils.draw_rows({title: panels[0]}, {title: captions})
 
 
 def describe(

@@ -150,6 +150,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         flags.error("give --path_to_backbone_checkpoint CHECKPOINT to start from, or --from_scratch to do without")
     if args.eval_only and args.from_scratch:
         flags.error("--eval_only judges weights: give --path_to_backbone_checkpoint, and leave --from_scratch out")
+    if args.eval_only and args.value_range == "auto":
+        flags.error("--value_range auto measures training images; --eval_only has the weights' range: leave it out")
     for name in ("img_size", *SEGMENTER_FLAGS) if args.eval_only else ():
         saved = config.img_size if name == "img_size" else record[name]
         if getattr(args, name) != saved:
@@ -183,7 +185,7 @@ def read_class_names(args: argparse.Namespace) -> list[str]:
     if isinstance(args.class_names, list):  # a segmenter's own
         return args.class_names
     if args.class_names is not None:
-        names = [line.strip() for line in Path(args.class_names).read_text().splitlines() if line.strip()]
+        names = [line.strip() for line in storage.read_text(Path(args.class_names)).splitlines() if line.strip()]
         if len(names) != args.num_classes:
             raise ValueError(f"--class_names {args.class_names} has {len(names)} names for {args.num_classes} classes")
         return names
@@ -243,12 +245,12 @@ def write_table(confusion: utils.ConfusionMatrix, names: list[str], file: Path) 
     storage.rename_aside(file)
     counts, scores = confusion.counts.cpu(), confusion.per_class()
     shares = 100 * counts.sum(dim=1).double() / counts.sum()
-    lines = ["class\tname\tpixels_percent\tiou\tacc\tdice"]
+    table = [["class", "name", "pixels_percent", "iou", "acc", "dice"]]
     for index, name in enumerate(names):
         cells = [f"{values[index].item():.2f}" for values in (shares, *scores.values())]
-        lines.append("\t".join([str(index), name, *cells]))
+        table.append([index, name, *cells])
     with training.optional_write(file):
-        file.write_text("\n".join(lines) + "\n")
+        storage.write_rows(file, table)
 
 
 def draw_predictions(
@@ -274,8 +276,10 @@ def draw_predictions(
         return F.pad(picture, (0, PICTURE_SIDE - size[1], 0, PICTURE_SIDE - size[0]), value=0.8)
 
     labels = [sample.label.long() for sample in samples]
+    scale = 255 if args.show_channels is None else 1
+    images = [utils.show_values([sample.image[None] / scale], args.show_channels)[0][0] for sample in samples]
     rows = {
-        "image": torch.stack([fit(sample.image / 255) for sample in samples]),
+        "image" + utils.describe_channels(args.show_channels): torch.stack([fit(image) for image in images]),
         "label (black is ignored)": torch.stack([fit(utils.colour_classes(label, LABEL_COLOURS)) for label in labels]),
         "prediction": torch.stack([fit(utils.colour_classes(answer, LABEL_COLOURS)) for answer in answers]),
     }
@@ -327,7 +331,8 @@ def build_data(
 ) -> dataset.ADE20KDataset:
     """Give the pairs augmented, to train a model, or without one as they are, to be validated on at their own size."""
     table = storage.label_table(args.num_classes, args.ignore_zero)
-    common = dict(seed=args.seed, channels=args.input_channels)
+    values = dataset.build_values(args.value_range, args.mean, args.std)
+    common = dict(seed=args.seed, channels=args.input_channels, values=values)
     if model is None:
         return dataset.ADE20KDataset(pairs, dataset.keep_size, table, replace_bad_files=False, **common)
     augment = dataset.SegmentationTransform(model.backbone.config.image_hw, args.mean, args.std, *args.resize_to)
@@ -472,6 +477,7 @@ def build_record(args: argparse.Namespace) -> dict[str, object]:
         "resize_to": args.resize_to,
         "image_mean": args.mean,
         "image_std": args.std,
+        "value_range": args.value_range,
         **{name: getattr(args, name) for name in MODEL_FLAGS},
     }
 

@@ -514,18 +514,28 @@ class ViTMAEForPreTraining(VisionTransformer):
         x = self.run_block(last, x)[:, 1:] if only is None else self.run_block(last, x, only=1 + only)
         return self.decoder_pred(self.decoder_norm(x))  #                  (N, L or m, P*P*C)
 
-    def forward_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error on the removed patches, float32 scalar (paper, section 3 and table 1d)."""
+    def forward_loss(self, images: Tensor, pred: Tensor, mask: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Mean squared error on the removed patches, float32 scalar (paper, section 3 and table 1d).
+
+        Patches where `valid` (N, L) is 0 hold no data and count as predicted without error.
+        """
         with torch.autocast(images.device.type, enabled=False):
             target = self.patchify(images.float())  #                      (N, L, P*P*C)
             if self.config.norm_pix_loss:
                 mean, std = patch_statistics(target)
                 target = (target - mean) / std
             loss = (pred.float() - target).square().mean(dim=2)  #         (N, L)
-            return (loss * mask).sum() / mask.sum()
+            counted = mask if valid is None else mask * valid
+            return (loss * counted).sum() / mask.sum()
 
     def forward(
-        self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None, *, predict_visible: bool = True
+        self,
+        images: Tensor,
+        mask_ratio: float = 0.75,
+        noise: Tensor | None = None,
+        *,
+        predict_visible: bool = True,
+        valid: Tensor | None = None,
     ) -> MAEOutput:
         """Mask, encode, decode and compare (N, C, H, W) normalised images; `noise` (N, L), smallest kept.
 
@@ -541,7 +551,7 @@ class ViTMAEForPreTraining(VisionTransformer):
             found = self.forward_decoder(latent, ids_restore, grid, removed)
             places = removed[:, :, None].expand_as(found)
             pred = found.new_zeros(*mask.shape, found.shape[2]).scatter(1, places, found)
-        return MAEOutput(self.forward_loss(images, pred, mask), pred, mask)
+        return MAEOutput(self.forward_loss(images, pred, mask, valid), pred, mask)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, pred: Tensor, mask: Tensor) -> Reconstruction:

@@ -137,9 +137,11 @@ def evaluate(
     sums, num_images = {}, 0
     with utils.evaluating(model):
         for batch in batches:
-            images = dataset.normalize(batch.images.to(accelerator.device), args.mean, args.std)
+            pixels = batch.images.to(accelerator.device)
+            images = dataset.normalize(pixels, args.mean, args.std)
+            valid = dataset.patches_with_data(pixels, model.config.patch_size)
             with accelerator.autocast():
-                loss, pred, mask = model(images, args.mask_ratio, batch.noise.to(accelerator.device))
+                loss, pred, mask = model(images, args.mask_ratio, batch.noise.to(accelerator.device), valid=valid)
             values = {"testing_loss": loss}
             if not model.config.norm_pix_loss:
                 reconstructed = model.reconstruct(images, pred, mask).reconstructed
@@ -147,8 +149,9 @@ def evaluate(
                     model.patchify(dataset.denormalize(x, args.mean, args.std)) for x in (images, reconstructed)
                 )
                 answers = {"model_error": answer, **trivial_answers(target, mask, model)}
+                counted = mask if valid is None else mask * valid
                 for name, answer in answers.items():
-                    values[name] = ((answer - target).square().mean(dim=2) * mask).sum() / mask.sum()
+                    values[name] = ((answer - target).square().mean(dim=2) * counted).sum() / mask.sum()
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(images)
             num_images += len(images)
@@ -206,8 +209,8 @@ def draw_reconstructions(
     with utils.evaluating(model), accelerator.autocast():
         _, pred, mask = model(images, args.mask_ratio, batch.noise.to(accelerator.device))
     panels = [dataset.denormalize(x, args.mean, args.std) for x in (images, *model.reconstruct(images, pred, mask))]
-    titles = utils.reconstruction_titles(args.mask_ratio, args.norm_pix_loss)
-    return utils.draw_rows(dict(zip(titles, panels, strict=True)))
+    titles = utils.reconstruction_titles(args.mask_ratio, args.norm_pix_loss, args.show_channels)
+    return utils.draw_rows(dict(zip(titles, utils.show_values(panels, args.show_channels), strict=True)))
 
 
 def list_probe_files(accelerator: Accelerator, args: argparse.Namespace) -> list[storage.FileList]:
@@ -238,7 +241,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     # of lowest noise stay visible (model.py, random_masking)
     config = build_config(args)
     train_files, val_files = training.list_splits(accelerator, args.path_to_data, args)
-    sample = dict(seed=args.seed, channels=args.input_channels, noise_size=config.num_patches)
+    training.choose_value_range(accelerator, args, train_files)
+    values = dataset.build_values(args.value_range, args.mean, args.std)  # None for photographs
+    sample = dict(seed=args.seed, channels=args.input_channels, values=values, noise_size=config.num_patches)
     augment = dataset.build_pretraining_transform(config.image_hw, args.min_crop_scale)
     train_data = dataset.ImageDataset(train_files, augment, keep_decoded=args.repeated_sampling > 1, **sample)
     eval_data = dataset.ImageDataset(val_files or train_files, dataset.ResizeCenterCrop(config.image_hw), **sample)
@@ -248,7 +253,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     )
     eval_loader = dataset.build_eval_loader(eval_data, **loading) if val_files else None
     probe_data = [
-        dataset.build_eval_images(files, config.image_hw, channels=args.input_channels)
+        dataset.build_eval_images(files, config.image_hw, channels=args.input_channels, values=values)
         for files in (list_probe_files(accelerator, args) if args.probe_every else ())
     ]
     probe_loaders = [dataset.build_eval_loader(data, **loading) for data in probe_data]
@@ -273,6 +278,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     crops = f", {args.repeated_sampling} crops each" if args.repeated_sampling > 1 else ""
     sizes = config.as_record(decoder=True)
     record = dict(architecture="ViTMAEForPreTraining", config=sizes, image_mean=args.mean, image_std=args.std)
+    record["value_range"] = args.value_range
     identity = {"data": train_files.fingerprint() + crops}
     plan = training.Plan(sampler, train_files, args.epochs, total_steps, record, identity)
     figures: dict[str, float] = {}
@@ -280,10 +286,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         run.bad_files.note(shown.bad_files)
         for epoch in run.epochs():
             for batch in run.batches(loader):
-                images = dataset.normalize(
-                    batch.images.to(device, non_blocking=True), args.mean, args.std
-                )  # (N, C, H, W)
-                noise = batch.noise.to(device, non_blocking=True)  #                                   (N, L)
+                pixels = batch.images.to(device, non_blocking=True)  #          (N, C, H, W)
+                images = dataset.normalize(pixels, args.mean, args.std)
+                valid = dataset.patches_with_data(pixels, config.patch_size)  # (N, L), None for photographs
+                noise = batch.noise.to(device, non_blocking=True)  #            (N, L)
                 learning_rate = utils.cosine_lr(
                     run.step,
                     peak=peak,
@@ -293,7 +299,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                 )
                 utils.set_learning_rate(optimizer, learning_rate)
                 with accelerator.accumulate(model):
-                    loss = model(images, args.mask_ratio, noise, predict_visible=False).loss
+                    loss = model(images, args.mask_ratio, noise, predict_visible=False, valid=valid).loss
                     # A step whose loss or gradient is not finite is skipped on all processes, counted and named in the
                     # log; --max_nonfinite_steps of them in a row stop the run
                     accelerator.backward(utils.nan_guard(loss))

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import math
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -129,8 +130,10 @@ def imagenet_names() -> dict[str, str]:
 
 
 def describe_class(name: str) -> str:
-    """Put the name of a class folder into words where it is one of ImageNet's ids."""
-    return imagenet_names().get(name, name) if re.fullmatch(r"n\d{8}", name) else name
+    """Put the name of a class folder into words where it is one of ImageNet's ids; what cannot be drawn is a ?."""
+    if re.fullmatch(r"n\d{8}", name):
+        return imagenet_names().get(name, name)
+    return "".join("?" if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") else letter for letter in name)
 
 
 class ConfusionMatrix:
@@ -258,6 +261,22 @@ def draw_rows(
     return canvas
 
 
+def show_values(panels: list[Tensor], channels: list[int] | None) -> list[Tensor]:
+    """Make pictures of panels of values, each (N, C, H, W) in any units: (N, 3, H, W), 0 black and 1 white.
+
+    Without `channels` they are pictures already. Otherwise these become red, green and blue (the last band, where
+    there are fewer), each stretched to percentiles 2 and 98 of the first panel.
+    """
+    if channels is None:
+        return panels
+    chosen = [min(channel, panels[0].shape[1] - 1) for channel in channels]
+    panels = [panel[:, chosen].float().cpu() for panel in panels]
+    known = [values[values.isfinite()].numpy() for values in panels[0].unbind(dim=1)]  # of each channel
+    limits = [np.percentile(values, (2, 98)) if len(values) else (0, 1) for values in known]
+    low, high = torch.tensor(np.array(limits), dtype=torch.float32).T.reshape(2, 3, 1, 1)
+    return [(panel - low) / (high - low).clamp(min=1e-12) for panel in panels]
+
+
 def colour_classes(labels: Tensor, palette: np.ndarray) -> Tensor:
     """Paint a label map (H, W) in the colours of its classes, (3, H, W) in 0..1; ignored pixels are black."""
     colours = np.zeros((256, 3), dtype=np.float32)
@@ -282,17 +301,25 @@ def draw_legend(names: Mapping[str, tuple[int, int, int]], width: int) -> Image.
     return canvas
 
 
-def reconstruction_titles(mask_ratio: float, norm_pix_loss: bool) -> list[str]:
-    """Name the four rows of a reconstruction picture."""
+def reconstruction_titles(mask_ratio: float, norm_pix_loss: bool, channels: list[int] | None = None) -> list[str]:
+    """Name the four rows of a reconstruction picture; `channels` as for `show_values`."""
     answer = "reconstruction"
     if norm_pix_loss:
         answer += " (true mean and contrast of each patch put back: norm-pix)"
     return [
-        "original",
+        "original" + describe_channels(channels),
         f"masked ({mask_ratio:.0%} removed)",
         answer,
         "reconstruction with the visible patches pasted in",
     ]
+
+
+def describe_channels(channels: list[int] | None) -> str:
+    """Say what `show_values` did."""
+    if channels is None:
+        return ""
+    bands = "bands " + ", ".join(map(str, channels)) if len(set(channels)) > 1 else f"band {channels[0]}"
+    return f" ({bands}, stretched to percentiles 2 and 98)"
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

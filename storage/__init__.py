@@ -2,7 +2,7 @@
 
 from storage.decoding import describe_decoder
 from storage.demo import DEMO_LABEL_NAMES
-from storage.files import rename_aside, write_json
+from storage.files import read_text, rename_aside, write_json, write_rows
 from storage.lists import FileList, check_same_classes, find_splits, find_validation, list_images, refuse_inside
 from storage.pairs import (
     ADE20K_CLASS_NAMES,
@@ -34,7 +34,9 @@ __all__ = [
     "list_images",
     "list_pairs",
     "read_state_dict",
+    "read_text",
     "refuse_inside",
     "rename_aside",
     "write_json",
+    "write_rows",
 ]

@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.util
 import io
+import math
 import os
 import re
 import struct
@@ -19,7 +20,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from storage.files import open_regular
@@ -31,7 +32,7 @@ except (ImportError, OSError, RuntimeError):  # not installed, or built for anot
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # the contents decide, not the file name
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-JPEG_END = b"\xff\xd9"
+JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # not a stuffed 255, padding or a restart
 
 # What Pillow raises on files that are cut, damaged, disguised or hostile. DecompressionBombError is Pillow's own
@@ -85,22 +86,30 @@ def load_file(path: str | Path) -> NamedBytes:
         return NamedBytes(file.read(), os.fspath(path))
 
 
-def read_image(source: str | Path | BinaryIO, channels: int = 3, *, rotate: bool = True) -> Image.Image:
+def read_image(
+    source: str | Path | BinaryIO, channels: int = 3, *, rotate: bool = True, short_side: int | None = None
+) -> Image.Image:
     """Decode a file into the 8-bit picture a person sees, with 1 (grey), 3 (RGB) or 4 (RGBA) channels.
 
     Rotation flags are applied (`rotate`), 16-bit values and floats in [0, 1] scaled, transparent pixels laid on white.
-    Raises one of DECODE_ERRORS, also for values that no 8 bits can show.
+    With `short_side`, a JPEG file beyond the limit of pixels is decoded at a half, a quarter or an eighth of its size,
+    where that leaves as many. Raises one of DECODE_ERRORS, also for values that no 8 bits can show.
 
     Deviation: the original release ignores EXIF rotation and shows what lies under transparent pixels. Reason: both
     train on pictures nobody sees. Effect: not measured.
     """
     file = load_file(source) if isinstance(source, str | Path) else source
     with open_image(file) as image:
+        if short_side is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            scale = short_side / min(image.size)
+            image.draft(image.mode, (math.ceil(image.width * scale), math.ceil(image.height * scale)))  # JPEG's alone
         refuse_bomb(image)
         layout = read_layout(image) if image.format == "TIFF" else None
         flag = rotation_flag(image) if layout else 1  # Pillow turns TIFFs, and no others, by itself
         if layout and channels == 4:
             layout.refuse_unknown_band(source)
+        if layout and layout.kind != "u" and image.mode not in ("I", "F"):
+            raise ValueError(f"{KIND_NAMES[layout.kind]} samples have no known black and white: give --value_range")
         image.load()
     if rotate:
         image = upright(image)
@@ -114,10 +123,21 @@ def read_image(source: str | Path | BinaryIO, channels: int = 3, *, rotate: bool
     return image.convert(mode)
 
 
-def open_image(file: BinaryIO) -> Image.Image:
-    """Read the header of an image file. Raises one of DECODE_ERRORS."""
+def open_image(file: BinaryIO, formats: tuple[str, ...] = IMAGE_FORMATS) -> Image.Image:
+    """Read the header of an image file, of a JPEG of any size. Raises one of DECODE_ERRORS."""
     try:
-        return Image.open(file, formats=IMAGE_FORMATS)
+        image = Image.open(file, formats=formats)
+        if (
+            image.format == "BMP" and image.mode == "1" and bmp_bits(file) != 1
+        ):  # which Pillow takes for one bit a pixel
+            raise ValueError(f"{file} is a BMP of {bmp_bits(file)} bits with two colours: save it as PNG")
+        return image
+    except Image.DecompressionBombError as error:
+        file.seek(0)
+        if file.read(len(JPEG_START)) != JPEG_START:
+            raise Image.DecompressionBombError(f"{error} --max_image_pixels takes larger ones") from error
+        file.seek(0)
+        return JpegImagePlugin.JpegImageFile(file)  # which may be decoded at a fraction of its size
     except UnidentifiedImageError as error:
         if is_tiff(file):
             raise ValueError(
@@ -125,6 +145,15 @@ def open_image(file: BinaryIO) -> Image.Image:
                 "auto or own"
             ) from error
         raise
+
+
+def bmp_bits(file: BinaryIO) -> int:
+    """Read how many bits a pixel of a BMP has."""
+    place = file.tell()
+    file.seek(0)
+    head = file.read(30)
+    file.seek(place)
+    return int.from_bytes(head[28:30], "little") if head[14] >= 40 else int.from_bytes(head[24:26], "little")
 
 
 def is_tiff(file: BinaryIO) -> bool:
@@ -151,7 +180,8 @@ class TIFFLayout(NamedTuple):
     def refuse_unknown_band(self, source: object) -> None:
         if UNSPECIFIED_SAMPLE in self.extra:
             raise ValueError(
-                f"the fourth band of {source} is no transparency; give --value_range, such as 0 255, to train on all four"
+                f"the fourth band of {source} is no transparency: give --value_range, such as 0 255, to train on all "
+                "four"
             )
 
 
@@ -180,7 +210,9 @@ def apply_rotation(values: np.ndarray, flag: int) -> np.ndarray:
 def refuse_bomb(image: Image.Image) -> None:
     """Refuse more pixels than Pillow's limit, before they are decoded; Pillow alone only warns up to twice that."""
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+        raise Image.DecompressionBombError(
+            f"{image.width} x {image.height} pixels; --max_image_pixels {image.width * image.height} takes it"
+        )
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -382,11 +414,3 @@ def describe_decoder() -> str:
     whole = "torchcodec" if decode_jpeg is not None else "Pillow (faster with: pip install torchcodec)"
     areas = "nvimgcodec (only the crop), " if load_nvimgcodec() is not None else ""
     return areas + whole + ("" if decode_jpeg is None else ", Pillow for what is not plain JPEG")
-
-
-def require_image(path: str | Path, channels: int = 3) -> Image.Image:
-    """Decode a file that cannot be left out, as `read_image` does; ValueError that names it where that fails."""
-    try:
-        return read_image(path, channels)
-    except DECODE_ERRORS as error:
-        raise ValueError(f"cannot decode {path}: {type(error).__name__}: {error}") from error

@@ -13,8 +13,9 @@ import reprlib
 import secrets
 import shutil
 import stat
+import unicodedata
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -31,6 +32,11 @@ def rename_aside(file: Path) -> None:
         file.rename(unused_name(file.with_suffix(""), file.suffix))
 
 
+def user_path(text: str) -> Path:
+    """Give a path that a user typed; a shell leaves the ~ of --flag=~/folder alone."""
+    return Path(text).expanduser()
+
+
 def open_regular(path: str | Path) -> BinaryIO:
     """Open a file to read, if it is a regular one; OSError where it is not.
 
@@ -44,12 +50,13 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 CHUNK_BYTES = 1 << 24
+MAX_JSON_BYTES = 1 << 28
 
 
 def checksum_of(file: Path) -> str:
     """Give the CRC-32 of a file's content. It is there to find damage, not forgery, and reads 1 to 2 GB a second."""
     checksum = 0
-    with file.open("rb") as content:
+    with open_regular(file) as content:
         while chunk := content.read(CHUNK_BYTES):
             checksum = zlib.crc32(chunk, checksum)
     return f"{checksum:08x}"
@@ -128,6 +135,36 @@ def written_whole(target: Path, *, unique: bool = False, flush: bool = True) -> 
             recover(target)
 
 
+def read_text(file: Path) -> str:
+    """Read a text file of a user, UTF-8 with or without a byte order mark; ValueError names one that is none."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+
+
+def write_rows(file: Path, rows: Iterable[Iterable[object]], *, append: bool = False) -> None:
+    """Write a table, cells between tabs. Names of files may be any bytes: those that are no UTF-8 stay as they are."""
+    lines = ["\t".join(escape(str(cell)) for cell in row) + "\n" for row in rows]
+    with file.open("a" if append else "w", encoding="utf-8", errors="surrogateescape") as opened:
+        opened.writelines(lines)
+
+
+BIDIRECTIONAL = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # which turn a line around
+
+
+def escape(text: str, *, also_bytes: bool = False) -> str:
+    """Write control characters, and what else breaks a line, as \\n, \\x1b or \\u2028; `also_bytes`: no UTF-8, too."""
+
+    def is_plain(character: str) -> bool:
+        if "\ud800" <= character <= "\udfff":  # a byte of a name that is no UTF-8
+            return not also_bytes
+        return unicodedata.category(character) not in ("Cc", "Zl", "Zp") and character not in BIDIRECTIONAL
+
+    escaped = (c if is_plain(c) else c.encode("unicode_escape").decode() for c in text)
+    return "".join(escaped)
+
+
 def write_json(file: Path, content: Mapping) -> None:
     """Write a table as JSON, in place: into a folder that is published later, or inside `written_whole`."""
     file.write_text(json.dumps(content, indent=2) + "\n")
@@ -145,8 +182,12 @@ def fingerprint(content: bytes) -> str:
 
 def read_json(file: Path) -> dict:
     """Read a JSON file of entries by name; ValueError names a file that holds anything else."""
+    with open_regular(file) as opened:
+        data = opened.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise ValueError(f"{file} has more than {MAX_JSON_BYTES:,} bytes, which no file of entries here has")
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
     if not isinstance(content, dict):

@@ -4,24 +4,35 @@ Decoding lives in decoding.py, the files of a pack in packs.py, images with labe
 """
 
 import dataclasses
+import datetime
 import os
+import re
+import unicodedata
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from storage.bands import ValuePicture, open_values
 from storage.decoding import CHANNEL_MODES, IMAGE_SUFFIXES, Picture, load_file, open_picture, read_image, to_pixels
-from storage.files import fingerprint, random_key, read_json, write_json, written_whole
-from storage.packs import Pack, PackedRows, is_packed, open_pack
+from storage.files import fingerprint, open_regular, random_key, read_json, write_json, written_whole
+from storage.packs import Pack, PackedRows, is_inner_path, is_packed, open_pack
 
-LAYOUT = """expected one of
+LAYOUT = (
+    """expected one of
   <path_to_data>/train/<class>/*.jpg  and  <path_to_data>/val/<class>/*.jpg   (or validation/; ImageNet's layout)
   <path_to_data>/any/folders/*.jpg                                           (pretraining only: no classes needed)
-with files ending in """ + " ".join(IMAGE_SUFFIXES)
+with files ending in """
+    + " ".join(IMAGE_SUFFIXES)
+    + ", or in .npy alone"
+)
+ARRAY_SUFFIX = ".npy"
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class FileList:
     paths: np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)  # what was left out, and how old the list is
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -48,6 +60,9 @@ class FileList:
 
     def open_picture(self, index: int, channels: int) -> Picture:
         return open_picture(load_file(self.path(index)), channels)
+
+    def open_values(self, index: int, channels: int) -> ValuePicture:
+        return open_values(self.path(index), channels)
 
     def fingerprint(self) -> str:
         """Hash the relative paths, so that a resumed run can tell whether its data is still the same."""
@@ -86,6 +101,14 @@ class PackedImages(FileList):
             return open_picture(self.pack.read(record), channels)
         return PackedRows(self.pack, record) if channels == 3 else Picture(to_pixels(self.read_image(index, channels)))
 
+    def open_values(self, index: int, channels: int) -> ValuePicture:
+        record = int(self.records[index])
+        if self.pack.header["encoding"] != "raw":
+            return open_values(self.pack.read(record), channels)
+        if channels not in (1, 3):
+            raise ValueError(f"{self.root} is packed as colours; --input_channels {channels} needs the folder itself")
+        return ValuePicture(to_pixels(self.read_image(index, channels)).numpy())
+
     def fingerprint(self) -> str:
         return fingerprint(f"{super().fingerprint()} {self.pack.digest}".encode())
 
@@ -95,13 +118,49 @@ class PackedImages(FileList):
         return f"{super().describe()}, packed as {self.pack.header['encoding']}{size}"
 
 
-def find_splits(path_to_data: str | Path) -> tuple[Path, Path | None]:
-    """Give the training and the validation folder of a data root; without train/ the whole root is for training."""
+class Splits(NamedTuple):
+    """The folders of a data set; `notes` say what beside them is not used."""
+
+    train: Path
+    val: Path | None
+    notes: tuple[str, ...]
+
+
+def find_splits(path_to_data: str | Path) -> Splits:
+    """Find the training and the validation folder of a data root; without train/ the whole root is for training.
+
+    A folder named train is a class like others where folders of images that are no splits lie beside it.
+    """
     root = Path(path_to_data)
     if not root.is_dir():
         there = contents(root.parent)
         raise FileNotFoundError(f"--path_to_data {root} is not a folder; {LAYOUT}\nin {root.parent}: {there}")
-    return (root / "train", find_validation(root)) if (root / "train").is_dir() else (root, None)
+    val, others = None, []
+    if (root / "train").is_dir():
+        val = find_validation(root)
+        others = [entry for entry in sorted(root.iterdir()) if entry.is_dir() and entry not in (root / "train", val)]
+        others = [folder for folder in others if not folder.name.startswith(".") and holds_image(folder)]
+    if not (root / "train").is_dir() or (val is None and any(not is_split_name(other.name) for other in others)):
+        similar = [entry.name + "/" for entry in sorted(root.iterdir()) if entry.is_dir() and is_split_name(entry.name)]
+        note = f"{name_some(similar)} in {root} taken for classes or folders like others, not for splits"
+        return Splits(root, None, (note,) if similar else ())
+    beside = [entry.name for entry in sorted(root.iterdir()) if is_image_name(entry.name)]
+    beside += [f"{folder.name}/" for folder in others]
+    return Splits(root / "train", val, (f"not used, beside train/ in {root}: {name_some(beside)}",) if beside else ())
+
+
+def is_split_name(name: str) -> bool:
+    return re.fullmatch(r"(train|val|valid|validation|test|testing)(ing)?s?", name.lower()) is not None
+
+
+def is_image_name(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def holds_image(folder: Path) -> bool:
+    """Tell whether there is an image or an array below a folder."""
+    found = (name for _, _, names in os.walk(folder) for name in names)
+    return any(is_image_name(name) or name.lower().endswith(ARRAY_SUFFIX) for name in found)
 
 
 def find_validation(root: Path) -> Path | None:
@@ -121,6 +180,12 @@ def check_same_classes(classes: tuple[str, ...], expected: tuple[str, ...], fold
         return
     if not classes:
         raise ValueError(f"{folder} has images outside class folders, so there are no labels; {LAYOUT}")
+    if sorted(map(as_nfc, classes)) == sorted(map(as_nfc, expected)):
+        names = name_some(sorted(set(classes) - set(expected)))
+        raise ValueError(
+            f"the classes in {folder} are those of {expected_from}, but {names} spell accents in other bytes (Unicode "
+            "NFC and NFD): rename the folders alike"
+        )
     lacking, extra = sorted(set(expected) - set(classes)), sorted(set(classes) - set(expected))
     parts = [f"{what} {name_some(names)}" for what, names in (("it lacks", lacking), ("it adds", extra)) if names]
     reason = "; ".join(parts) or "their order differs"
@@ -128,6 +193,11 @@ def check_same_classes(classes: tuple[str, ...], expected: tuple[str, ...], fold
         f"the {len(classes)} classes in {folder} are not the {len(expected)} of {expected_from}: {reason}. Every class "
         "needs a folder of the same name in both"
     )
+
+
+def as_nfc(name: str) -> str:
+    """Give a name with each accented letter in one piece: a disk of macOS may give it in two."""
+    return unicodedata.normalize("NFC", name)
 
 
 def name_some(names: list[str], count: int = 5, separator: str = ", ") -> str:
@@ -143,25 +213,50 @@ def contents(folder: Path) -> str:
     return ", ".join(sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())[:10]) or "nothing"
 
 
-def scan_images(root: Path) -> tuple[list[str], dict[str, int]]:
-    """Walk a folder tree, links included: sorted relative image paths, and every folder's modification time (ns).
+class Scan(NamedTuple):
+    """What a folder tree holds: sorted relative paths of images, each folder's modification time (ns), what is not."""
 
-    Names that begin with a dot are passed over: thumbnails and copies that file managers and notebooks leave.
+    files: list[str]
+    folders: dict[str, int]
+    notes: tuple[str, ...]
+
+
+def scan_images(root: Path) -> Scan:
+    """Walk a folder tree, links included. Arrays (.npy) are images where there is no other one.
+
+    Names that begin with a dot are passed over: thumbnails and copies that file managers and notebooks leave. A link
+    that leads back up is not followed; two links to one folder are two folders.
     """
-    files, folders, visited = [], {}, set()
+    files, arrays, folders, passed_over, loops = [], [], {}, Counter(), []
+    above = {str(root): frozenset()}  # device and inode of the folders that each folder lies in
     for folder, subfolders, names in os.walk(root, followlinks=True):
         status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in visited:  # a link that leads back up
+        relative, ancestors = os.path.relpath(folder, root), above.pop(folder)
+        if (status.st_dev, status.st_ino) in ancestors:
+            loops.append(relative)
             subfolders.clear()
             continue
-        visited.add((status.st_dev, status.st_ino))
-        # Sorted, so that of two links to one folder the same one counts on every machine.
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != "__MACOSX")
-        relative = os.path.relpath(folder, root)
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "__MACOSX"]
+        inside = ancestors | {(status.st_dev, status.st_ino)}
+        above |= {os.path.join(folder, name): inside for name in subfolders}
         folders[relative] = status.st_mtime_ns
-        images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
-        files += [os.path.normpath(os.path.join(relative, name)) for name in images]
-    return sorted(files), folders
+        for name in names:
+            path, suffix = os.path.normpath(os.path.join(relative, name)), os.path.splitext(name)[1].lower()
+            if is_image_name(name):
+                files.append(path)
+            elif suffix == ARRAY_SUFFIX and not name.startswith("."):
+                arrays.append(path)
+            elif not name.startswith("."):
+                passed_over[suffix or "no suffix"] += 1
+    if files and arrays:
+        passed_over[ARRAY_SUFFIX] += len(arrays)
+    notes = []
+    if passed_over:
+        counts = [f"{count:,} of {suffix}" for suffix, count in passed_over.most_common()]
+        notes.append(f"files passed over: {name_some(counts)}")
+    if loops:
+        notes.append(f"links that lead back up, not followed: {name_some(sorted(loops))}")
+    return Scan(sorted(files or arrays), folders, tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -182,15 +277,22 @@ class ListCache:
         if self.rescan:
             return None
         try:
-            with np.load(self.list_file(root), allow_pickle=False) as content:
+            with open_regular(self.list_file(root)) as file, np.load(file, allow_pickle=False) as content:
                 stored = {name: content[name] for name in content.files}
             unchanged = os.fsdecode(stored["root"].item()) == str(root) and all(
                 os.stat(os.path.join(root, os.fsdecode(folder))).st_mtime_ns == time
                 for folder, time in zip(stored["folders"], stored["folder_times"], strict=True)
             )
-            classes = tuple(os.fsdecode(name) for name in stored["classes"])
-            return FileList(root, stored["paths"], stored["labels"], classes) if unchanged else None
-        except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile):
+            classes, notes = (tuple(os.fsdecode(name) for name in stored[key]) for key in ("classes", "notes"))
+            paths, labels = stored["paths"], stored["labels"]
+            right = paths.dtype.kind == "S" and paths.ndim == 1 and labels.shape == paths.shape and len(paths) > 0
+            right = right and (-1 if not classes else 0) <= labels.min() and labels.max() < max(1, len(classes))
+            if not unchanged or not right or not all(map(is_inner_path, paths.tolist())):
+                return None
+            made = datetime.datetime.fromtimestamp(os.stat(self.list_file(root)).st_mtime)
+            age = f"list of files made on {made:%d %B %Y, %H:%M}; --rescan_data makes it anew"
+            return FileList(root, paths, labels, classes, notes=(*notes, age))
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error, zipfile.BadZipFile):
             return None
 
     def write_list(self, files: FileList, folders: dict[str, int]) -> None:
@@ -200,6 +302,7 @@ class ListCache:
             paths=files.paths,
             labels=files.labels,
             classes=np.array([os.fsencode(name) for name in files.classes], dtype=bytes),
+            notes=np.array([os.fsencode(note) for note in files.notes], dtype=bytes),
             folders=np.array([os.fsencode(folder) for folder in folders]),
             folder_times=np.array(list(folders.values()), dtype=np.int64),
         )
@@ -240,14 +343,18 @@ def list_images(root: Path, cache: ListCache | None = None) -> FileList:
     cached = cache.read_list(root) if cache is not None else None
     if cached is not None:
         return cached
-    files, folders = scan_images(root)
+    files, folders, notes = scan_images(root)
     if not files:
-        raise FileNotFoundError(f"no images below {root}; {LAYOUT}\nfound: {contents(root)}")
+        raise FileNotFoundError(f"no images below {root}; {LAYOUT}\nfound: {'; '.join([contents(root), *notes])}")
     first_folders = [file.split(os.sep, 1)[0] if os.sep in file else None for file in files]
     classes = () if None in first_folders else tuple(sorted(set(first_folders)))
     index = {name: i for i, name in enumerate(classes)}
     labels = np.array([index.get(name, -1) for name in first_folders], dtype=np.int32)
-    file_list = FileList(root, np.array([os.fsencode(file) for file in files]), labels, classes)
+    empty = sorted({folder.split(os.sep, 1)[0] for folder in folders} - {*classes, "."}) if classes else []
+    if empty:
+        notes += (f"folders without an image, no classes: {name_some(empty)}",)
+    paths = np.array([os.fsencode(file) for file in files])
+    file_list = FileList(root, paths, labels, classes, notes=notes)
     if cache is not None:
         cache.write_list(file_list, folders)
     return file_list

@@ -5,6 +5,7 @@ uncompressed pixels) one after the other, a table with a row for each, their nam
 every second record is a label map. Places and sizes are checked before they are read, and names never lead elsewhere.
 """
 
+import errno
 import os
 import re
 import struct
@@ -67,7 +68,10 @@ class Pack:
 
     def open_shard(self, number: int) -> int:
         if number not in self.open_shards:
-            self.open_shards[number] = os.open(self.shard_path(number), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            path = self.shard_path(number)
+            if path.is_symlink() or not path.is_file():  # which a pipe would block
+                raise OSError(errno.EINVAL, "no regular file", str(path))
+            self.open_shards[number] = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         return self.open_shards[number]
 
     def read_bytes(self, shard: int, offset: int, size: int) -> bytes:

@@ -14,9 +14,18 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from storage.decoding import DECODE_ERRORS, IMAGE_FORMATS, NamedBytes, load_file, read_image, rotation_flag
-from storage.files import fingerprint, open_regular
-from storage.lists import ListCache, contents, name_some, scan_images
+from storage.bands import ValuePicture, open_values
+from storage.decoding import (
+    DECODE_ERRORS,
+    NamedBytes,
+    load_file,
+    open_image,
+    read_image,
+    read_layout,
+    rotation_flag,
+)
+from storage.files import escape, fingerprint, open_regular
+from storage.lists import ListCache, as_nfc, contents, name_some, scan_images
 from storage.packs import Pack, is_packed, open_pack
 
 ADE20K_NUM_CLASSES = 150
@@ -56,6 +65,8 @@ LABEL_COLOURS = np.resize(ADE20K_PALETTE, (IGNORE_INDEX, 3))  # of any data set;
 LABEL_FORMATS = ("PNG", "BMP", "TIFF", "GIF")  # a JPEG's compression makes up class ids
 # How Pillow calls one channel of up to 8 bits: of 1, 2, 4 or 8, I where white is 0, R where bits come in reverse
 RAW_MODE = re.compile(r"(?:(?P<one>1)|[LP])(?:;(?P<bits>[124])?(?P<inverted>I)?R?)?")
+LOSSY = ("jpeg", "webp", "jp2k")  # parts of the names of a TIFF's compressions
+SWAPPING = (5, 6, 7, 8)  # rotation flags that swap height and width
 LABEL_LAYOUT = """expected
   <root>/images/{training,validation}/*.jpg  and  <root>/annotations/{training,validation}/*.png  (ADEChallengeData2016)
 with a label map of the same name and size for every image"""
@@ -82,7 +93,11 @@ def read_raw_labels(source: str | Path | BinaryIO) -> np.ndarray:
     Pillow spreads greys of 1, 2 and 4 bits over 0 to 255, and inverts those of a TIFF whose white is 0.
     """
     file = load_file(source) if isinstance(source, str | Path) else source
-    with Image.open(file, formats=LABEL_FORMATS) as image:
+    with open_image(file, LABEL_FORMATS) as image:
+        if image.format == "TIFF" and any(name in str(image.info.get("compression")) for name in LOSSY):
+            raise ValueError(f"{source} is compressed as {image.info['compression']}, which makes up class numbers")
+        if image.format == "TIFF" and read_layout(image).kind == "i":
+            raise ValueError(f"{source} has signed samples; a label map has one 8-bit channel of class numbers")
         arguments = image.tile[0].args if image.tile and image.format != "GIF" else "P"
         form = RAW_MODE.fullmatch(arguments if isinstance(arguments, str) else str(arguments[0]))
         if image.mode not in ("1", "L", "P") or form is None:
@@ -136,6 +151,9 @@ class PairList:
     def read_image(self, index: int, channels: int) -> Image.Image:
         return read_image(self.path(index), channels, rotate=self.rotate)
 
+    def open_values(self, index: int, channels: int) -> ValuePicture:
+        return open_values(self.path(index), channels, rotate=self.rotate)
+
     def label_file(self, index: int) -> BinaryIO:
         return load_file(self.label_path(index))
 
@@ -162,6 +180,9 @@ class PackedPairs(PairList):
 
     def read_image(self, index: int, channels: int) -> Image.Image:
         return read_image(self.image_file(index), channels, rotate=self.rotate)
+
+    def open_values(self, index: int, channels: int) -> ValuePicture:
+        return open_values(self.image_file(index), channels, rotate=self.rotate)
 
     def label_file(self, index: int) -> NamedBytes:
         return self.pack.read(2 * index + 1)
@@ -196,10 +217,9 @@ def list_pairs(root: str | Path, split: str) -> PairList:
         folder = root / kind / split
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not there; {LABEL_LAYOUT}\nin {root}: {contents(root)}")
-        files, _ = scan_images(folder)
         by_stem = {}
-        for file in files:
-            stem = os.path.splitext(file)[0]
+        for file in scan_images(folder).files:
+            stem = as_nfc(os.path.splitext(file)[0])
             if stem in by_stem:
                 raise ValueError(f"{folder} has both {by_stem[stem]} and {file}; keep one")
             by_stem[stem] = file
@@ -235,18 +255,24 @@ def check_pairs(
     *,
     decode: bool = False,
     rotate: bool = True,
+    channels: int = 3,
+    own_units: bool = False,
 ) -> PairSurvey:
     """Read every label map, and the head of every image (`decode`: all of it), and give what was found.
 
     The images of the split are all turned by their rotation flags, or none is: what the shapes of those that tell
-    say, and `rotate` where none does. ValueError names what cannot be used. Minutes for ADE20K, so `cache` remembers
+    say, and `rotate` where none does. `own_units` tells that images are not read as 8-bit pictures.
+    ValueError names what cannot be used. Minutes for ADE20K, so `cache` remembers
     a check by the names, sizes and times of all files.
     """
     question = ("survey", pairs.fingerprint(), str(pairs.root), table.tolist(), pairs.stamps(), decode, rotate)
+    question += (channels, own_units)
     answer = cache.recall(*question) if cache is not None else None
     if answer is None:
         with ThreadPoolExecutor(max(1, num_threads)) as pool:
-            found = list(pool.map(lambda i: check_pair(pairs, i, table, decode), range(len(pairs))))
+            found = list(
+                pool.map(lambda i: check_pair(pairs, i, table, decode, channels, own_units), range(len(pairs)))
+            )
         problems = [check.problem for check in found if check.problem]
         if problems:
             raise ValueError("label maps or images that cannot be used:\n  " + name_some(problems, 10, "\n  "))
@@ -272,7 +298,9 @@ class PairCheck(NamedTuple):
     fits: tuple[bool, bool] = (True, True)
 
 
-def check_pair(pairs: PairList, index: int, table: np.ndarray, decode: bool) -> PairCheck:
+def check_pair(
+    pairs: PairList, index: int, table: np.ndarray, decode: bool, channels: int, own_units: bool
+) -> PairCheck:
     """Look at a pair. Images that cannot be decoded are training's to skip, and a problem only with `decode`."""
     label_path, image_path = pairs.label_path(index), pairs.path(index)
     try:
@@ -283,16 +311,20 @@ def check_pair(pairs: PairList, index: int, table: np.ndarray, decode: bool) -> 
         return PairCheck(reason if reason.startswith(label_path) else f"{label_path}: {reason}")
     pixels = np.bincount(raw.ravel(), minlength=256)
     try:
-        with pairs.image_file(index) as file:  # of which no more than its head is read
-            image = Image.open(file, formats=IMAGE_FORMATS)
-            flag, size = rotation_flag(image), image.size
-            swaps = flag in (5, 6, 7, 8)
-            stored = size[::-1] if swaps and image.format == "TIFF" else size  # Pillow gives a TIFF's size turned
-        if decode:
-            pairs.read_image(index, 3)
+        if own_units:
+            picture = dataclasses.replace(pairs, rotate=False).open_values(index, channels)
+            flag, size = picture.flag, (picture.width, picture.height)
+        else:
+            with pairs.image_file(index) as file:  # of which mostly no more than its head is read
+                image = open_image(file)
+                flag = rotation_flag(image)
+                turned = image.format == "TIFF" and flag in SWAPPING  # Pillow gives their size turned
+                size = image.size[::-1] if turned else image.size
+            if decode:
+                pairs.read_image(index, channels)
     except DECODE_ERRORS as error:
         return PairCheck(f"{image_path}: {type(error).__name__}: {error}" if decode else None, pixels)
-    fits = labels.shape[::-1] == stored, labels.shape[::-1] == (stored[::-1] if swaps else stored)
+    fits = labels.shape[::-1] == size, labels.shape[::-1] == (size[::-1] if flag in SWAPPING else size)
     if not any(fits):
         height, width = labels.shape
         return PairCheck(f"{label_path}: {width} x {height} pixels, but its image has {size[0]} x {size[1]}", pixels)
@@ -322,7 +354,7 @@ def choose_rotation(pairs: PairList, found: list[PairCheck], otherwise: bool) ->
 
 def describe_labels(pixels: np.ndarray, table: np.ndarray, names: list[str]) -> str:
     """Say how many pixels are ignored, which classes they are of, and which classes never occur."""
-    counts = count_classes(pixels, table, len(names))
+    counts, names = count_classes(pixels, table, len(names)), [escape(name, also_bytes=True) for name in names]
     order = sorted(np.flatnonzero(counts).tolist(), key=lambda k: -counts[k])
     shares = [f"{names[k]} {counts[k] / counts.sum():.1%}" for k in order]
     text = f"{len(order)} of {len(names)} classes occur: {name_some(shares, 10)}"

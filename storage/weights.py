@@ -5,11 +5,13 @@ Key names of other projects live in layouts.py; what becomes of the tensors in m
 
 import argparse
 import math
+import os
 import pickle
 import re
 import shlex
 import statistics
 import struct
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +27,8 @@ from storage.layouts import BEIT_ONLY, BIAS_TABLE, NO_COUNTERPART, PUBLISHED_WID
 # ------------------------------------------------------------------------------------------------ reading files
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+FEW_WEIGHTS = 10**8  # which are built before anybody notices
+SMALL_TENSOR = 1 << 20  # bytes up to which a file may hold a tensor as repetitions of a part
 WRAPPERS = ("model", "state_dict", "module")
 PREFIXES = ("module.", "_orig_mod.", "model.")
 # Objects of logs and arguments that trainings save beside the weights; `Inert` is built in their place.
@@ -56,13 +60,15 @@ def read_file(file: Path) -> dict:
 
     ValueError says what is wrong with it.
     """
-    with file.open("rb") as opened:
-        start = opened.read(9)
+    with files.open_regular(file) as opened:
+        start, held = opened.read(9), os.fstat(opened.fileno()).st_size
     try:
         if start[8:] == b"{":  # the 8 bytes before are the length of this header
             return load_file(file)
         if not start.startswith((b"PK", b"\x80")):
             raise ValueError(f"{file} is damaged, or no file of weights: it begins as none does")
+        if start.startswith(b"PK"):
+            refuse_compressed(file, held)
         let_in = [argparse.Namespace, *((Inert, name) for name in BESIDE_WEIGHTS)]
         with torch.serialization.safe_globals(let_in), file.open("rb") as opened:  # a path's ending torch would believe
             content = torch.load(opened, map_location="cpu", weights_only=True)
@@ -82,6 +88,17 @@ def read_file(file: Path) -> dict:
     return content
 
 
+def refuse_compressed(file: Path, held: int) -> None:
+    """Refuse an archive that grows when it is read: torch compresses nothing. ValueError."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            grown = sum(entry.file_size for entry in archive.infolist())
+    except zipfile.BadZipFile:  # torch says what is wrong with it
+        return
+    if grown > 2 * held:
+        raise ValueError(f"{file} is not opened: its {held:,} bytes would grow to {grown:,}, and weights never do")
+
+
 def unwrap(content: dict, file: Path) -> dict[str, Tensor]:
     """Take the tensors out of what trainings wrap around them; ValueError where there is something else among them."""
     for _ in WRAPPERS:  # no deeper, as a file may wrap itself
@@ -95,6 +112,10 @@ def unwrap(content: dict, file: Path) -> dict[str, Tensor]:
             raise ValueError(f"{file} is not weights by name: {key!r} is {found}")
         if value.is_meta or value.is_nested or value.layout != torch.strided or 0 in value.shape:
             raise ValueError(f"{file} is not weights by name: {key} holds no values, or not as a plain array")
+        if value.nbytes > max(value.untyped_storage().nbytes(), SMALL_TENSOR):
+            raise ValueError(
+                f"{file} holds {value.untyped_storage().nbytes():,} of the {value.nbytes:,} bytes of {key}"
+            )
     while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in content)), None):
         content = {key.removeprefix(prefix): value for key, value in content.items()}
     return content
@@ -139,6 +160,11 @@ def by_number(labels: dict[str, str] | list[str]) -> list[str | None]:
     return [labels.get(str(index)) for index in range(len(labels))] if isinstance(labels, dict) else labels
 
 
+def is_value_range(given: object) -> bool:
+    """Tell whether an entry says how values become pixels: null (8-bit pictures), own (units), low and high."""
+    return given in (None, "own") or (files.NUMBERS.check(given) and len(given) == 2 and given[0] < given[1])
+
+
 # What the sizes under "config" in config.json have to be, which are the fields of MAEConfig
 SIZES = {
     files.ONE_OR_TWO: "img_size",
@@ -158,6 +184,7 @@ ENTRIES = {
     files.TEXT: "architecture global_pool norm",
     files.TEXTS: "class_names",
     files.NUMBERS: "image_mean image_std mean std",
+    files.Kind("own, null or two numbers, the higher one last", lambda given: is_value_range(given)): "value_range",
     files.INDICES: "taps resize_to",
     files.TABLE: "config pretrained_cfg model_args",
     files.Kind("gelu, as in all models here", lambda name: name == "gelu"): "hidden_act act_layer",
@@ -215,7 +242,30 @@ def read_config(weights: Path) -> dict | None:
     unknown = record["config"].keys() - {name for names in SIZES.values() for name in names.split()}
     if unknown:
         raise ValueError(f"{sorted(unknown)[0]} in {file} is no size of a model here")
+    if weights != file:  # the conversion gives that, and compares all sizes with the tensors
+        refuse_sizes_beyond(weights, record)
     return record
+
+
+def refuse_sizes_beyond(weights: Path, record: dict) -> None:
+    """Refuse sizes of a model that a weight file cannot hold, before anything of them is built; ValueError.
+
+    Counts a byte for each weight of the encoder's blocks, position embeddings and classifier, which is too few.
+    """
+    sizes, held = record["config"], weights.stat().st_size if weights.is_file() else 0
+    width, patch_size = sizes.get("encoder_embed_dim", 1), sizes.get("patch_size", 16)
+    img_size = sizes.get("img_size", 1)
+    height, wide = img_size if isinstance(img_size, list) else (img_size, img_size)
+    needed = {
+        "encoder_depth": sizes.get("encoder_depth", 1) * width * max(width, 4),
+        "img_size": (height // patch_size) * (wide // patch_size) * width,
+        "input_channels": sizes.get("input_channels", 1) * patch_size**2 * width,
+        "num_classes": record["num_classes"] * min(width, 64) if isinstance(record.get("num_classes"), int) else 0,
+    }
+    for name, count in needed.items():
+        if held and count > max(held, FEW_WEIGHTS):
+            value = sizes.get(name, record.get(name))
+            raise ValueError(f"{name} {value} in the config.json beside {weights} is more than its {held:,} bytes hold")
 
 
 # ------------------------------------------------------------------------------------------------ sizes by shapes

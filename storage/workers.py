@@ -7,17 +7,21 @@ import atexit
 import functools
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from multiprocessing.context import ForkContext, ForkProcess
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # at which a run saves its state and stops
 WORKER_START_S = 30  # a fork takes milliseconds
 MAX_FORKS = 5
+SHARED_MEMORY = "/dev/shm"
+PREFETCHED = 2  # batches that each worker holds ready, torch's default
 
 
 class WorkerProcess(ForkProcess):
@@ -76,6 +80,36 @@ class Loader(DataLoader):
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack tensors, in a data worker right in the shared memory by which they go to the training process.
+
+    Otherwise they are put there by a thread of the worker whose error nobody sees, and the run waits for ever.
+    """
+    try:
+        return default_collate(tensors)
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        raise RuntimeError(describe_shared_memory(sum(tensor.nbytes for tensor in tensors))) from error
+
+
+def describe_shared_memory(needed: int) -> str:
+    """Say that batches do not fit into shared memory, and what to do."""
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    return (
+        f"data workers hand batches over in shared memory, and {needed / 1e6:,.0f} MB do not fit into the "
+        f"{free / 1e6:,.0f} MB that are free in {SHARED_MEMORY}. Give a container more (docker run --shm-size=8g or "
+        "--ipc=host), or --num_workers 0, or a smaller --per_gpu_batch_size"
+    )
+
+
+def require_shared_memory(num_workers: int, batch_bytes: int) -> None:
+    """Refuse batches that fill shared memory before data workers start; RuntimeError."""
+    needed = num_workers * PREFETCHED * batch_bytes
+    if num_workers and os.path.isdir(SHARED_MEMORY) and needed > shutil.disk_usage(SHARED_MEMORY).free:
+        raise RuntimeError(f"{num_workers} x {PREFETCHED} batches: {describe_shared_memory(needed)}")
 
 
 def protect_worker(leaving: Tensor, worker: int) -> None:

@@ -8,6 +8,7 @@ import random
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from test_pairs import write_pair
@@ -22,22 +23,28 @@ from dataset import (
     ImageDataset,
     PairMixing,
     ResizeCenterCrop,
+    ResizedCropFlip,
     Sample,
     SampleKey,
     SegmentationTransform,
     SingleTryResizedCrop,
     StepSampler,
+    ValueFinetuningTransform,
     build_eval_loader,
     build_finetuning_transform,
     build_pretraining_transform,
     build_probing_transform,
     build_training_loader,
+    build_values,
+    collate,
+    collate_lists,
     denormalize,
     distort_colours,
     eval_crop_ratio,
     fit_within,
     keep_size,
     normalize,
+    patches_with_data,
     seeded,
 )
 from storage import files
@@ -566,3 +573,145 @@ def test_crops_of_a_set_smaller_than_a_step_all_differ():
 def test_repeated_sampling_refuses_batches_that_groups_cannot_fill():
     with pytest.raises(ValueError, match="--repeated_sampling 4 does not divide the 6 images"):
         StepSampler(24, 6, crops_per_image=4)
+
+
+# -------------------------------------------------------------------------------- images in their own units
+
+BANDS, SIZE = 13, (12, 20)
+OWN_MEAN, OWN_STD = tuple(range(100, 100 + BANDS)), tuple(range(50, 50 + BANDS))
+
+
+def draw_tiles(folder, suffix: str, dtype: str, count: int = 3, bands: int = BANDS) -> np.ndarray:
+    """Write tiles as files of bands and give them, (N, C, H, W)."""
+    generator = np.random.default_rng(1)
+    tiles = generator.integers(0, 4000, (count, bands, *SIZE)).astype(dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, tile in enumerate(tiles):
+        if suffix == "npy":
+            np.save(folder / f"{index}.npy", tile)
+        else:
+            tifffile.imwrite(folder / f"{index}.tif", tile, planarconfig="separate", photometric="minisblack")
+    return tiles
+
+
+@pytest.mark.parametrize("keep_decoded", [False, True])
+@pytest.mark.parametrize("suffix", ["npy", "tif"])
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_values_reach_the_model_as_numpy_has_them(tmp_path, suffix, dtype, keep_decoded):
+    tiles = draw_tiles(tmp_path, suffix, dtype).astype(np.float64)
+    column = (BANDS, 1, 1)
+    expected = (tiles - np.reshape(OWN_MEAN, column)) / np.reshape(OWN_STD, column)
+    mapped = (tiles / 2000 - 0.25).clip(0, 1)
+    mapped = (mapped - np.reshape(OWN_MEAN, column)) / np.reshape(OWN_STD, column)
+    for value_range, wanted in (("own", expected), ((500, 2500), mapped)):
+        values = build_values(value_range, OWN_MEAN, OWN_STD)
+        options = dict(channels=BANDS, values=values, keep_decoded=keep_decoded)
+        data = ImageDataset(list_images(tmp_path), ResizeCenterCrop(SIZE), **options)
+        for index in range(3):
+            image = data[SampleKey(EVAL_EPOCH, index)].image
+            assert np.abs(image.numpy() - wanted[index]).max() < 1e-6 * np.abs(wanted).max()
+            assert torch.equal(normalize(image[None], OWN_MEAN, OWN_STD)[0], image)
+
+
+def test_crops_of_values_are_cut_and_resized_as_one_band_alone(tmp_path):
+    tiles = draw_tiles(tmp_path / "all", "npy", "float32")
+    transform, values = ResizedCropFlip((8, 8), 0.2), build_values("own", (0.0,) * BANDS, (1.0,) * BANDS)
+    data = ImageDataset(list_images(tmp_path / "all"), transform, channels=BANDS, values=values, noise_size=2)
+    sample = data[SampleKey(3, 1)]
+    (tmp_path / "one").mkdir()
+    for index, tile in enumerate(tiles):
+        np.save(tmp_path / "one" / f"{index}.npy", tile[5])
+    single = ImageDataset(
+        list_images(tmp_path / "one"), transform, channels=1, values=build_values("own", (0.0,), (1.0,)), noise_size=2
+    )[SampleKey(3, 1)]
+    assert torch.equal(sample.image[5], single.image[0]) and torch.equal(sample.noise, single.noise)
+    assert sample.image.shape == (BANDS, 8, 8)
+
+
+@pytest.mark.parametrize("transform", [ResizeCenterCrop((12, 16)), ResizedCropFlip((12, 16), 1.0)])
+def test_no_data_counts_as_the_mean_and_stays_where_nothing_else_is(tmp_path, transform):
+    values = np.full((24, 32, 2), 7.0, np.float32)
+    values[:, :16] = (np.nan, np.inf)
+    np.save(tmp_path / "a.npy", values)
+    to_model = build_values("own", (3.0, 3.0), (2.0, 2.0))
+    data = ImageDataset(list_images(tmp_path), transform, channels=2, values=to_model)
+    image = data[SampleKey(0, 0)].image
+    lost = image.isnan()
+    columns = lost.all(dim=1)
+    image = image if columns[0, 0] else image.flip(-1)  # as the transform may
+    assert image.isnan()[:, :, :7].all() and not image.isnan()[:, :, 9:].any()
+    assert (image[:, :, 11:] - 2).abs().max() < 0.2  # (7 - 3) / 2; bicubic overshoots near the edge
+    filled = normalize(image[None], (3.0, 3.0), (2.0, 2.0))[0]
+    assert (filled[:, :, :7] == 0).all()
+    assert patches_with_data(image[None], 4).tolist() == [[0, 1, 1, 1] * 3]
+    assert patches_with_data(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 4) is None
+
+
+def test_long_line_is_cut_before_it_is_resized_to_the_same_pixels():
+    generator = np.random.default_rng(0)
+    line = np.repeat(generator.integers(0, 256, (2, 50, 3), dtype=np.uint8), 8, axis=1)  # 400 x 2
+    transform = ResizeCenterCrop((16, 16), 0.5)
+    cut = transform(Image.fromarray(line))
+    whole = Image.fromarray(line).resize((6400, 32), Image.Resampling.BICUBIC).crop((3192, 8, 3208, 24))
+    assert np.abs(cut.permute(1, 2, 0).numpy().astype(int) - np.asarray(whole)).max() <= 1
+    values = transform(torch.from_numpy(line).permute(2, 0, 1).float())
+    assert (values - cut).abs().max() <= 1
+    assert transform(Image.new("RGB", (200_000, 2))).shape == (3, 16, 16)  # 3,200,000 x 32 pixels whole
+
+
+def test_errors_of_transforms_name_the_file_and_replace_it(image_folder):
+    def fail_once(image):
+        fail_once.calls += 1
+        if fail_once.calls == 1:
+            raise MemoryError("no room")
+        return torch.zeros(3, 4, 4)
+
+    fail_once.calls = 0
+    files = list_images(image_folder / "train")
+    sample = ImageDataset(files, fail_once)[SampleKey(0, 3)]
+    assert [tuple(bad) for bad in sample.bad_files] == [(files.path(3), "MemoryError: no room")]
+    fail_once.calls = 0
+    with pytest.raises(ValueError, match=r"cannot decode .*\.jpg: MemoryError: no room"):
+        ImageDataset(files, fail_once, replace_bad_files=False)[SampleKey(0, 3)]
+
+
+def test_file_that_went_away_is_called_missing(image_folder):
+    files = list_images(image_folder / "train")
+    os.remove(files.path(0))
+    sample = ImageDataset(files, ResizeCenterCrop((8, 8)))[SampleKey(0, 0)]
+    assert sample.bad_files[0].reason == "missing since the list of files was made; --rescan_data makes it anew"
+
+
+@pytest.mark.parametrize("collate_fn", [collate, collate_lists])
+def test_batches_are_put_into_shared_memory_by_the_worker_itself(image_folder, monkeypatch, collate_fn):
+    def no_room(tensors):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    data = ImageDataset(list_images(image_folder / "train"), ResizeCenterCrop((8, 8)), noise_size=2)
+    loader = build_eval_loader(data, 4, 1, collate_fn=collate_fn)
+    images = [image for batch in loader for image in batch.images]
+    assert all(image.is_shared() for image in images) and len(images) == 24
+    monkeypatch.setattr("storage.workers.default_collate", no_room)
+    with pytest.raises(RuntimeError, match=r"do not fit into the .* free in /dev/shm.*--shm-size.*--num_workers 0"):
+        collate_fn([data[SampleKey(0, 0)]])
+
+
+def test_case_of_a_long_line_from_practice(cases):
+    image = read_image(cases / "wide_image_eval" / "line.png")
+    assert image.size == (20_000, 2)
+    assert ResizeCenterCrop((224, 224), 0.875)(image).shape == (3, 224, 224)
+
+
+def test_every_draw_of_finetuning_on_values_is_a_function_of_the_key(tmp_path):
+    draw_tiles(tmp_path, "npy", "float32")
+    values, transform = build_values("own", OWN_MEAN, OWN_STD), ValueFinetuningTransform((8, 8), 1.0)
+    data = ImageDataset(list_images(tmp_path), transform, channels=BANDS, values=values)
+    images = [data[SampleKey(0, 1)].image for _ in range(3)]
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
+    assert not torch.equal(images[0], data[SampleKey(1, 1)].image)
+
+
+def test_link_to_nothing_is_called_so(image_folder):
+    (image_folder / "train" / "cats" / "!.jpg").symlink_to(image_folder / "nowhere.jpg")
+    files = list_images(image_folder / "train")
+    assert ImageDataset(files, ResizeCenterCrop((8, 8)))[SampleKey(0, 0)].bad_files[0].reason == "a link to nothing"

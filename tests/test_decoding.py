@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,7 @@ def test_read_image_scales_float_grey(tmp_path):
         (np.float32([[np.nan, np.inf]]), "no finite values and 2 that are not finite"),
         (np.int16([[-1000, 3000]]), "values -1000 to 3000 have no known"),
         (np.int32([[0, 255]]), "values 0 to 255 have no known"),
+        (np.int8([[-1, -128, 5]]), "signed samples have no known black and white"),
     ],
 )
 def test_values_without_a_known_black_and_white_are_refused(tmp_path, values, words):
@@ -360,3 +362,14 @@ def test_sparse_file_of_impossible_size_is_refused_unread(tmp_path):
         file.truncate(MAX_FILE_BYTES + 1)
     with pytest.raises(OSError, match=r"sparse\.jpg has 1,073,741,825 bytes; an image file has at most"):
         read_image(path)
+
+
+def test_12_bit_grey_is_seen_in_all_its_brightness(tmp_path):
+    values = np.array([[0, 1000, 2048, 4095]])
+    data = bytes([0 >> 4, 0 << 4 | 1000 >> 8, 1000 & 255, 2048 >> 4, (2048 & 15) << 4 | 4095 >> 8, 4095 & 255])
+    tags = {256: 4, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<I", 8 + len(data))
+    (tmp_path / "image.tif").write_bytes(head + data + struct.pack("<H", len(tags)) + entries + bytes(4))
+    expected = (values * 255 / 4095).round()
+    assert (np.asarray(read_image(tmp_path / "image.tif", channels=1)) == expected).all()

@@ -27,7 +27,7 @@ def test_demo_labels_mark_the_object_on_its_background(kind):
 
 def test_demo_data_has_both_layouts_and_is_written_once(tmp_path):
     write_demo_data(tmp_path / "demo", num_train=20, num_val=10)
-    (train, val) = find_splits(tmp_path / "demo" / "imagefolder")
+    train, val, _ = find_splits(tmp_path / "demo" / "imagefolder")
     files = list_images(train)
     assert files.classes == tuple(sorted(DEMO_KINDS)) and np.bincount(files.labels).tolist() == [2] * 10
     assert len(list_images(val)) == 10

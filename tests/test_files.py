@@ -192,3 +192,36 @@ def test_only_regular_files_are_opened_and_none_is_waited_for(tmp_path, monkeypa
     (tmp_path / "file").write_bytes(b"content")
     with open_regular(tmp_path / "file") as file:
         assert file.read() == b"content"
+
+
+def test_text_of_users_is_utf_8_with_or_without_a_mark(tmp_path):
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "names.txt").write_text("Straße\nçà", encoding=encoding)
+        assert files.read_text(tmp_path / "names.txt") == "Straße\nçà"
+    for encoding in ("latin-1", "utf-16"):
+        (tmp_path / "names.txt").write_text("Straße\nçà", encoding=encoding)
+        with pytest.raises(ValueError, match=r"names\.txt is no UTF-8 text \(.* at byte \d+\); save it as UTF-8"):
+            files.read_text(tmp_path / "names.txt")
+
+
+def test_rows_take_any_name_that_a_disk_can_hold(tmp_path):
+    names = [
+        "plain",
+        "tab\tline\nreturn\r",
+        "bell\x07\x1b[31m",
+        "\u2028\u202e",
+        os.fsdecode(b"\xff\xfe"),
+        "ü 漢",
+        "犬\u3000猫 \u200c",
+    ]
+    files.write_rows(tmp_path / "table.tsv", [["name", "number"], *((name, 1) for name in names)])
+    lines = (tmp_path / "table.tsv").read_bytes().split(b"\n")
+    assert lines[1:4] == [b"plain\t1", rb"tab\tline\nreturn\r" + b"\t1", rb"bell\x07\x1b[31m" + b"\t1"]
+    assert lines[4:] == [
+        rb"\u2028\u202e" + b"\t1",
+        b"\xff\xfe\t1",
+        "ü 漢\t1".encode(),
+        "犬\u3000猫 \u200c\t1".encode(),
+        b"",
+    ]
+    assert files.escape(names[4], also_bytes=True) == r"\udcff\udcfe"

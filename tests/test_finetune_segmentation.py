@@ -1,5 +1,6 @@
 """The segmentation run: against plain torch, resumed and spread, its scores by brute force, and its refusals."""
 
+import argparse
 import dataclasses
 import functools
 import itertools
@@ -31,7 +32,15 @@ from dataset import (
     normalize,
     resize_labels,
 )
-from finetune_segmentation import build_config, choose_warmup, compute_loss, label_images, main, parse_args
+from finetune_segmentation import (
+    build_config,
+    choose_warmup,
+    compute_loss,
+    label_images,
+    main,
+    parse_args,
+    read_class_names,
+)
 from model import MAEConfig, ViTMAEForPreTraining, ViTMAEForSegmentation, load_segmenter
 from storage.demo import write_demo_data
 from storage.pairs import IGNORE_INDEX, label_table, list_pairs, read_label_map
@@ -598,3 +607,10 @@ def test_segment_labels_images_of_any_size(finished, drawn_pairs, tmp_path, caps
         tool.main(tool.parse_args([absent if argument == str(folder) else argument for argument in arguments]))
     with pytest.raises(SystemExit):
         tool.parse_args([*arguments, "--batch_size", "0"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_class_names_are_read_with_and_without_a_byte_order_mark(tmp_path, encoding):
+    (tmp_path / "names.txt").write_text("background\nStraße\n", encoding=encoding)
+    args = argparse.Namespace(class_names=str(tmp_path / "names.txt"), num_classes=2)
+    assert read_class_names(args) == ["background", "Straße"]

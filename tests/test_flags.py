@@ -19,8 +19,9 @@ from training.flags import Flags, micro_batch_size, size_flags
 
 SHARED = """experiment_name working_directory resume_from_checkpoint save_checkpoint_interval save_minutes
  keep_checkpoints max_nonfinite_steps deterministic timeout_minutes activation_checkpointing log_interval
- log_wandb wandb_run_name seed demo path_to_data img_size input_channels mean std num_workers
- max_bad_fraction rescan_data epochs warmup_epochs per_gpu_batch_size gradient_accumulation_steps
+ log_wandb wandb_run_name seed demo path_to_data img_size input_channels value_range
+ mean std show_channels num_workers
+ max_image_pixels max_bad_fraction rescan_data epochs warmup_epochs per_gpu_batch_size gradient_accumulation_steps
  weight_decay max_grad_norm pin_memory bias_weight_decay norm_weight_decay help model patch_size
  encoder_embed_dim encoder_depth encoder_num_heads encoder_mlp_ratio"""
 OWN = {
@@ -37,11 +38,14 @@ OWN = {
 SWITCHES = """deterministic activation_checkpointing log_wandb demo rescan_data pin_memory bias_weight_decay
  norm_weight_decay norm_pix_loss custom_weight_init eval_only linear_probe knn from_scratch rel_pos_bias ignore_zero
  slide multi_scale flip"""
+MINIMAL = {"per_gpu_batch_size": 4}
 # Lowest and highest value, both allowed; None where there is no end.
 SHARED_RANGES = {
     "seed": (0, None),
     "save_checkpoint_interval": (1, None),
+    "input_channels": (1, None),
     "std": (1e-9, None),
+    "show_channels": (0, None),
     "num_workers": (0, None),
     "epochs": (1, None),
     "warmup_epochs": (0, None),
@@ -53,6 +57,7 @@ SHARED_RANGES = {
     "save_minutes": (0, None),
     "keep_checkpoints": (2, None),
     "max_nonfinite_steps": (1, None),
+    "max_image_pixels": (1, None),
     "max_bad_fraction": (0, 1),
     "timeout_minutes": (0.01, None),
 }
@@ -378,3 +383,51 @@ def test_demo_of_finetuning_starts_from_the_newest_demo_pretraining(tmp_path, ca
     for epoch in (6, 18, 12):
         (tmp_path / "demo" / f"checkpoint_{epoch}").mkdir(parents=True)
     assert flags.find_demo_weights(given) == str(tmp_path / "demo" / "checkpoint_18")
+
+
+def test_tilde_is_the_home_folder_in_every_path(script, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    argv = ["--path_to_data", "~/data", "--working_directory=~/runs", "--resume_from_checkpoint", "~/runs/a"]
+    given = Flags("", script.FLAGS).parse([*argv, "--experiment_name", "~x"])
+    assert given == {
+        "path_to_data": "/home/somebody/data",
+        "working_directory": "/home/somebody/runs",
+        "resume_from_checkpoint": "/home/somebody/runs/a",
+        "experiment_name": "~x",
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("auto", "auto"),
+        ("own", "own"),
+        ("-5 1e3", (-5.0, 1000.0)),
+        ("-1e-05 -.5E-6", (-1e-5, -5e-7)),
+        ("0 65535", (0.0, 65535.0)),
+    ],
+)
+def test_value_range_is_two_numbers_or_a_word(given, expected):
+    flags = Flags("", {})
+    args = flags.complete(flags.parse(["--value_range", *given.split()]), MINIMAL)
+    assert args.value_range == expected
+
+
+@pytest.mark.parametrize("given", ["5", "5 5", "9 1", "0 inf", "nan 1", "all", "auto 1", "0 1 2"])
+def test_value_range_that_is_none_is_refused(given, capsys):
+    flags = Flags("", {})
+    with pytest.raises(SystemExit):
+        flags.complete(flags.parse(["--value_range", *given.split()]), MINIMAL)
+    assert "--value_range takes LOW HIGH" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("channels", "given", "shown"), [(1, None, [0, 0, 0]), (13, "3 2 12", [3, 2, 12]), (3, None, [0, 1, 2])]
+)
+def test_shown_channels_are_some_of_those_there_are(channels, given, shown, capsys):
+    flags = Flags("", {})
+    argv = ["--input_channels", str(channels), *(["--show_channels", *given.split()] if given else [])]
+    assert flags.complete(flags.parse(argv), MINIMAL).show_channels == shown
+    with pytest.raises(SystemExit):
+        flags.complete(flags.parse([*argv, "--show_channels", "0", "1", str(channels)]), MINIMAL)
+    assert f"--show_channels takes three bands of 0 to {channels - 1}" in capsys.readouterr().err

@@ -11,19 +11,111 @@ from storage.lists import ListCache, check_same_classes, find_splits, list_image
 
 def test_find_splits_takes_either_name_of_the_validation_folder(tmp_path):
     (tmp_path / "train").mkdir()
-    assert find_splits(tmp_path) == (tmp_path / "train", None)
+    assert find_splits(tmp_path) == (tmp_path / "train", None, ())
     (tmp_path / "validation").mkdir()
-    assert find_splits(tmp_path) == (tmp_path / "train", tmp_path / "validation")
+    assert find_splits(tmp_path) == (tmp_path / "train", tmp_path / "validation", ())
     (tmp_path / "val").mkdir()
     with pytest.raises(ValueError, match="both val/ and validation/"):
         find_splits(tmp_path)
 
 
 def test_find_splits_takes_a_tree_without_splits_as_training_images(tmp_path):
-    assert find_splits(tmp_path) == (tmp_path, None)
+    assert find_splits(tmp_path) == (tmp_path, None, ())
     (tmp_path / "here").mkdir()
     with pytest.raises(FileNotFoundError, match=r"(?s)is not a folder; expected one of.*: here/"):
         find_splits(tmp_path / "nowhere")
+
+
+def touch(*paths) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+@pytest.mark.parametrize(
+    "siblings", [["plane/a.jpg", "car/b.jpg"], ["plane/a.npy", "car/b.npy"], ["Training/a.jpg", "test/b.jpg"]]
+)
+def test_folder_named_train_is_a_split_only_among_splits(tmp_path, siblings):
+    touch(tmp_path / "train" / "one.jpg", *(tmp_path / name for name in siblings), tmp_path / "meta" / "notes.txt")
+    found = find_splits(tmp_path)
+    if siblings[0].startswith("plane"):
+        assert (found.train, found.val) == (tmp_path, None)
+        assert found.notes == (f"train/ in {tmp_path} taken for classes or folders like others, not for splits",)
+        assert siblings[0].endswith("npy") or list_images(found.train).classes == ("car", "plane", "train")
+    else:
+        assert (found.train, found.val) == (tmp_path / "train", None)
+        assert found.notes == (f"not used, beside train/ in {tmp_path}: Training/, test/",)
+
+
+def test_images_and_folders_beside_the_splits_are_named(tmp_path):
+    names = ("train/a/1.jpg", "val/a/1.jpg", "extra/a/1.jpg", "stray.png", "readme.md")
+    touch(*(tmp_path / name for name in names))
+    found = find_splits(tmp_path)
+    assert (found.train, found.val) == (tmp_path / "train", tmp_path / "val")
+    assert found.notes == (f"not used, beside train/ in {tmp_path}: stray.png, extra/",)
+
+
+@pytest.mark.parametrize("name", ["Train", "training", "TEST"])
+def test_folders_that_only_look_like_splits_are_named(tmp_path, name):
+    touch(tmp_path / name / "cats" / "1.jpg")
+    found = find_splits(tmp_path)
+    assert (found.train, found.val) == (tmp_path, None)
+    assert found.notes == (f"{name}/ in {tmp_path} taken for classes or folders like others, not for splits",)
+
+
+def test_what_a_scan_leaves_out_is_said_also_from_the_cache(tmp_path):
+    data, cache = tmp_path / "data", ListCache(tmp_path / "lists")
+    names = ("cats/1.jpg", "cats/2.heic", "cats/3.HEIC", "dogs/1.png", "dogs/notes", "dogs/x.npy", ".hidden/1.raw")
+    touch(*(data / name for name in names))
+    (data / "birds" / "young").mkdir(parents=True)
+    (data / "cats" / "up").symlink_to(data)
+    expected = (
+        "files passed over: 2 of .heic, 1 of no suffix, 1 of .npy",
+        "links that lead back up, not followed: cats/up",
+        "folders without an image, no classes: birds",
+    )
+    found = list_images(data, cache)
+    assert (found.classes, len(found), found.notes) == (("cats", "dogs"), 2, expected)
+    *notes, age = list_images(data, cache).notes
+    assert tuple(notes) == expected
+    assert age.startswith("list of files made on ") and age.endswith("; --rescan_data makes it anew")
+
+
+def test_two_class_folders_that_link_to_one_place_are_two_classes(tmp_path):
+    touch(tmp_path / "store" / "1.jpg", tmp_path / "store" / "deep" / "2.jpg")
+    (tmp_path / "data").mkdir()
+    for name in ("old", "new"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "store")
+    files = list_images(tmp_path / "data")
+    assert files.classes == ("new", "old") and len(files) == 4 and files.notes == ()
+
+
+def test_arrays_are_images_where_there_are_no_others(tmp_path):
+    touch(tmp_path / "a" / "1.npy", tmp_path / "b" / "2.NPY", tmp_path / "b" / ".3.npy")
+    files = list_images(tmp_path)
+    assert files.classes == ("a", "b") and len(files) == 2
+
+
+@pytest.mark.parametrize("change", ["upwards", "absolute", "labels", "few labels", "type", "nothing"])
+def test_forged_list_is_made_anew(image_folder, tmp_path, change):
+    train, lists = image_folder / "train", tmp_path / "lists"
+    expected = list_images(train, ListCache(lists))
+    (cache,) = lists.iterdir()
+    with np.load(cache) as content:
+        stored = dict(content)
+    stored |= {
+        "upwards": {"paths": np.array([b"../val/x.jpg"] * 24)},
+        "absolute": {"paths": np.array([b"/etc/passwd"] * 24)},
+        "labels": {"labels": np.full(24, 2)},
+        "few labels": {"labels": np.zeros(23, int)},
+        "type": {"paths": np.arange(24)},
+        "nothing": {"paths": np.array([], dtype="S1"), "labels": np.array([], dtype=int)},
+    }[change]
+    with cache.open("wb") as file:
+        np.savez(file, **stored)
+    found = list_images(train, ListCache(lists))
+    assert found.paths.tolist() == expected.paths.tolist() and np.array_equal(found.labels, expected.labels)
+    assert found.notes == ()  # not from the cache
 
 
 def test_list_images_finds_classes_and_labels(image_folder):
@@ -104,3 +196,9 @@ def test_thinned_list_keeps_every_class(image_folder):
     few = files.subsample(6)
     assert len(few) == 6 and np.bincount(few.labels).tolist() == [3, 3] and files.subsample(100) is files
     assert {few.path(i) for i in range(6)} <= {files.path(i) for i in range(24)}
+
+
+def test_names_that_differ_in_the_bytes_of_accents_alone_are_called_so(tmp_path):
+    composed, apart = ("caf\u00e9", "the"), ("cafe\u0301", "the")
+    with pytest.raises(ValueError, match=r"are those of training, but caf.* spell accents in other bytes"):
+        check_same_classes(apart, composed, tmp_path, "training")

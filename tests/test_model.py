@@ -1031,3 +1031,18 @@ def test_load_segmenter_gives_back_what_was_written_and_refuses_the_rest(tmp_pat
     write_checkpoint(tmp_path / "checkpoint_1", random_model(TINY))
     with pytest.raises(ValueError, match="holds no segmenter"):
         load_segmenter(tmp_path / "checkpoint_1")
+
+
+def test_patches_without_data_count_as_predicted_without_error():
+    model = ViTMAEForPreTraining(TINY).eval()
+    images, noise = torch.rand(2, 3, 16, 16), torch.rand(2, 16)
+    plain = model(images, 0.75, noise)
+    assert torch.equal(model(images, 0.75, noise, valid=torch.ones(2, 16)).loss, plain.loss)
+    errors = [model.forward_loss(images, plain.pred, torch.eye(16)[[i, i]]) * 2 for i in range(16)]  # of both images
+    valid = (torch.arange(16) % 3 > 0).float().expand(2, 16)
+    mask = torch.ones(2, 16)
+    expected = sum(error for i, error in enumerate(errors) if i % 3) / 32
+    assert model.forward_loss(images, plain.pred, mask, valid).item() == pytest.approx(expected.item(), rel=1e-5)
+    other = images.clone()
+    other[:, :, :4, :4] = 9.0  # a patch that is not valid: its pixels are no target
+    assert model.forward_loss(other, plain.pred, mask, valid).item() == pytest.approx(expected.item(), rel=1e-5)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from conftest import TINY, draw_images, load_tool, rows
 from PIL import Image
@@ -20,7 +22,10 @@ from dataset import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ADE20KDataset,
+    ImageDataset,
+    ResizeCenterCrop,
     SampleKey,
+    build_values,
     keep_size,
 )
 from model import ViTMAEForPreTraining
@@ -34,7 +39,11 @@ sys.modules["pack_dataset"] = pack_dataset  # where its worker processes look fo
 
 def pack(source: Path, output: Path, *more: str) -> Path:
     arguments = [str(source), "--output", str(output), "--num_workers", "1", *more]
-    pack_dataset.main(pack_dataset.parse_args(arguments))
+    limit = Image.MAX_IMAGE_PIXELS
+    try:
+        pack_dataset.main(pack_dataset.parse_args(arguments))
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
     return output
 
 
@@ -237,3 +246,78 @@ def test_impossible_flags_are_refused(flags, capsys):
     with pytest.raises(SystemExit):
         pack_dataset.parse_args(shlex.split(flags))
     assert "error: " in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------- what is no photograph, or huge
+
+
+@pytest.mark.parametrize("suffix", ["npy", "tif"])
+def test_images_in_their_own_units_are_packed_byte_for_byte(tmp_path, suffix):
+    tiles = np.random.default_rng(0).integers(0, 60000, (3, 5, 6, 8), dtype=np.uint16)
+    for index, tile in enumerate(tiles):
+        folder = tmp_path / "tiles" / "train" / "ab"[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        if suffix == "npy":
+            np.save(folder / f"{index}.npy", tile)
+        else:
+            tifffile.imwrite(folder / f"{index}.tif", tile, planarconfig="separate", photometric="minisblack")
+    packed = list_images(pack(tmp_path / "tiles", tmp_path / "pack", "--as_is") / "train")
+    assert packed.classes == ("a", "b") and len(packed) == 3
+    for index, tile in enumerate(tiles[[0, 2, 1]]):
+        picture = packed.open_values(index, 5)
+        assert (picture.cut(Area(1, 2, 3, 4)).numpy() == tile[:, 1:4, 2:6]).all()
+
+
+@pytest.mark.parametrize("more", [[], ["--raw"]])
+def test_packing_leaves_out_by_name_what_8_bits_would_change(tmp_path, more, capsys):
+    draw_images(tmp_path / "images", 1)
+    Image.new("I;16", (8, 6), 500).save(tmp_path / "images" / "deep.png")
+    tifffile.imwrite(tmp_path / "images" / "signed.tif", np.zeros((6, 8), np.int16))
+    tifffile.imwrite(tmp_path / "images" / "near.tif", np.zeros((6, 8, 4), np.uint8), extrasamples=["unspecified"])
+    found = list_images(pack(tmp_path / "images", tmp_path / "pack", *more))
+    assert len(found) == 1
+    said = capsys.readouterr().out
+    for name in ("deep.png", "signed.tif", "near.tif"):
+        assert (
+            f"{name}: ValueError: it has more than 8 bits, or more bands than colours: pack the folder with --as_is"
+            in said
+        )
+
+
+def test_photographs_beyond_the_limit_of_pixels_are_packed_smaller(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    generator = np.random.default_rng(0)
+    for name in ("huge.jpg", "huge.png"):
+        coarse = Image.fromarray(generator.integers(0, 256, (3, 4, 3), dtype=np.uint8))
+        coarse.resize((800, 600), Image.Resampling.BICUBIC).save(tmp_path / "images" / name, quality=95)
+    limit = ["--max_image_pixels", "100000", "--short_side", "64"]
+    found = list_images(pack(tmp_path / "images", tmp_path / "pack", *limit))
+    assert [os.path.basename(found.path(i)) for i in range(len(found))] == ["huge.jpg"]
+    said = capsys.readouterr().out
+    assert "huge.png: DecompressionBombError: " in said and "--max_image_pixels takes larger ones" in said
+    with Image.open(tmp_path / "images" / "huge.jpg") as image:
+        expected = np.asarray(image.resize((85, 64), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(np.asarray(found.read_image(0, 3)).astype(int) - expected).mean() < 3
+
+
+def test_pack_of_nothing_says_why(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("I;16", (8, 6), 500).save(tmp_path / "images" / "deep.png")
+    with pytest.raises(ValueError, match=r"can be packed; left out: .*deep\.png: .*--as_is"):
+        pack(tmp_path / "images", tmp_path / "pack")
+
+
+def test_pack_as_is_serves_four_bands_and_a_raw_one_greys(tmp_path):
+    draw_images(tmp_path / "images", 2)
+    raw, kept = (pack(tmp_path / "images", tmp_path / name, f"--{name}") for name in ("raw", "as_is"))
+    values = build_values((0, 255), (0.5,) * 4, (0.5,) * 4)
+    assert (
+        ImageDataset(list_images(kept), ResizeCenterCrop((8, 8)), channels=4, values=values)[
+            SampleKey(0, 0)
+        ].image.shape[0]
+        == 4
+    )
+    expected = np.asarray(list_images(raw).read_image(0, 1))
+    assert (list_images(raw).open_values(0, 1).whole()[0].numpy() == expected).all()
+    with pytest.raises(ValueError, match="is packed as colours; --input_channels 2 needs the folder itself"):
+        list_images(raw).open_values(0, 2)

@@ -5,6 +5,7 @@ import os
 import struct
 from pathlib import Path
 
+import cv2
 import numpy as np
 import png
 import pytest
@@ -12,6 +13,7 @@ import tifffile
 from PIL import Image
 
 import storage.pairs
+from storage.decoding import read_image
 from storage.lists import ListCache
 from storage.pairs import (
     ADE20K_CLASS_NAMES,
@@ -326,3 +328,77 @@ def test_cases_of_rotation_from_practice(cases, case):
     for index in range(len(pairs)):
         image = found.pairs.read_image(index, 1)
         assert (image.height, image.width) == read_raw_labels(pairs.label_path(index)).shape
+
+
+def test_image_and_label_map_whose_accents_have_other_bytes_are_a_pair(tmp_path):
+    write_pair(tmp_path, "training", "caf\u00e9", np.ones((6, 8), dtype=np.uint8))
+    folder = tmp_path / "annotations" / "training"
+    (folder / "caf\u00e9.png").rename(folder / "cafe\u0301.png")
+    pairs = list_pairs(tmp_path, "training")
+    assert len(pairs) == 1 and os.path.exists(pairs.path(0)) and os.path.exists(pairs.label_path(0))
+
+
+@pytest.mark.parametrize("suffix", ["npy", "tif"])
+def test_pairs_of_images_in_their_own_units_are_checked_by_their_shapes(tmp_path, suffix):
+    bands = np.arange(5 * 6 * 8, dtype=np.uint16).reshape(5, 6, 8)
+    for stem, shape in (("right", (6, 8)), ("wrong", (8, 6))):
+        write_pair(tmp_path, "training", stem, np.ones(shape, dtype=np.uint8))
+        path = tmp_path / "images" / "training" / f"{stem}.jpg"
+        path.unlink()
+        if suffix == "npy":
+            np.save(path.with_suffix(".npy"), bands)
+        else:
+            tifffile.imwrite(path.with_suffix(".tif"), bands, planarconfig="separate", photometric="minisblack")
+    with pytest.raises(ValueError, match=r"wrong\.png: 6 x 8 pixels, but its image has 8 x 6$"):
+        check_pairs(list_pairs(tmp_path, "training"), label_table(3, True), 1, channels=5, own_units=True)
+    (tmp_path / "annotations" / "training" / "wrong.png").unlink()
+    (tmp_path / "images" / "training" / f"wrong.{suffix}").unlink()
+    found = check_pairs(list_pairs(tmp_path, "training"), label_table(3, True), 1, channels=5, own_units=True)
+    assert (found.pairs.open_values(0, 5).decoded().values == bands).all()
+
+
+def test_cases_of_label_values_from_practice(cases):
+    pairs, table = list_pairs(cases / "mask_0_255" / "data", "training"), label_table(2, False)
+    with pytest.raises(ValueError, match=r"only one of --num_classes 2 occurs.*255 is ignored\. If 255 is a class"):
+        refuse_one_class(check_pairs(pairs, table, 1).pixels, table, 2, "folder")
+    pairs = list_pairs(cases / "mask_4bit" / "data", "training")
+    for index in range(len(pairs)):
+        raw = np.array([list(row) for row in png.Reader(pairs.label_path(index)).read()[2]])
+        assert set(np.unique(raw)) == {1, 3} and (read_raw_labels(pairs.label_path(index)) == raw).all()
+
+
+def test_rotated_bands_lie_as_they_are_stored_where_the_split_says_so(tmp_path):
+    for flag in range(1, 9):
+        write_flagged_pair(tmp_path, f"wide_{flag}", "tif" if flag % 2 else "png", flag, False)
+    found = check_pairs(list_pairs(tmp_path, "training"), label_table(21, False), 1, channels=1, own_units=True).pairs
+    assert not found.rotate
+    for index in range(len(found)):
+        values = found.open_values(index, 1).whole()[0].numpy()
+        assert (values // 10 == read_raw_labels(found.label_path(index))).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bmp_label_map_of_two_colours_that_pillow_misreads_is_refused(tmp_path, bits):
+    labels = np.random.default_rng(0).integers(0, 2, (13, 16), dtype=np.uint8)
+    rows = labels[::-1] if bits == 8 else (labels[::-1, ::2] << 4 | labels[::-1, 1::2]).astype(np.uint8)
+    pixels, palette = rows.tobytes(), bytes(4) + b"\xff\xff\xff\0"
+    info = struct.pack("<IiiHHIIiiII", 40, 16, 13, 1, bits, 0, len(pixels), 0, 0, 2, 2)
+    place = 14 + len(info) + len(palette)
+    head = struct.pack("<2sIHHI", b"BM", place + len(pixels), 0, 0, place)
+    (tmp_path / "labels.bmp").write_bytes(head + info + palette + pixels)
+    assert (cv2.imread(str(tmp_path / "labels.bmp"), cv2.IMREAD_GRAYSCALE) == labels * 255).all()
+    with pytest.raises(ValueError, match=rf"labels\.bmp.* is a BMP of {bits} bits with two colours: save it as PNG"):
+        read_raw_labels(tmp_path / "labels.bmp")
+    with pytest.raises(ValueError, match="with two colours"):
+        read_image(tmp_path / "labels.bmp")
+
+
+def test_tiff_label_map_that_is_lossy_or_signed_is_refused(tmp_path):
+    Image.new("L", (16, 16), 3).save(tmp_path / "lossy.tif", compression="jpeg")
+    tifffile.imwrite(tmp_path / "signed.tif", np.full((6, 8), -1, np.int8))
+    for name, words in (
+        ("lossy", "is compressed as .*, which makes up class numbers"),
+        ("signed", "has signed samples"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}\.tif {words}"):
+            read_raw_labels(tmp_path / f"{name}.tif")

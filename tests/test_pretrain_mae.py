@@ -8,6 +8,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_close, launch, rows, weights
@@ -249,6 +250,62 @@ def test_run_on_grey_rectangles_without_classes_or_validation(image_folder, tmp_
     assert (experiment / "reconstructions" / "epoch_2.png").exists()
 
 
+@pytest.fixture
+def tiles(tmp_path) -> Path:
+    """Draw float tiles of five bands in two classes, a third of each tile without data, as train/ and val/."""
+    generator = np.random.default_rng(0)
+    for split, label in itertools.product(("train", "val"), ("a", "b")):
+        folder = tmp_path / "tiles" / split / label
+        folder.mkdir(parents=True)
+        for index in range(8):
+            tile = generator.normal(1000 if label == "a" else 3000, 300, (18, 18, 5)).astype(np.float32)
+            tile[:, :6] = np.nan
+            np.save(folder / f"{index}.npy", tile)
+    return tmp_path / "tiles"
+
+
+def test_run_on_tiles_in_their_own_units_with_no_data(tiles, tmp_path, capsys):
+    own = ["--input_channels", "5", "--mean", *["2000"] * 5, "--std", *["1000"] * 5, "--no-norm_pix_loss"]
+    more = ["--show_channels", "4", "2", "0", "--probe_every", "4"]
+    experiment = train(tiles, tmp_path, *own, *more)
+    log = rows(experiment)
+    assert log[-1]["testing_loss"] < log[0]["training_loss"] and all(math.isfinite(row["training_loss"]) for row in log)
+    assert all(row["nonfinite_steps"] == row["bad_files"] == 0 for row in log) and log[-1]["knn_top1_acc"] == 100
+    assert "values          in the files' own units, mean 2000 2000" in capsys.readouterr().out
+    record = json.loads((experiment / "checkpoint_4" / "config.json").read_text())
+    assert record["value_range"] == "own" and record["image_std"] == [1000] * 5
+    assert (experiment / "reconstructions" / "epoch_4.png").exists()
+    resumed = train(tiles, tmp_path, *own, *more, "--resume_from_checkpoint", "latest")
+    assert rows(resumed) == log
+
+
+def test_values_without_their_mean_ask_for_it_and_auto_finds_a_range(tiles, tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"tools/measure_values\.py .*train --input_channels 5 prints them"):
+        train(tiles, tmp_path, "--input_channels", "5")
+    experiment = train(tiles, tmp_path / "auto", "--input_channels", "5", "--value_range", "auto", "--epochs", "2")
+    low, high = json.loads((experiment / "checkpoint_2" / "config.json").read_text())["value_range"]
+    assert 0 < low < 700 and 3300 < high < 4500
+    assert f"{low:g} becomes 0 and {high:g} becomes 1" in capsys.readouterr().out
+
+
+def test_mean_of_pixels_0_to_255_is_refused_with_the_scaled_numbers(drawn_images, tmp_path):
+    wrong = ["--mean", "123.675", "116.28", "103.53", "--std", "58.395", "57.12", "57.375"]
+    with pytest.raises(ValueError, match=r"give --mean 0\.485 0\.456 0\.406 --std 0\.229 0\.224 0\.225"):
+        train(drawn_images, tmp_path, *wrong)
+
+
+@pytest.mark.parametrize(("top", "levels", "advice"), [(872, 4, True), (65535, 256, False)])
+def test_16_bit_pictures_say_how_many_levels_survive(tmp_path, capsys, top, levels, advice):
+    for index in range(8):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.fromarray(np.linspace(0, top, 400).astype(np.uint16).reshape(20, 20)).save(
+            tmp_path / "data" / f"{index}.png"
+        )
+    train(tmp_path / "data", tmp_path, "--input_channels", "1", "--epochs", "2")
+    said = f"values          0..{top} of 65535, {levels} of 256 levels used" + ": give --value_range auto" * advice
+    assert said + "\n" in capsys.readouterr().out
+
+
 def test_data_smaller_than_one_step_repeats_and_says_so(image_folder, tmp_path, capsys):
     experiment = train(image_folder, tmp_path, "--per_gpu_batch_size", "32", "--epochs", "2")
     assert rows(experiment)[-1]["step"] == 2
@@ -473,7 +530,7 @@ def test_bad_files_are_named_and_the_run_goes_on_until_there_are_too_many(image_
     experiment = train(image_folder, tmp_path / "tolerant", "--max_bad_fraction", "0.05")
     (line,) = (experiment / "bad_files.txt").read_text().splitlines()
     assert line.startswith(str(bad)) and rows(experiment)[-1]["bad_files"] == 1
-    with pytest.raises(ValueError, match="1 of 24 images cannot be decoded"):
+    with pytest.raises(ValueError, match="1 of 24 images cannot be used"):
         train(image_folder, tmp_path / "strict")
 
 

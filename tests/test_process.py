@@ -109,3 +109,10 @@ def test_collected_features_have_unit_length_and_enough_images_for_all_processes
     assert labels.tolist() == [1, 0]
     with pytest.raises(ValueError, match="1 images are fewer than 2 processes; start fewer"):
         collect_features(one_of_two(0), [], 1, lambda images: images)
+
+
+def test_half_precision_on_a_cpu_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match=r"fp16 is for GPUs.*give bf16 or no"):
+        process.build_accelerator()

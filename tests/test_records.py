@@ -278,9 +278,16 @@ def test_bad_files_are_named_once_and_stop_above_the_limit(tmp_path):
     bad_files.note([("a.jpg", "OSError: cut\noff"), ("b\udcff.jpg", "ValueError")])
     assert bad_files.share(accelerator, said.append) == 2
     assert (tmp_path / "bad_files.txt").read_bytes() == b"a.jpg\tOSError: cut off\nb\xff.jpg\tValueError\n"
-    assert len(said) == 2 and said[1].endswith("b?.jpg\tValueError")
+    assert len(said) == 2 and said[1].endswith(r"b\udcff.jpg  ValueError")
+    strange = "new\nline\ttab\x1b[31m\u2028.jpg"
+    for _ in range(2):  # the second as a run that goes on
+        bad_files = BadFiles(tmp_path, num_images=200, max_fraction=0.01)
+        bad_files.note([(strange, "gone"), ("b\udcff.jpg", "ValueError")])
+        bad_files.share(accelerator, said.append)
+    assert (tmp_path / "bad_files.txt").read_bytes().count(b"\n") == 3 and len(said) == 3
+    assert said[2].endswith(r"new\nline\ttab\x1b[31m\u2028.jpg  gone")
     bad_files.note([("c.jpg", "ValueError")])
-    with pytest.raises(ValueError, match=r"3 of 200 images cannot be decoded, more than --max_bad_fraction 0\.01"):
+    with pytest.raises(ValueError, match=r"3 of 200 images cannot be used, more than --max_bad_fraction 0\.01"):
         bad_files.share(accelerator, said.append)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import zipfile
 from types import SimpleNamespace
@@ -21,7 +22,8 @@ from model import (
     load_pretrained_mae,
     read_sizes,
 )
-from storage.weights import SIZES, convert_command, read_state_dict
+from storage.files import read_json
+from storage.weights import SIZES, convert_command, read_config, read_state_dict
 
 
 def write_checkpoint(folder, model):
@@ -193,3 +195,46 @@ def test_a_file_beside_a_foreign_config_is_what_the_command_converts(tmp_path):
         (tmp_path / "config.json").write_text('{"hidden_size": 32}')
         with pytest.raises(ValueError, match=rf"convert_weights\.py {source} {source}_ours --to ours$"):
             load_pretrained_mae(tmp_path / name)
+
+
+@pytest.mark.parametrize("size", [{"encoder_depth": 10**7}, {"img_size": 10**7}, {"input_channels": 10**9}])
+def test_sizes_that_a_file_cannot_hold_are_refused_before_anything_is_built(tmp_path, size):
+    save_file({"cls_token": torch.zeros(1, 1, 32)}, tmp_path / "model.safetensors")
+    config = {
+        "img_size": 16,
+        "patch_size": 4,
+        "encoder_embed_dim": 32,
+        "encoder_depth": 3,
+        "encoder_num_heads": 4,
+    } | size
+    (tmp_path / "config.json").write_text(json.dumps({"config": config}))
+    name = next(iter(size))
+    with pytest.raises(ValueError, match=rf"{name} {size[name]} in the config\.json .* bytes hold"):
+        read_config(tmp_path / "model.safetensors")
+
+
+def test_archive_that_grows_when_it_is_read_is_refused_unread(tmp_path):
+    path = tmp_path / "bomb.pth"
+    torch.save({"head.weight": torch.zeros(5_000_000)}, tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name))
+    assert path.stat().st_size < 100_000
+    with pytest.raises(ValueError, match=r"bomb\.pth is not opened: its .* bytes would grow to 20,"):
+        read_state_dict(path)
+
+
+def test_tensor_that_repeats_a_part_of_itself_is_refused_where_it_is_large(tmp_path):
+    torch.save({"pos_embed": torch.zeros(1, 1, 8).expand(1, 10**8, 8)}, tmp_path / "large.pth")
+    with pytest.raises(ValueError, match=r"large\.pth holds 32 of the 3,200,000,000 bytes of pos_embed"):
+        read_state_dict(tmp_path / "large.pth")
+    torch.save({"pos_embed": torch.zeros(1, 1, 8).expand(1, 10, 8)}, tmp_path / "small.pth")
+    assert read_state_dict(tmp_path / "small.pth")["pos_embed"].shape == (1, 10, 8)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "weights.pth", "config.json"])
+def test_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path, name):
+    save_file({"cls_token": torch.zeros(1, 1, 32)}, tmp_path / "real.safetensors")
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match="is no regular file"):
+        read_json(tmp_path / name) if name == "config.json" else read_state_dict(tmp_path / name)

@@ -1,15 +1,17 @@
 """Processes that load data: started again where they hang, deaf to the signals that stop a run."""
 
 import os
+import shutil
 import signal
 import time
 from multiprocessing.context import ForkProcess
+from types import SimpleNamespace
 
 import pytest
 from torch.utils.data import Dataset
 
 from storage import workers
-from storage.workers import STOP_SIGNALS, Loader, WorkerProcess
+from storage.workers import STOP_SIGNALS, Loader, WorkerProcess, require_shared_memory
 
 
 class ProcessIds(Dataset):
@@ -55,3 +57,12 @@ def test_stop_signals_leave_workers_at_work_and_the_process_unmasked():
     for number in STOP_SIGNALS:
         os.kill(worker, number)
     assert [int(pid) for pid in batches] == [worker] * 7
+
+
+def test_batches_that_fill_shared_memory_are_refused_before_a_worker_starts(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=64_000_000))
+    require_shared_memory(0, 10**12)
+    require_shared_memory(2, 16_000_000)
+    words = r"2 x 2 batches: .* 68 MB do not fit into the 64 MB that are free in /dev/shm.*--shm-size.*--num_workers 0"
+    with pytest.raises(RuntimeError, match=words):
+        require_shared_memory(2, 17_000_000)

@@ -12,9 +12,9 @@ from torchvision.models import ViT_B_16_Weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset import IMAGENET_MEAN, IMAGENET_STD, ResizeCenterCrop, eval_crop_ratio, normalize
+from dataset import ResizeCenterCrop, eval_crop_ratio
 from model import load_classifier
-from storage.decoding import require_image
+from storage.values import ImageReader
 from utils import describe_class
 
 TOP = 5
@@ -42,10 +42,10 @@ def main(args: argparse.Namespace) -> None:
     model.eval()
     names = class_names_of(record, model.num_classes)
     fit = ResizeCenterCrop(model.config.image_hw, eval_crop_ratio(model.config.image_hw))
-    mean, std = record.get("image_mean", IMAGENET_MEAN), record.get("image_std", IMAGENET_STD)
+    reader = ImageReader(model.config.input_channels, record)
     for path in args.images:
-        image = fit(require_image(path, model.config.input_channels))  # (C, H, W)
-        probabilities = model(normalize(image[None], mean, std)).softmax(dim=1)[0]
+        image = fit(reader.read(path))  # (C, H, W)
+        probabilities = model(reader.normalize(image[None])).softmax(dim=1)[0]
         print(path)
         best = probabilities.topk(min(TOP, len(names)))
         for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):

@@ -296,6 +296,10 @@ def build_record(source: Source, config: model.MAEConfig, args: argparse.Namespa
             kind = "numbers" if name == "mean" else "numbers above 0"
             raise ValueError(f"--{name} takes {channels} {kind}, one for each channel, not {list(values)}")
         record[f"image_{name}"] = list(values)
+    if args.value_range:
+        given = "own" if args.value_range == ["own"] else [float(value) for value in args.value_range]
+        files.check_entries(source.path, {"value_range": given}, weights.ENTRIES)
+        record["value_range"] = given
     return record
 
 
@@ -452,7 +456,9 @@ def inspect(path: str, args: argparse.Namespace) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", metavar="SOURCE", help="weight file, or folder with one")
-    parser.add_argument("target", nargs="?", type=Path, metavar="TARGET", help="a folder, or a file, by --to")
+    parser.add_argument(
+        "target", nargs="?", type=files.user_path, metavar="TARGET", help="a folder, or a file, by --to"
+    )
     parser.add_argument("--to", choices=[layout for layout in LAYOUTS if layout != "beit"])
     parser.add_argument("--inspect", metavar="SOURCE", help="say what a source is and serves; writes nothing")
     parser.add_argument("--drop", action="store_true", help="leave out what the target has no place for")
@@ -465,6 +471,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     told.add_argument("--norm_pix_loss", action=argparse.BooleanOptionalAction, help=of_patches)
     told.add_argument("--mean", type=float, nargs="+", help="of the images, in [0, 1] (ImageNet's, or 0.5 each)")
     told.add_argument("--std", type=float, nargs="+", help="of the images, in [0, 1] (ImageNet's, or 0.5 each)")
+    told.add_argument("--value_range", nargs="+", help="of the images, as trained with: LOW HIGH, or own")
     args = parser.parse_args(argv)
     conversion = (args.source, args.target, args.to)
     if (args.source is not None) if args.inspect is not None else (None in conversion):

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from storage.files import beside, read_json, remove, write_json
+from storage.files import beside, read_json, remove, user_path, write_json
 from storage.lists import contents
 from storage.pairs import read_label_map
 
@@ -86,7 +86,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     names = parser.add_subparsers(dest="name", required=True)
     for name in dict.fromkeys(name for name, _ in SOURCES):
         command = names.add_parser(name)
-        command.add_argument("--output", type=Path, required=True, help="folder to put it in; made if it is not there")
+        command.add_argument(
+            "--output", type=user_path, required=True, help="folder to put it in; made if it is not there"
+        )
         command.set_defaults(variant=None)
         variants = [variant for of, variant in SOURCES if of == name]
         if name == "imagenette":

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset import IMAGENET_MEAN, IMAGENET_STD
 from model import ViTMAEForSegmentation, find_weights, load_classifier, load_segmenter, read_config
-from storage.files import beside, publish, remove
+from storage.files import beside, publish, remove, user_path
 from upernet import resize
 
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     about = "checkpoint folder of finetune_classifier.py or finetune_segmentation.py, or mae_finetuned_vit_*.pth"
     parser.add_argument("--checkpoint", required=True, help=about)
     parser.add_argument("--to", choices=SUFFIXES, required=True, help=f"onnx needs {', '.join(ONNX_PACKAGES)}")
-    parser.add_argument("--output", type=Path, required=True, help="file to write, .onnx or .pt2 by --to")
+    parser.add_argument("--output", type=user_path, required=True, help="file to write, .onnx or .pt2 by --to")
     parser.add_argument("--overwrite", action="store_true", help="allow --output to exist")
     return parser.parse_args(argv)
 
@@ -71,7 +71,7 @@ def open_model(checkpoint: str) -> tuple[nn.Module, dict]:
         # Without a record, what the scripts would take: ImageNet's for three channels, else 0.5 each.
         default = default if config.input_channels == len(default) else [0.5] * config.input_channels
         metadata[name] = list(record.get(name, default))
-    metadata |= {name: record[name] for name in ("class_names", "ignore_zero") if name in record}
+    metadata |= {name: record[name] for name in ("class_names", "ignore_zero", "value_range") if name in record}
     return model.eval(), metadata
 
 

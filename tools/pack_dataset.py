@@ -31,8 +31,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from storage import packs
-from storage.decoding import DECODE_ERRORS, IMAGE_FORMATS, NamedBytes, is_plain_jpeg, read_image
-from storage.files import read_json, recover, write_json, written_whole
+from storage.bands import has_8_bits
+from storage.decoding import DECODE_ERRORS, NamedBytes, is_plain_jpeg, load_file, open_image, read_image
+from storage.files import read_json, recover, user_path, write_json, written_whole
 from storage.lists import FileList, find_splits, list_images, name_some
 from storage.packs import Pack, is_inner_path, is_packed
 from storage.pairs import list_pairs
@@ -41,20 +42,28 @@ from storage.pairs import list_pairs
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
-    parser.add_argument("source", nargs="?", type=Path, help="the folder to pack")
-    parser.add_argument("--output", type=Path, help="the folder to write")
+    parser.add_argument("source", nargs="?", type=user_path, help="the folder to pack")
+    parser.add_argument("--output", type=user_path, help="the folder to write")
     parser.add_argument("--short_side", type=int, default=384, help="at most so many pixels (default: 384)")
     parser.add_argument("--quality", type=int, default=90, help="of JPEG, 1 to 95 (default: 90)")
     parser.add_argument("--raw", action="store_true", help="store pixels as they are: ten times the space, no decoding")
+    largest = (
+        "pixels of an image that is decoded whole; larger JPEG files are decoded at a fraction (default: %(default)s)"
+    )
+    parser.add_argument("--max_image_pixels", type=int, default=Image.MAX_IMAGE_PIXELS, help=largest)
+    as_is = "store the files byte for byte: for .npy, many bands, more than 8 bits"
+    parser.add_argument("--as_is", action="store_true", help=as_is)
     parser.add_argument("--images_per_shard", type=int, default=4096, help="(default: 4096)")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="(default: all cores)")
-    parser.add_argument("--verify", type=Path, metavar="PACK", help="compare a pack with its checksums instead")
+    parser.add_argument("--verify", type=user_path, metavar="PACK", help="compare a pack with its checksums instead")
     args = parser.parse_args(argv)
     if args.verify is None and (args.source is None or args.output is None):
         parser.error("give a folder to pack and --output, or --verify and a pack")
+    if args.raw and args.as_is:
+        parser.error("--raw decodes the images, --as_is leaves them as they are; give one of them")
     if not 1 <= args.quality <= 95:
         parser.error(f"--quality must be between 1 and 95, not {args.quality}")
-    for name in ("short_side", "images_per_shard", "num_workers"):
+    for name in ("short_side", "images_per_shard", "num_workers", "max_image_pixels"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     return args
@@ -103,10 +112,16 @@ def list_jobs(args: argparse.Namespace) -> list[Job]:
                 jobs.append(plan_job(args.output / split, header, files, 2 * args.images_per_shard))
         return jobs
     encoding = dict(encoding="raw", quality=None) if args.raw else dict(encoding="jpeg", quality=args.quality)
-    train, val = find_splits(root)
+    if args.as_is:
+        encoding = dict(encoding="files", quality=None)
+    train, val, notes = find_splits(root)
+    for note in notes:
+        print(note)
     for source in filter(None, (train, val)):
         files = list_images(source)
-        header = dict(kind="images", short_side=args.short_side, classes=list(files.classes), **encoding)
+        header = dict(
+            kind="images", short_side=None if args.as_is else args.short_side, classes=list(files.classes), **encoding
+        )
         folder = args.output if source == root else args.output / source.name
         jobs.append(plan_job(folder, header, files, args.images_per_shard))
     return jobs
@@ -121,11 +136,15 @@ def plan_job(folder: Path, header: dict, files: FileList, size: int) -> Job:
 def encode(path: str, header: dict) -> Record:
     """Make a record of a file."""
     try:
-        data = Path(path).read_bytes()
+        file = load_file(path)
         if header["encoding"] == "files":
-            return Record(data)
-        plain = is_plain_jpeg(Image.open(NamedBytes(data, path), formats=IMAGE_FORMATS), 3)
-        image = read_image(NamedBytes(data, path))  # in any case, so that every record can be decoded
+            return Record(file.getvalue())
+        if not has_8_bits(file):
+            raise ValueError("it has more than 8 bits, or more bands than colours: pack the folder with --as_is")
+        plain, data = is_plain_jpeg(open_image(file), 3), file.getvalue()
+        image = read_image(
+            NamedBytes(data, path), short_side=header["short_side"]
+        )  # in any case, so that every record can be decoded
         scale = header["short_side"] / min(image.size)
         if plain and scale >= 1 and header["encoding"] == "jpeg":
             return Record(data, image.height, image.width)
@@ -158,6 +177,9 @@ def pack(job: Job, num_workers: int) -> None:
                 records = pool.map(functools.partial(encode, header=job.header), paths, chunksize=8)
                 left_out += write_shard(path, files, records, bar)
             shards.append(describe_shard(path))
+    if not any(shard["records"] for shard in shards):
+        reasons = name_some(left_out, 10, "\n" + " " * 12)
+        raise ValueError(f"nothing that {job.folder} is made of can be packed; left out: {reasons}")
     with written_whole(job.folder / packs.PACK_FILE) as temporary:
         write_json(temporary, job.header | {"shards": shards})
     (job.folder / packs.PACKING_FILE).unlink()
@@ -231,6 +253,7 @@ def verify(root: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    Image.MAX_IMAGE_PIXELS = args.max_image_pixels
     if args.verify is not None:
         verify(args.verify)
         return

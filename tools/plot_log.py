@@ -74,6 +74,7 @@ def draw_panel(series: dict[str, list[tuple[float, float | None]]], caption: str
 
 
 def main(args: argparse.Namespace) -> None:
+    args.output, args.logs = args.output.expanduser(), [log.expanduser() for log in args.logs]
     if args.output.exists() and not args.overwrite:
         raise FileExistsError(f"{args.output} exists; choose another --output or add --overwrite")
     panels, logs = [], [(log.parent.name, read_rows(log)) for log in args.logs]

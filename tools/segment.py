@@ -6,7 +6,6 @@ The label PNGs hold class numbers as the training's label maps do (with ADE20K 1
 """
 
 import argparse
-import functools
 import sys
 from pathlib import Path
 
@@ -17,23 +16,25 @@ from torchvision.transforms.v2 import functional as tvf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset import normalize
 from model import load_segmenter
-from storage.decoding import require_image
+from storage.files import user_path
 from storage.lists import scan_images
 from storage.pairs import LABEL_COLOURS
+from storage.values import ImageReader, fill_values
 from upernet import predict
-from utils import colour_classes, draw_legend
+from utils import colour_classes, draw_legend, show_values
 
 SHOWN_CLASSES = 12
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
+    parser.add_argument("images", nargs="+", type=user_path, metavar="IMAGE_OR_FOLDER")
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder of finetune_segmentation.py")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--output", type=user_path, required=True, help="folder for the pictures")
     parser.add_argument("--overwrite", action="store_true", help="allow pictures of these names to exist")
+    shown = "bands, from 0, as red, green and blue, of images in their own units (default: 0 1 2)"
+    parser.add_argument("--show_channels", type=int, nargs=3, default=[0, 1, 2], metavar="BAND", help=shown)
     parser.add_argument("--slide", action=argparse.BooleanOptionalAction, default=True, help="score by windows")
     parser.add_argument("--multi_scale", action="store_true", help="average over six sizes")
     parser.add_argument("--flip", action="store_true", help="average over the image and its mirror image")
@@ -51,7 +52,7 @@ def find_images(paths: list[Path]) -> dict[str, Path]:
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"no image or folder at {path}; nothing was written")
-        for file in [path / name for name in scan_images(path)[0]] if path.is_dir() else [path]:
+        for file in [path / name for name in scan_images(path).files] if path.is_dir() else [path]:
             name = "_".join(file.relative_to(path if path.is_dir() else path.parent).with_suffix("").parts)
             if name in found:
                 raise ValueError(f"{found[name]} and {file} would both be written as {name}; give them one at a time")
@@ -70,18 +71,21 @@ def main(args: argparse.Namespace) -> None:
     model, record = load_segmenter(args.checkpoint)
     model.to(args.device).eval()
     config, names = model.backbone.config, record["class_names"]
-    to_input = functools.partial(normalize, mean=record["image_mean"], std=record["image_std"])
+    reader = ImageReader(config.input_channels, record)
     options = {name: getattr(args, name) for name in ("slide", "multi_scale", "flip", "batch_size")}
     options |= dict(crop_size=config.image_hw, patch_size=config.patch_size, resize_to=record["resize_to"])
     args.output.mkdir(parents=True, exist_ok=True)
     for name, file in files.items():
-        image = tvf.pil_to_tensor(require_image(file, config.input_channels))
-        classes = predict(model, [image.to(args.device)], normalize=to_input, **options)[0].cpu()  # (H, W)
+        image = reader.read(file)
+        image = fill_values(image) if reader.values else tvf.pil_to_tensor(image)
+        classes = predict(model, [image.to(args.device)], normalize=reader.normalize, **options)[0].cpu()  # (H, W)
         counts = torch.bincount(classes.flatten(), minlength=len(names))
         shown = [k for k in counts.argsort(descending=True, stable=True).tolist() if counts[k]][:SHOWN_CLASSES]
         labels = (classes + record["ignore_zero"]).numpy().astype(np.uint8)
         Image.fromarray(labels).save(args.output / f"{name}_labels.png")
         overlay_file = args.output / f"{name}_overlay.png"
+        if reader.values:
+            image = show_values([image[None]], args.show_channels)[0][0].clip(0, 1) * 255
         draw_overlay(image, classes, {names[k]: k for k in shown}).save(overlay_file)
         print(f"{file}: {overlay_file}")
         for k in shown:

@@ -7,6 +7,7 @@ from training.flags import Flags, micro_batch_size, size_flags
 from training.process import (
     SHARDING,
     broadcast_buffers,
+    choose_value_range,
     collect_features,
     draw_demo_data,
     gather_slices,

@@ -7,7 +7,12 @@ from a recipe, from the sizes of the weights it names, and else from the table.
 
 import argparse
 import dataclasses
+import decimal
 import functools
+import math
+import os
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -29,9 +34,17 @@ FIRST_FLAGS: dict[str, Rows] = {
     "data": [
         ("path_to_data", str, "root of the data set"),
         ("img_size", [224], "one number, or height and width", {"metavar": "PIXELS"}),
-        ("input_channels", 3, "1 grey, 3 RGB, 4 RGBA"),
+        ("input_channels", 3, "1 grey, 3 RGB, 4 RGBA; any number of bands with --value_range", (1, None)),
+        (
+            "value_range",
+            str,
+            "LOW HIGH, values that become 0 and 1; auto (percentiles of the training set); own (the files' units, "
+            "described by --mean and --std) (default: 8-bit pictures; own for .npy and other channels than 1, 3, 4)",
+            {"nargs": "+", "metavar": "RANGE"},
+        ),
         ("mean", [0.485, 0.456, 0.406], "channel means, 0..1 (default: ImageNet's; 0.5 each if not three)"),
         ("std", [0.229, 0.224, 0.225], "channel standard deviations, 0..1 (likewise)", (1e-9, None)),
+        ("show_channels", [0, 1, 2], "bands, from 0, that pictures show as red, green and blue", (0, None)),
         ("num_workers", 8, "processes that decode, for each training process; at most the cores", (0, None)),
     ],
     "optimisation": [
@@ -49,7 +62,8 @@ RARE_FLAGS: dict[str, Rows] = {
         ("save_minutes", 30.0, "minutes after which the state is saved also within an epoch; 0 never", (0, None)),
         ("keep_checkpoints", 2, "newest checkpoints that are never removed", (2, None, "as the newest may be damaged")),
         ("max_nonfinite_steps", 10, "stop after so many non-finite losses or gradients in a row", (1, None)),
-        ("max_bad_fraction", 0.01, "stop when more than this share of the images cannot be decoded", (0, 1)),
+        ("max_image_pixels", 89_478_485, "larger images are refused, Pillow's guard against bombs", (1, None)),
+        ("max_bad_fraction", 0.01, "stop when more than this share of the images cannot be used", (0, 1)),
         ("rescan_data", False, "list the files anew instead of reading the cached list"),
         ("pin_memory", True, "on a GPU, copy batches from page-locked memory"),
         ("activation_checkpointing", False, "compute the blocks twice: less memory, a third more work"),
@@ -60,6 +74,7 @@ RARE_FLAGS: dict[str, Rows] = {
     ],
 }
 NOT_GIVEN = object()
+PATHS = ("path_to", "working_directory", "resume_from_checkpoint", "class_names")  # beginnings of flags that name files
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -107,9 +122,12 @@ class Flags:
 
     def parse(self, argv: list[str] | None) -> dict[str, object]:
         """Parse a command line, and give what it says; what it leaves out is left out."""
+        argv = [write_out(word) for word in (sys.argv[1:] if argv is None else argv)]
         names = vars(self.parser.parse_args([]))  # of all flags
         found = self.parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, NOT_GIVEN)))
-        return {name: value for name, value in vars(found).items() if value is not NOT_GIVEN}
+        given = {name: value for name, value in vars(found).items() if value is not NOT_GIVEN}
+        paths = {name: os.path.expanduser(value) for name, value in given.items() if name.startswith(PATHS)}
+        return given | paths  # a shell leaves the ~ of --flag=~/folder alone
 
     def complete(self, given: Mapping[str, object], *defaults: Mapping[str, object]) -> argparse.Namespace:
         """Complete a command line by defaults, of which later ones win, and check it; --help shows these and exits."""
@@ -147,6 +165,7 @@ class Flags:
             defaults["input_channels"] = sizes["input_channels"]
         if "image_mean" in record:
             defaults |= {"mean": list(record["image_mean"]), "std": list(record["image_std"])}
+            defaults["value_range"] = record.get("value_range")
         return defaults
 
     def check(self, args: argparse.Namespace) -> None:
@@ -174,9 +193,28 @@ class Flags:
             if len(values) != channels:
                 self.error(f"--{name} has {len(values)} values, --input_channels is {channels}; give as many, or one")
             setattr(args, name, tuple(values))
+        args.value_range = self.check_value_range(args.value_range)
+        shown = args.show_channels
+        if len(shown) != 3 or (max(shown) >= args.input_channels and shown != self.parser.get_default("show_channels")):
+            self.error(f"--show_channels takes three bands of 0 to {args.input_channels - 1}, not {shown}")
+        args.show_channels = [min(channel, args.input_channels - 1) for channel in shown]
         name = args.experiment_name
         if Path(name).name != name or name in ("", ".."):
             self.error(f"--experiment_name {name!r} is a folder name; the path goes into --working_directory")
+
+    def check_value_range(self, given: list | str | None) -> tuple[float, float] | str | None:
+        """Turn --value_range into two numbers, "auto", "own" or None."""
+        if given is None or isinstance(given, str) or given in (["own"], ["auto"]):
+            return given[0] if isinstance(given, list) else given
+        try:
+            numbers = tuple(map(float, given))
+        except ValueError:
+            numbers = ()
+        if len(numbers) != 2 or not -math.inf < numbers[0] < numbers[1] < math.inf:
+            self.error(
+                f"--value_range takes LOW HIGH (a lower and a higher number), auto or own, not {' '.join(given)}"
+            )
+        return numbers
 
     def check_ranges(self, args: argparse.Namespace) -> None:
         """Refuse values outside their range; of flags with several values each of them."""
@@ -189,6 +227,11 @@ class Flags:
                     allowed = "above 0" if high is None else f"above 0 and at most {high:g}"
                 shown = " ".join(f"{one:g}" for one in values)
                 self.error(f"--{name} must be {allowed}, not {shown}" + "".join(f", {reason}" for reason in why))
+
+
+def write_out(word: str) -> str:
+    """Write -1e-5 as -0.00001: argparse takes it for a flag."""
+    return format(decimal.Decimal(word), "f") if re.fullmatch(r"-[0-9.]+[eE][-+]?[0-9]{1,3}", word) else word
 
 
 def add_flag(group, name: str, default: object, text: str, **options: object) -> None:

@@ -18,9 +18,12 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import DistributedType, DynamoBackend, broadcast
 from torch import Tensor, nn
 
+from storage.bands import describe_depth, describe_pages, value_percentiles
+from storage.decoding import CHANNEL_MODES
 from storage.demo import write_demo_data
 from storage.lists import FileList, ListCache, find_splits, list_images, refuse_inside
 from storage.pairs import PairList, check_pairs, describe_labels, label_table, list_pairs, refuse_one_class
+from storage.values import IMAGENET_MEAN, IMAGENET_STD
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends, however that ends
@@ -32,6 +35,9 @@ def build_accelerator(gradient_accumulation_steps: int = 1, *, timeout_minutes: 
 
     A process that waits for another longer than the timeout gives up, and with it the launcher and the job.
     """
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold what a terminal's encoding has not
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":  # accelerate launch started this process
         # A launcher that is killed, and one that starts a single process and only gets SIGTERM, would leave it training
         # alone. With this 60 of 60 signals to the launcher ended in a saved state (benchmarks/RESULTS.md).
@@ -55,6 +61,8 @@ def build_accelerator(gradient_accumulation_steps: int = 1, *, timeout_minutes: 
             f"the launcher started {launched} processes, but this one sees {accelerator.num_processes}: they would all "
             "train alone in one folder. Without a GPU, set ACCELERATE_USE_CPU=true; with one, check its driver"
         )
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+        raise ValueError("--mixed_precision fp16 is for GPUs; on a CPU torch would compute in float32: give bf16 or no")
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     return accelerator
@@ -126,12 +134,17 @@ def list_cache(accelerator: Accelerator, args: argparse.Namespace) -> ListCache:
 def list_folder(accelerator: Accelerator, folder: Path, args: argparse.Namespace) -> FileList:
     """List the images of a folder; the first process of a machine looks, the others read what it found."""
     with accelerator.local_main_process_first():
-        return list_images(folder, list_cache(accelerator, args))
+        files = list_images(folder, list_cache(accelerator, args))
+    for note in files.notes:
+        accelerator.print(f"{'in ' + folder.name + '/':<16}{note}")
+    return files
 
 
 def list_splits(accelerator: Accelerator, root: str, args: argparse.Namespace) -> tuple[FileList, FileList | None]:
     """List the training and the held-out images (None without) of a data set; ValueError for a run that lies inside."""
-    train_folder, val_folder = find_splits(root)
+    train_folder, val_folder, notes = find_splits(root)
+    for note in notes:
+        accelerator.print(f"{'data':<16}{note}")
     refuse_inside(args.working_directory, train_folder)
     train_files = list_folder(accelerator, train_folder, args)
     return train_files, list_folder(accelerator, val_folder, args) if val_folder else None
@@ -145,16 +158,57 @@ def list_checked_pairs(
     `rotate` tells whether label maps lie on images as turned by their rotation flags, where no pair of the split does.
     """
     pairs = list_pairs(args.path_to_data, split)
+    if split == "training":
+        choose_value_range(accelerator, args, pairs)
     accelerator.print(f"{'checking':<16}{pairs.describe()}")
     table, num_threads = label_table(args.num_classes, args.ignore_zero), cap_workers(args.num_workers)
     decode = split == "validation"  # where an image that cannot be decoded is not replaced by another
+    how = dict(decode=decode, rotate=rotate, channels=args.input_channels, own_units=args.value_range is not None)
     with accelerator.local_main_process_first():
-        survey = check_pairs(pairs, table, num_threads, list_cache(accelerator, args), decode=decode, rotate=rotate)
+        survey = check_pairs(pairs, table, num_threads, list_cache(accelerator, args), **how)
     if split == "training":
         refuse_one_class(survey.pixels, table, args.num_classes, os.path.dirname(pairs.label_path(0)))
     lines = {"labels": describe_labels(survey.pixels, table, args.class_names)}
     print_lines(accelerator, lines | ({"rotation": survey.note} if survey.note else {}))
     return survey.pairs
+
+
+def choose_value_range(accelerator: Accelerator, args: argparse.Namespace, files: FileList | PairList) -> None:
+    """Settle how values become pixels (args.value_range) and pictures (args.show_channels), by a sample, and say so.
+
+    None: 8-bit pictures. "own": the files' units. Two numbers: these become 0 and 1. ValueError where mean and
+    standard deviation cannot belong to that.
+    """
+    values, lines = args.value_range, {}
+    if values is None and (args.input_channels not in CHANNEL_MODES or files.path(0).lower().endswith(".npy")):
+        values = "own"
+    if values == "auto":
+        values = value_percentiles(files, args.input_channels)  # the same in every process
+    statistics = f"--mean {' '.join(f'{value:g}' for value in args.mean)} and --std"
+    if values == "own":
+        numbers = (" ".join(f"{value:g}" for value in values) for values in (args.mean, args.std))
+        lines["values"] = f"in the files' own units, mean {next(numbers)}, standard deviation {next(numbers)}"
+        if set(args.mean) <= {0.5, *IMAGENET_MEAN} or set(args.std) <= {0.5, *IMAGENET_STD}:
+            raise ValueError(
+                "values stay in the files' own units, so --mean and --std have to be given in them: python "
+                f"tools/measure_values.py {files.root} --input_channels {args.input_channels} prints them. Or give "
+                "--value_range LOW HIGH or auto"
+            )
+    elif max(map(abs, args.mean)) > 1 or max(args.std) > 1:
+        scaled = " ".join(f"{value / 255:.4g}" for value in args.mean), " ".join(f"{v / 255:.4g}" for v in args.std)
+        raise ValueError(
+            f"{statistics} are of pixels 0 to 1; if yours are of pixels 0 to 255, give --mean {scaled[0]} "
+            f"--std {scaled[1]}"
+        )
+    elif values is None:
+        if accelerator.is_main_process:
+            found = {"values": describe_depth(files, args.input_channels), "pages": describe_pages(files)}
+            lines = {name: text for name, text in found.items() if text}
+    else:
+        lines["values"] = f"{values[0]:g} becomes 0 and {values[1]:g} becomes 1, in float32"
+    args.value_range = values
+    args.show_channels = None if values is None else args.show_channels  # 8-bit pictures are shown as they are
+    print_lines(accelerator, lines)
 
 
 def print_lines(accelerator: Accelerator, lines: Mapping[str, str]) -> None:

@@ -26,7 +26,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
-from storage.files import rename_aside, write_json, written_whole
+from storage.files import escape, rename_aside, write_json, write_rows, written_whole
 from training.checkpoints import Start, advise_on_nonfinite, find_differences, optional_write, take_over
 from training.process import cap_workers
 
@@ -44,7 +44,9 @@ DATA_HINT = (
 def lock_experiment(experiment: Path) -> TextIO:
     """Hold the experiment's folder while this process lives and has the file open; BlockingIOError if another does."""
     experiment.mkdir(parents=True, exist_ok=True)
-    lock = (experiment / ".lock").open("w")
+    # Not emptied, no link followed, no pipe waited for: others may write into a shared folder
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    lock = os.fdopen(os.open(experiment / ".lock", flags, 0o666), "r+")
     try:
         # A record lock, which is this process's alone: data workers that outlive a killed run for seconds would
         # hold one of flock's, and the next start would be refused.
@@ -292,14 +294,14 @@ def wandb_key_exists() -> bool:
 
 
 class BadFiles:
-    """Keep count of the files that cannot be decoded, over all processes, and name each once in bad_files.txt."""
+    """Keep count of the files that cannot be used, over all processes, and name each once in bad_files.txt."""
 
     def __init__(self, experiment: Path, num_images: int, max_fraction: float):
         self.file, self.num_images, self.max_fraction = experiment / "bad_files.txt", num_images, max_fraction
         self.new: dict[str, str] = {}
         self.met: set[str] = set()  # by this run; a file that was repaired since it was named counts no more
-        lines = self.file.read_text(errors="surrogateescape").splitlines() if self.file.exists() else []
-        self.named = {line.split("\t")[0] for line in lines}
+        lines = self.file.read_text("utf-8", "surrogateescape").split("\n") if self.file.exists() else []
+        self.named = {line.split("\t")[0] for line in lines}  # as they are written there
 
     def note(self, bad_files: Iterable[tuple[str, str]]) -> None:
         """Remember what one batch of this process met; nothing is written before `share`."""
@@ -310,18 +312,17 @@ class BadFiles:
         found = {path: reason for new in gather_object([self.new]) for path, reason in new.items()}
         self.new = {}
         self.met |= found.keys()
-        unnamed = sorted(found.keys() - self.named)
-        self.named |= found.keys()
+        unnamed = sorted(path for path in found if escape(path) not in self.named)
+        self.named |= {escape(path) for path in unnamed}
         if unnamed and accelerator.is_main_process:
-            # File names are bytes; those that are no UTF-8 are written back as they are, and shown with a mark.
-            with optional_write(self.file), self.file.open("a", errors="surrogateescape") as file:
-                for path in unnamed:
-                    line = f"{path}\t{' '.join(found[path].split())}"
-                    file.write(line + "\n")
-                    say(f"cannot be decoded, replaced by another: {line.encode(errors='replace').decode()}")
+            rows = [(path, " ".join(found[path].split())) for path in unnamed]
+            with optional_write(self.file):
+                write_rows(self.file, rows, append=True)
+            for path, reason in rows:
+                say(escape(f"cannot be used, replaced by another: {path}  {reason}", also_bytes=True))
         if len(self.met) > self.max_fraction * self.num_images:
             raise ValueError(
-                f"{len(self.met)} of {self.num_images:,} images cannot be decoded, more than --max_bad_fraction "
+                f"{len(self.met)} of {self.num_images:,} images cannot be used, more than --max_bad_fraction "
                 f"{self.max_fraction} allows; they are named in {self.file}"
             )
         return len(self.met)

@@ -72,6 +72,7 @@ class Opened(NamedTuple):
 def open_run(args: argparse.Namespace) -> Opened:
     """Join the processes, choose what to go on from, seed all generators and choose the kernels."""
     accelerator = build_accelerator(args.gradient_accumulation_steps, timeout_minutes=args.timeout_minutes)
+    Image.MAX_IMAGE_PIXELS = args.max_image_pixels
     start = open_experiment(accelerator, args)
     set_seed(args.seed)
     if args.deterministic:  # only operations that give the same bits every time; torch raises for the others
@@ -92,6 +93,7 @@ def loading_options(accelerator: Accelerator, args: argparse.Namespace) -> dict[
 def open_evaluation(args: argparse.Namespace) -> tuple[Accelerator, dict[str, int]]:
     """Join the processes of an evaluation, which leaves no run; also give the options for its loaders."""
     accelerator = build_accelerator()
+    Image.MAX_IMAGE_PIXELS = args.max_image_pixels
     return accelerator, loading_options(accelerator, args)
 
 

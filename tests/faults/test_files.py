@@ -77,7 +77,7 @@ def test_bad_images_are_named_and_replaced_and_the_run_is_exact(job, own_data, f
         printed = tolerant.finish(("lose_file", {"file": str(lost)}))
         named = (tolerant.experiment / "bad_files.txt").read_text().splitlines()
         assert {line.split("\t")[0] for line in named} == bad and len(named) == len(bad)
-        assert all(f"cannot be decoded, replaced by another: {file}" in printed for file in bad)
+        assert all(f"cannot be used, replaced by another: {file}" in printed for file in bad)
 
         lost.write_bytes(content)
         again = tolerant.inside(tmp_path / "again")
@@ -92,7 +92,7 @@ def test_bad_images_are_named_and_replaced_and_the_run_is_exact(job, own_data, f
         lost.write_bytes(content)
         strict = with_data(job("pretrain_mae", tmp_path / "strict"), data).with_flags("--max_bad_fraction 0.05")
         count.injected += 1
-        assert "of 40 images cannot be decoded, more than --max_bad_fraction 0.05" in strict.fail()
+        assert "of 40 images cannot be used, more than --max_bad_fraction 0.05" in strict.fail()
         count.survived += 1
 
 
