@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -85,16 +85,20 @@ def seeded(*parts: int | str, torch_only: bool = False) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ transforms
 
 
-def resize_values(values: Tensor, size: list[int]) -> Tensor:
-    """Resize normalised values (C, h, w), bicubic and antialiased.
+def resize_values(values: Tensor, img_size: Sequence[int], box: tuple[float, ...] | None = None) -> Tensor:
+    """Resize normalised values (C, h, w), or a box in them (left, top, right, bottom), bicubic and antialiased.
 
     No-data (NaN) counts as the mean, 0, and stays where nothing else went into a pixel.
     """
+
+    def resize(bands: Tensor, how: Image.Resampling) -> Tensor:
+        pictures = (Image.fromarray(band.numpy()).resize(tuple(img_size[::-1]), how, box) for band in bands)
+        return torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures])
+
     lost = values.isnan()
-    resized = F.interpolate(values.nan_to_num(0)[None], size, mode="bicubic", antialias=True)[0]
+    resized = resize(fill_values(values), Image.Resampling.BICUBIC)
     if lost.any():
-        share = F.interpolate(lost.float()[None], size, mode="bilinear", antialias=True)[0]
-        resized[share > LOST] = torch.nan
+        resized[resize(lost.float(), Image.Resampling.BILINEAR) > LOST] = torch.nan
     return resized
 
 
@@ -225,22 +229,13 @@ class ResizeCenterCrop:
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         if isinstance(image, Tensor):
-            return self.fit_values(image)
+            return resize_values(image, self.img_size, self.resized(*image.shape[1:])[1])
         size, box = self.resized(image.height, image.width)
         if math.prod(size) > LONG * math.prod(self.img_size):
             return tvf.pil_to_tensor(image.resize(self.img_size[::-1], Image.Resampling.BICUBIC, box))
         # Pixels that the box gives as well, but for the order of rows and columns, by which a level or two differ
         image = tvf.resize(image, list(size), interpolation=InterpolationMode.BICUBIC)
         return tvf.pil_to_tensor(tvf.center_crop(image, list(self.img_size)))
-
-    def fit_values(self, values: Tensor) -> Tensor:
-        size, (_, box) = self.img_size[::-1], self.resized(*values.shape[1:])
-        lost = values.isnan()
-        bands = torch.stack([resize_band(band, size, Image.Resampling.BICUBIC, box) for band in fill_values(values)])
-        if lost.any():
-            shares = [resize_band(band, size, Image.Resampling.BILINEAR, box) for band in lost.float()]
-            bands[torch.stack(shares) > LOST] = torch.nan
-        return bands
 
     def resized(self, image_height: int, image_width: int) -> tuple[tuple[int, int], tuple[float, ...]]:
         """Give the size of the whole image of which the middle is cut, and what becomes the cut: the box in the source.
@@ -256,11 +251,6 @@ class ResizeCenterCrop:
         top, left = round((height - self.img_size[0]) / 2), round((width - self.img_size[1]) / 2)
         y, x = image_height / height, image_width / width
         return (height, width), (left * x, top * y, (left + self.img_size[1]) * x, (top + self.img_size[0]) * y)
-
-
-def resize_band(band: Tensor, size: tuple[int, int], filter: Image.Resampling, box: tuple) -> Tensor:
-    """Resize a part of float32 (H, W) to `size`, width and height."""
-    return torch.from_numpy(np.array(Image.fromarray(band.numpy()).resize(size, filter, box)))
 
 
 def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:

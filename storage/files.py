@@ -137,8 +137,10 @@ def written_whole(target: Path, *, unique: bool = False, flush: bool = True) -> 
 
 def read_text(file: Path) -> str:
     """Read a text file of a user, UTF-8 with or without a byte order mark; ValueError names one that is none."""
+    with open_regular(file) as opened:
+        data = opened.read()
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
