@@ -43,7 +43,7 @@ from storage.values import (  # noqa: F401 - also names that scripts use as of h
     normalize,
     patches_with_data,
 )
-from storage.workers import Loader, require_shared_memory, stack
+from storage.workers import Loader, note_file, require_shared_memory, stack
 from upernet import fit_within, resize_image
 
 LONG = 16  # times the pixels of its cut that an image may have when it is resized whole
@@ -424,6 +424,7 @@ class ImageDataset(Dataset):
         with seeded(self.seed, *key, torch_only=type(self.transform) is ResizedCropFlip):
             noise = torch.rand(self.noise_size)  # drawn first, so that masks do not hang on the augmentation
             image, label = self.load(key.index % len(self.files), bad_files)
+        note_file("")
         return Sample(key, image, label, noise, bad_files)
 
     def read(self, index: int) -> tuple[Image.Image | Tensor, int]:
@@ -458,6 +459,7 @@ class ImageDataset(Dataset):
         """Read and transform an image with its label, or where that fails another one."""
         while True:
             path = self.files.path(index)
+            note_file(path)
             before = torch.get_rng_state()
             try:
                 return self.prepare(*self.read(index))
@@ -620,8 +622,12 @@ def build_training_loader(
     num_workers: int,
     pin_memory: bool = False,
     collate_fn: Callable = collate,
+    timeout_s: float = 0,
 ) -> DataLoader:
-    """Give the batches of the sampler's epoch; RuntimeError at once where they do not fit into shared memory."""
+    """Give the batches of the sampler's epoch; RuntimeError at once where they do not fit into shared memory.
+
+    DataTimeoutError when no batch comes for `timeout_s` seconds; 0 waits for ever.
+    """
     if num_workers:
         require_shared_memory(num_workers, sampler.micro_batch_size * dataset[SampleKey(0, 0)].image.nbytes)
     return Loader(
@@ -631,6 +637,7 @@ def build_training_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
+        timeout_s=timeout_s,
         # Without a generator of its own every pass would draw from the global one, and a resumed run would drift.
         generator=torch.Generator(),
     )
@@ -648,14 +655,19 @@ def build_eval_loader(
     rank: int = 0,
     world_size: int = 1,
     collate_fn: Callable = collate,
+    timeout_s: float = 0,
 ) -> DataLoader:
-    """Give every image exactly once over all processes: each gets every `world_size`-th, without padding."""
+    """Give every image exactly once over all processes: each gets every `world_size`-th, without padding.
+
+    DataTimeoutError when no batch comes for `timeout_s` seconds; 0 waits for ever.
+    """
     return Loader(
         dataset,
         sampler=[SampleKey(EVAL_EPOCH, index) for index in range(rank, len(dataset), world_size)],
         batch_size=batch_size,
         collate_fn=collate_fn,
         num_workers=num_workers,
+        timeout_s=timeout_s,
         generator=torch.Generator(),
     )
 

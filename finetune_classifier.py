@@ -470,7 +470,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         return run_knn(args)
 
     # Processes, folder, what to go on from
-    accelerator, start, stepping, loading = training.open_run(args)
+    accelerator, start, stepping, workers, loading = training.open_run(args)
     device = accelerator.device
     if args.ema_decay and accelerator.distributed_type in training.SHARDING:
         raise ValueError("--ema_decay cannot average weights that are sharded; leave it out or use plain DDP")
@@ -483,8 +483,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     train_data, mixing = build_training_data(train_files, model, args)
     eval_data = build_eval_data(val_files, args)
     sampler = dataset.StepSampler(len(train_data), **stepping)
-    pin_memory = args.pin_memory and device.type == "cuda"
-    loader = dataset.build_training_loader(train_data, sampler, loading["num_workers"], pin_memory, mixing)
+    loader = dataset.build_training_loader(train_data, sampler, collate_fn=mixing, **workers)
     eval_loader = dataset.build_eval_loader(eval_data, **loading)
 
     # Optimizer

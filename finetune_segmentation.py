@@ -354,7 +354,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         return run_evaluation(args)
 
     # Processes, folder, what to go on from
-    accelerator, start, stepping, loading = training.open_run(args)
+    accelerator, start, stepping, workers, loading = training.open_run(args)
     device = accelerator.device
     if args.demo and args.path_to_data is None:
         args.path_to_data = str(training.draw_demo_data(accelerator, args.working_directory) / "ADEChallengeData2016")
@@ -370,8 +370,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     val_pairs = training.list_checked_pairs(accelerator, "validation", args, rotate=train_pairs.rotate)
     train_data, val_data = build_data(train_pairs, args, model), build_data(val_pairs, args)
     sampler = dataset.StepSampler(len(train_data), **stepping)
-    pin_memory = args.pin_memory and device.type == "cuda"
-    loader = dataset.build_training_loader(train_data, sampler, loading["num_workers"], pin_memory)
+    loader = dataset.build_training_loader(train_data, sampler, **workers)
     val_loader = dataset.build_eval_loader(val_data, collate_fn=dataset.collate_lists, **loading)
     total_steps = args.iterations if args.epochs is None else args.epochs * sampler.steps_per_epoch
     num_epochs = math.ceil(total_steps / sampler.steps_per_epoch)

@@ -231,7 +231,7 @@ def list_probe_files(accelerator: Accelerator, args: argparse.Namespace) -> list
 def main(args: argparse.Namespace) -> dict[str, float]:
     """Run the experiment and give the last held-out figures."""
     # Processes, folder, what to go on from
-    accelerator, start, stepping, loading = training.open_run(args)
+    accelerator, start, stepping, workers, loading = training.open_run(args)
     device = accelerator.device
     args.decoder = storage.describe_decoder()  # no flag, but saved with them: a resume reports another image decoder
     if args.demo and args.path_to_data is None:
@@ -248,9 +248,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     train_data = dataset.ImageDataset(train_files, augment, keep_decoded=args.repeated_sampling > 1, **sample)
     eval_data = dataset.ImageDataset(val_files or train_files, dataset.ResizeCenterCrop(config.image_hw), **sample)
     sampler = dataset.StepSampler(len(train_data), crops_per_image=args.repeated_sampling, **stepping)
-    loader = dataset.build_training_loader(
-        train_data, sampler, loading["num_workers"], device.type == "cuda" and args.pin_memory
-    )
+    loader = dataset.build_training_loader(train_data, sampler, **workers)
     eval_loader = dataset.build_eval_loader(eval_data, **loading) if val_files else None
     probe_data = [
         dataset.build_eval_images(files, config.image_hw, channels=args.input_channels, values=values)

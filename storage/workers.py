@@ -1,27 +1,47 @@
-"""Processes that load data, and the signals that they leave to the process that trains.
+"""Processes that load data: how they start, are waited for and end, and the signals that they leave to the trainer.
 
 What is loaded is described in dataset.py; how a run stops at a signal, in training/signals.py.
 """
 
 import atexit
+import ctypes
 import functools
 import multiprocessing
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.context import ForkContext, ForkProcess
+from multiprocessing.sharedctypes import RawArray
+from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # at which a run saves its state and stops
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # at which a run saves and stops
 WORKER_START_S = 30  # a fork takes milliseconds
 MAX_FORKS = 5
 SHARED_MEMORY = "/dev/shm"
 PREFETCHED = 2  # batches that each worker holds ready, torch's default
+PROCESS_STATES = {"T": "stopped", "D": "waiting for a disk"}  # of Linux, in which a worker may stay for ever
+
+
+class DataTimeoutError(TimeoutError):
+    """No batch came in time; names the data workers that may be to blame, and their files."""
+
+
+class WaitInterrupted(Exception):  # noqa: N818 - it is no error
+    """Breaks off the wait for a batch, from the handler of a signal."""
+
+
+class Note(ctypes.Structure):
+    """What a data worker tells the process that trains, in shared memory: who it is, and the file that it reads."""
+
+    _fields_ = [("pid", ctypes.c_int), ("file", ctypes.c_char * 4096)]
+
+
+own_note: Note | None = None  # of this process, where it is a data worker
 
 
 class WorkerProcess(ForkProcess):
@@ -60,26 +80,98 @@ class WorkerContext(ForkContext):
 
 
 class Loader(DataLoader):
-    """A DataLoader whose workers leave STOP_SIGNALS to the process that trains, and end with it.
+    """A DataLoader whose workers leave STOP_SIGNALS to the process that trains, end with it, and cannot hang it.
+
+    DataTimeoutError after `timeout_s` seconds without a batch; 0 waits for ever. A handler of a signal may raise
+    WaitInterrupted within a wait. Both end the workers, and with them all loading.
 
     A scheduler and a terminal signal every process of a job. A worker that obeyed would take the training process
-    down, which then could not save. So workers start with these signals blocked, until they have their own handlers.
+    down, which then could not save. So workers start with these signals blocked, until they ignore them.
     Worth the checkpoint to everybody whose runs are stopped: 36 of 36 were written at a SIGTERM, without this 0 of 8.
     """
 
-    def __init__(self, *args, **options):
-        leaving = torch.zeros(1).share_memory_()  # 1 when this process is at its end; its workers see it
-        atexit.register(leaving.fill_, 1)  # before multiprocessing sends the workers SIGTERM and waits for them
-        if sys.platform == "linux" and options["num_workers"] > 0:
+    def __init__(self, *args, num_workers: int, timeout_s: float = 0, **options):
+        atexit.register(kill_workers)
+        if sys.platform == "linux" and num_workers > 0:
             options["multiprocessing_context"] = WorkerContext()
-        super().__init__(*args, worker_init_fn=functools.partial(protect_worker, leaving), **options)
+        self.timeout_s, self.notes = timeout_s, RawArray(Note, num_workers)
+        options["worker_init_fn"] = functools.partial(begin_work, self.notes)
+        super().__init__(*args, num_workers=num_workers, **options)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
-            return super().__iter__()
+            batches = super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return self.wait_for(batches) if self.num_workers else batches
+
+    def wait_for(self, batches: Iterator) -> Iterator:
+        # Torch's own timeout covers the queue, not what follows: the worker itself hands over the memory of a batch
+        while True:
+            before = signal.signal(signal.SIGALRM, self.give_up)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, self.timeout_s)
+                try:
+                    batch = next(batches, None)
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    signal.signal(signal.SIGALRM, before)
+            except (DataTimeoutError, WaitInterrupted):
+                signal.setitimer(signal.ITIMER_REAL, 0)  # where the exception came before the one above
+                kill_workers()
+                raise
+            if batch is None:
+                return
+            yield batch
+
+    def give_up(self, number: int, frame) -> None:
+        raise DataTimeoutError(self.describe_wait())
+
+    def describe_wait(self) -> str:
+        """Say which workers are stopped or in the middle of a file."""
+        found = []
+        for worker, note in enumerate(self.notes):
+            state, file = state_of(note.pid), os.fsdecode(note.file)
+            if state or file:
+                doing = f"reads {file}" if file else "waits"
+                found.append(f"data worker {worker} (process {note.pid}{', ' + state if state else ''}) {doing}")
+        return f"no batch came for {self.timeout_s / 60:g} minutes: {'; '.join(found) or 'no worker reads a file'}"
+
+
+def state_of(pid: int) -> str | None:
+    """Say in which state a process is that may last for ever; None where it is in no such state, or nobody knows."""
+    try:
+        return PROCESS_STATES.get(Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[0])
+    except (OSError, IndexError):  # no Linux, or it has ended
+        return None
+
+
+def note_file(path: str) -> None:
+    """Tell the process that trains which file this data worker reads; "" for none."""
+    if own_note is not None:
+        own_note.file = os.fsencode(path)[:4095]
+
+
+def begin_work(notes: Sequence[Note], worker: int) -> None:
+    """Make this process a data worker."""
+    global own_note
+    own_note = notes[worker]
+    own_note.pid, own_note.file = os.getpid(), b""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def kill_workers() -> None:
+    """End the data workers of a process that loads no more; one that is stopped or waits for a disk obeys nothing else.
+
+    multiprocessing would send them SIGTERM and wait for ever, as would torch for the thread that pins memory.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
@@ -110,10 +202,3 @@ def require_shared_memory(num_workers: int, batch_bytes: int) -> None:
     needed = num_workers * PREFETCHED * batch_bytes
     if num_workers and os.path.isdir(SHARED_MEMORY) and needed > shutil.disk_usage(SHARED_MEMORY).free:
         raise RuntimeError(f"{num_workers} x {PREFETCHED} batches: {describe_shared_memory(needed)}")
-
-
-def protect_worker(leaving: Tensor, worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.item() else None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

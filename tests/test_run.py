@@ -5,9 +5,11 @@ A run here is two epochs of four steps of two images, with a row at every third 
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from conftest import rows
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from dataset import StepSampler
@@ -31,7 +34,7 @@ def run_flags(folder, **changes) -> argparse.Namespace:
         working_directory=str(folder), experiment_name="run", resume_from_checkpoint=None, epochs=NUM_EPOCHS,
         gradient_accumulation_steps=1, per_gpu_batch_size=2, num_workers=0, seed=0, log_interval=3, log_wandb=False,
         save_minutes=0.0, keep_checkpoints=2, max_nonfinite_steps=3, max_bad_fraction=0.5, timeout_minutes=1.0,
-        deterministic=False, max_image_pixels=89_478_485,
+        deterministic=False, pin_memory=True, max_image_pixels=89_478_485,
     )  # fmt: skip
     assert flags.keys() >= changes.keys()
     return argparse.Namespace(**{**flags, **changes})
@@ -256,15 +259,47 @@ def test_evaluation_is_left_when_the_run_should_stop(tmp_path):
     assert met == [[0, 1]]
 
 
-def test_processes_of_an_evaluation_ask_each_other_only_before_batches_that_all_have(tmp_path, monkeypatch):
-    """Of 5 images one process has 3 and the other 2, so before the third nobody would answer."""
+@pytest.mark.parametrize(("rank", "count"), [(0, 3), (1, 2)])
+def test_processes_of_an_evaluation_ask_each_other_equally_often(tmp_path, monkeypatch, rank, count):
+    """Of 5 images one process has 3 and the other 2; an answer that one does not wait for would hang the other."""
     asked = []
     with Training(tmp_path).open() as run:
         monkeypatch.setattr(run.interruptions, "agree", lambda: asked.append(True) or signals.GO_ON)
-        monkeypatch.setattr("training.run.process_slice", lambda _: (0, 2))
-        loader = DataLoader(range(5), sampler=[0, 2, 4], batch_size=1, collate_fn=collate_numbers)
-        assert len(list(run.watch(loader))) == 3
-    assert len(asked) == 2
+        monkeypatch.setattr("training.run.process_slice", lambda _: (rank, 2))
+        loader = DataLoader(range(5), sampler=list(range(rank, 5, 2)), batch_size=1, collate_fn=collate_numbers)
+        assert len(list(run.watch(loader))) == count
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_run_stopped_while_it_waits_for_data_is_saved_after_its_last_whole_step(tmp_path, capsys, accumulation):
+    """The signal comes within the wait for the second forward pass of step 6, where a step has two."""
+    whole = Training(tmp_path / "whole", gradient_accumulation_steps=accumulation)
+    whole.go()
+    first = Training(tmp_path, gradient_accumulation_steps=accumulation)
+    given, batches = itertools.count(1), first.batches
+
+    def batches_that_stop() -> Iterator[argparse.Namespace]:
+        for batch in batches():
+            if next(given) == 6 * accumulation:
+                first.model.scale.fill_(100)  # what a forward pass did to a running statistic
+                ask_to_stop()
+                time.sleep(60)
+            yield batch
+
+    first.batches, started = batches_that_stop, time.monotonic()
+    first.model.register_buffer("scale", torch.ones(()))
+    first.go()
+    assert time.monotonic() - started < 30
+    assert "by SIGUSR1 at step 5; the same command" in capsys.readouterr().out
+    assert names(tmp_path) == ["checkpoint_1", "checkpoint_1_step_5"]
+    saved = load_file(tmp_path / "run" / "checkpoint_1_step_5" / "model.safetensors")
+    assert saved["weight"].item() == -5 and saved["scale"].item() == (100 if accumulation == 1 else 1)
+    second = Training(tmp_path, gradient_accumulation_steps=accumulation, resume_from_checkpoint="latest")
+    second.model.register_buffer("scale", torch.ones(()))
+    second.go()
+    assert first.seen[:10] + second.seen == whole.seen
+    assert second.model.weight.item() == whole.model.weight.item() == -8
 
 
 def test_run_stopped_after_an_epoch_is_saved_as_complete(tmp_path):
@@ -461,7 +496,8 @@ def test_opened_run_says_what_part_of_each_step_is_this_processes(tmp_path, monk
     args = run_flags(tmp_path, gradient_accumulation_steps=4, per_gpu_batch_size=12, seed=7)
     opened = open_run(args)
     assert opened.stepping == dict(micro_batch_size=3, accumulation_steps=4, rank=0, world_size=1, seed=7)
-    assert opened.loading == dict(batch_size=3, num_workers=0, rank=0, world_size=1)
+    assert opened.workers == dict(num_workers=0, timeout_s=60, pin_memory=False)
+    assert opened.loading == dict(batch_size=3, num_workers=0, timeout_s=60, rank=0, world_size=1)
     assert opened.start == (tmp_path / "run", None, []) and not (tmp_path / "run").exists()
     assert opened.accelerator.gradient_accumulation_steps == 4 and torch.initial_seed() == 7
 
@@ -469,5 +505,5 @@ def test_opened_run_says_what_part_of_each_step_is_this_processes(tmp_path, monk
 def test_opened_evaluation_has_a_loader_and_no_run(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     accelerator, loading = open_evaluation(run_flags(tmp_path))
-    assert loading == dict(batch_size=2, num_workers=0, rank=0, world_size=1)
+    assert loading == dict(batch_size=2, num_workers=0, timeout_s=60, rank=0, world_size=1)
     assert accelerator.num_processes == 1 and not list(tmp_path.iterdir())

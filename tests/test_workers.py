@@ -1,8 +1,10 @@
 """Processes that load data: started again where they hang, deaf to the signals that stop a run."""
 
+import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 from multiprocessing.context import ForkProcess
 from types import SimpleNamespace
@@ -11,7 +13,14 @@ import pytest
 from torch.utils.data import Dataset
 
 from storage import workers
-from storage.workers import STOP_SIGNALS, Loader, WorkerProcess, require_shared_memory
+from storage.workers import (
+    STOP_SIGNALS,
+    DataTimeoutError,
+    Loader,
+    WaitInterrupted,
+    WorkerProcess,
+    require_shared_memory,
+)
 
 
 class ProcessIds(Dataset):
@@ -66,3 +75,45 @@ def test_batches_that_fill_shared_memory_are_refused_before_a_worker_starts(monk
     words = r"2 x 2 batches: .* 68 MB do not fit into the 64 MB that are free in /dev/shm.*--shm-size.*--num_workers 0"
     with pytest.raises(RuntimeError, match=words):
         require_shared_memory(2, 17_000_000)
+
+
+class Stopping(Dataset):
+    """Items of which the third stops its worker, in the middle of a file."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        workers.note_file(f"/data/{index}.jpg")
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        workers.note_file("")
+        return index
+
+
+def test_worker_that_is_stopped_is_named_with_its_file_and_ended():
+    loader = Loader(Stopping(), num_workers=2, prefetch_factor=1, timeout_s=1)
+    with pytest.raises(DataTimeoutError) as error:
+        list(loader)
+    pid = loader.notes[0].pid
+    words = f"no batch came for 0.0166667 minutes: data worker 0 (process {pid}, stopped) reads /data/2.jpg"
+    assert str(error.value) == words
+    for child in multiprocessing.active_children():
+        child.join(10)
+    assert not os.path.exists(f"/proc/{pid}") and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+def test_handler_of_a_signal_may_break_a_wait():
+    def interrupt(*_):
+        raise WaitInterrupted
+
+    before = signal.signal(signal.SIGUSR2, interrupt)
+    try:
+        batches = iter(Loader(Stopping(), num_workers=1, prefetch_factor=1, timeout_s=60))
+        assert [int(next(batches)) for _ in range(2)] == [0, 1]
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+        with pytest.raises(WaitInterrupted):
+            next(batches)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)

@@ -68,7 +68,7 @@ RARE_FLAGS: dict[str, Rows] = {
         ("pin_memory", True, "on a GPU, copy batches from page-locked memory"),
         ("activation_checkpointing", False, "compute the blocks twice: less memory, a third more work"),
         ("deterministic", False, "only kernels that give the same bits every time: exact resumes on a GPU"),
-        ("timeout_minutes", 30.0, "how long a process waits for the others before the job is given up", (0.01, None)),
+        ("timeout_minutes", 30.0, "how long to wait for data or another process; then save and fail", (0.01, None)),
         ("bias_weight_decay", False, "also decay biases"),
         ("norm_weight_decay", False, "also decay the weights of norms"),
     ],

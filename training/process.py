@@ -24,6 +24,7 @@ from storage.demo import write_demo_data
 from storage.lists import FileList, ListCache, find_splits, list_images, refuse_inside
 from storage.pairs import PairList, check_pairs, describe_labels, label_table, list_pairs, refuse_one_class
 from storage.values import IMAGENET_MEAN, IMAGENET_STD
+from training.console import protect_output
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends, however that ends
@@ -35,13 +36,13 @@ def build_accelerator(gradient_accumulation_steps: int = 1, *, timeout_minutes: 
 
     A process that waits for another longer than the timeout gives up, and with it the launcher and the job.
     """
-    for stream in (sys.stdout, sys.stderr):  # names of files may hold what a terminal's encoding has not
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    protect_output()
     if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":  # accelerate launch started this process
         # A launcher that is killed, and one that starts a single process and only gets SIGTERM, would leave it training
         # alone. With this 60 of 60 signals to the launcher ended in a saved state (benchmarks/RESULTS.md).
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        if is_orphan():
+            raise RuntimeError("the launcher has ended while this process started, which would now train alone")
     accelerator = Accelerator(
         gradient_accumulation_steps=gradient_accumulation_steps,
         kwargs_handlers=[
@@ -66,6 +67,20 @@ def build_accelerator(gradient_accumulation_steps: int = 1, *, timeout_minutes: 
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     return accelerator
+
+
+def is_orphan() -> bool:
+    """Tell whether the launcher ended before this process asked for a signal at its end (Linux).
+
+    Whoever adopts an orphan is neither in its session or group, as `accelerate launch` and any script in between are,
+    nor has torch loaded, as torch's launcher has, which gives each process a session of its own.
+    """
+    parent = os.getppid()
+    try:
+        related = os.getsid(parent) == os.getsid(0) or os.getpgid(parent) == os.getpgrp()
+        return not related and "libtorch" not in Path(f"/proc/{parent}/maps").read_text("utf-8", "replace")
+    except OSError:  # it has just ended, or is of another user, as a launcher is not
+        return True
 
 
 def keep_freed_memory() -> None:

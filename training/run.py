@@ -1,14 +1,14 @@
 """Where a training stands: its epochs, steps, rows, checkpoints and ends. Forward, loss and step stay in the scripts.
 
-    accelerator, start, stepping, loading = open_run(args)
+    accelerator, start, stepping, workers, loading = open_run(args)
     ...  # data, model, optimizer, accelerator.prepare
     with Run(accelerator, start, args, plan, model=model) as run:
         for epoch in run.epochs():
-            for batch in run.batches(loader):
+            for batch in run.batches(loader):  # saves and stops between steps, each when it is time
                 ...  # forward, backward, optimizer.step()
                 run.add(training_loss=loss)
                 if accelerator.sync_gradients:
-                    run.finish_step(learning_rate, skipped)  # logs, saves, stops, each when it is time
+                    run.finish_step(learning_rate, skipped)
             ...  # evaluate
             run.finish_epoch(figures, save=..., for_good=...)
         run.finish()
@@ -26,17 +26,18 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from storage.files import write_json
+from storage.workers import DataTimeoutError
 from training.checkpoints import BEST_CHECKPOINT, DONE_FILE, Checkpoints, Start, check_weights, open_experiment, resume
 from training.flags import micro_batch_size
 from training.process import build_accelerator, cap_workers, process_slice
 from training.records import BadFiles, SkippedSteps, StepClock, build_bar, open_records, peak_memory_gb
-from training.signals import GO_ON, SAVE, STOP, Interruptions
+from training.signals import FAIL, GO_ON, SAVE, STOP, Interruptions
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error
@@ -61,11 +62,12 @@ class Plan:
 
 
 class Opened(NamedTuple):
-    """The processes of a run, where it starts, and this one's part: options for its step sampler and eval loaders."""
+    """The processes of a run, where it starts, and options: of this one's step sampler, training and eval loaders."""
 
     accelerator: Accelerator
     start: Start
     stepping: dict[str, int]
+    workers: dict[str, int]
     loading: dict[str, int]
 
 
@@ -80,19 +82,24 @@ def open_run(args: argparse.Namespace) -> Opened:
         torch.use_deterministic_algorithms(True)
     stepping = dict(rank=accelerator.process_index, world_size=accelerator.num_processes, seed=args.seed)
     stepping |= dict(micro_batch_size=micro_batch_size(args), accumulation_steps=args.gradient_accumulation_steps)
-    return Opened(accelerator, start, stepping, loading_options(accelerator, args))
+    workers = worker_options(args) | dict(pin_memory=args.pin_memory and accelerator.device.type == "cuda")
+    return Opened(accelerator, start, stepping, workers, loading_options(accelerator, args))
 
 
-def loading_options(accelerator: Accelerator, args: argparse.Namespace) -> dict[str, int]:
+def worker_options(args: argparse.Namespace) -> dict[str, float]:
+    """Give how many data workers a process has, and how many seconds it waits for them."""
+    return dict(num_workers=cap_workers(args.num_workers), timeout_s=60 * args.timeout_minutes)
+
+
+def loading_options(accelerator: Accelerator, args: argparse.Namespace) -> dict[str, float]:
     """Give this process's options for the loader of an evaluation: batch size, data workers, and its slice."""
     rank, world_size = process_slice(accelerator)
-    workers = cap_workers(args.num_workers)
-    return dict(batch_size=micro_batch_size(args), num_workers=workers, rank=rank, world_size=world_size)
+    return dict(batch_size=micro_batch_size(args), rank=rank, world_size=world_size, **worker_options(args))
 
 
 def open_evaluation(args: argparse.Namespace) -> tuple[Accelerator, dict[str, int]]:
     """Join the processes of an evaluation, which leaves no run; also give the options for its loaders."""
-    accelerator = build_accelerator()
+    accelerator = build_accelerator(timeout_minutes=args.timeout_minutes)
     Image.MAX_IMAGE_PIXELS = args.max_image_pixels
     return accelerator, loading_options(accelerator, args)
 
@@ -128,6 +135,7 @@ class Run:
                 state["best"] = -1.0
         self.first_epoch = self.epoch = state["epoch"]
         self.step, self.row, self.best = state["step"], state["row"], state["best"]
+        self.saved_step = self.step  # of the newest state; nothing has to be saved before the first step
         self.bad_files = BadFiles(self.experiment, len(plan.files), args.max_bad_fraction)
         self.log = open_records(accelerator, start, args, self.step)  # from here on there is something to close
         self.skipped_steps = SkippedSteps(self.experiment, self.images_of, args.max_nonfinite_steps)
@@ -136,7 +144,10 @@ class Run:
         self.bar = build_bar(accelerator, plan.total_steps, self.step)
         self.clock = StepClock(accelerator.print)
         self.sums: dict[str, Tensor] = {}  # figures of the step under way, on the device
+        self.names: list[str] = []  # of the figures
         self.pending: list[Tensor] = []  # (figures + 1,) of each step since the last row; the last is 1.0 where skipped
+        self.learning_rate = 0.0  # of the last step
+        self.statistics: list[tuple[Tensor, Tensor]] = []  # buffers of the model, and what they were before the step
         self.saved, self.headline = True, ""  # of the last evaluation, for the bar
 
     def __enter__(self) -> "Run":
@@ -180,14 +191,35 @@ class Run:
         return (self.epoch + 1) % interval == 0 or self.epoch + 1 == self.plan.num_epochs
 
     def batches(self, loader: DataLoader) -> Iterator:
-        """Give the training batches that are left of this epoch; measures the waiting and notes bad files."""
-        if self.step == self.last_step:  # only the evaluation is left
-            return
-        for batch in self.clock.watch(loader):
+        """Give the training batches that are left of this epoch; measures the waiting and notes bad files.
+
+        Before each, all processes agree: when it is time, the state of the last complete step is saved, and a run that
+        should stop raises Stopped.
+        """
+        batches = self.clock.watch(loader)
+        while self.step < self.last_step:  # else only the evaluation is left
+            batch, request = self.interruptions.receive(batches)
+            if request == SAVE and (self.sums or self.step == self.saved_step):  # within a step, or nothing new
+                request = GO_ON
+            if request != GO_ON:
+                self.restore_statistics()
+                if self.pending:
+                    self.row = self.read_row()
+                    self.log.write(self.row)
+                self.obey(request, self.epoch, {})
+            self.keep_statistics()
             self.bad_files.note(batch.bad_files)
             yield batch
-            if self.step == self.last_step:
-                return
+
+    def keep_statistics(self) -> None:
+        """Remember the model's buffers at the start of a step of several forward passes, each of which changes them."""
+        if self.args.gradient_accumulation_steps > 1 and not self.sums:
+            self.statistics = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+
+    def restore_statistics(self) -> None:
+        """Undo what the forward passes of a step that is not complete did to the model's buffers."""
+        for buffer, before in self.statistics if self.sums else ():
+            buffer.copy_(before)
 
     def add(self, **figures: Tensor) -> None:
         """Add the figures of one forward pass to those of the step; they stay on the device."""
@@ -195,39 +227,39 @@ class Run:
             self.sums[name] = self.sums.get(name, 0) + value.detach() / self.args.gradient_accumulation_steps
 
     def finish_step(self, learning_rate: float, skipped: Tensor) -> None:
-        """Count an optimizer step; when it is time, write a row, save, or save and raise Stopped."""
+        """Count an optimizer step, and write a row when it is time."""
         self.step += 1
+        self.learning_rate = learning_rate
         self.pending.append(torch.stack([*self.sums.values(), skipped]))
-        names, self.sums = list(self.sums), {}
+        self.names, self.sums = list(self.sums), {}
         self.bar.update()
-        request, epoch_ends = self.interruptions.agree(), self.step == self.last_step
-        if self.step > 1 and self.step % self.args.log_interval and not epoch_ends and request == GO_ON:
+        epoch_ends = self.step == self.last_step
+        if self.step > 1 and self.step % self.args.log_interval and not epoch_ends:
             return
-        self.row = self.read_row(names, learning_rate)
+        self.row = self.read_row()
         if not epoch_ends:  # there the row waits for the evaluation
             self.log.write(self.row)
-            self.obey(request, self.epoch)
 
-    def read_row(self, names: list[str], learning_rate: float) -> dict:
+    def read_row(self) -> dict:
         """Give the log row of the steps since the last one; figures cross to the host here and nowhere else."""
         window = self.accelerator.reduce(torch.stack(self.pending), "mean").cpu()  # (steps, figures + 1)
         self.pending.clear()
         finite = window[:, -1] == 0
-        figures = dict(zip(names, window[finite, :-1].mean(dim=0).tolist(), strict=True))
+        figures = dict(zip(self.names, window[finite, :-1].mean(dim=0).tolist(), strict=True))
         self.skipped_steps.note(self.accelerator, (~finite).tolist(), self.step, self.bar.write)
         row = {
             "step": self.step,
             "epoch": self.step / self.plan.sampler.steps_per_epoch,
             **{name: value if finite.any() else None for name, value in figures.items()},
-            "learning_rate": learning_rate,
+            "learning_rate": self.learning_rate,
             **self.clock.read(self.accelerator.num_processes),
             "memory_gb": peak_memory_gb(self.accelerator.device),
             "bad_files": self.bad_files.share(self.accelerator, self.bar.write),
             "nonfinite_steps": self.skipped_steps.count,
         }
         self.bar.set_postfix_str(
-            f"loss {figures['training_loss']:.4f}, lr {learning_rate:.1e}, {row['images_per_second']:.1f} images/s, "
-            f"{row['data_wait_fraction']:.0%} waiting for data{self.headline}",
+            f"loss {figures['training_loss']:.4f}, lr {self.learning_rate:.1e}, {row['images_per_second']:.1f} "
+            f"images/s, {row['data_wait_fraction']:.0%} waiting for data{self.headline}",
             refresh=False,
         )
         return row
@@ -236,14 +268,15 @@ class Run:
 
     def watch(self, loader: DataLoader) -> Iterator:
         """Give an evaluation's batches; a run that should stop is saved as it was before, and raises Stopped."""
-        images = len(loader.dataset) // process_slice(self.accelerator)[1]
-        common = math.ceil(images / loader.batch_size)  # batches that every process has
-        for index, batch in enumerate(loader):
-            if index < common and self.interruptions.agree() == STOP:
-                self.save(self.epoch, self.row)
-                raise Stopped
-            self.bad_files.note(batch.bad_files)
-            yield batch
+        images = math.ceil(len(loader.dataset) / process_slice(self.accelerator)[1])  # of the process with most
+        batches = iter(loader)
+        for _ in range(math.ceil(images / loader.batch_size)):
+            batch, request = self.interruptions.receive(batches)
+            if request >= STOP:
+                self.obey(request, self.epoch, self.row)
+            if batch is not None:  # else this process has one less
+                self.bad_files.note(batch.bad_files)
+                yield batch
 
     def check_weights(self) -> None:
         check_weights(self.accelerator, self.model, self.experiment, self.step)
@@ -267,20 +300,30 @@ class Run:
         request = self.interruptions.agree()
         if request == STOP and self.step == self.plan.total_steps:  # nothing is left to stop
             request = SAVE
-        self.obey(max(request, SAVE if save else GO_ON), self.epoch + 1, epoch_ends=True, for_good=for_good)
+        self.obey(max(request, SAVE if save else GO_ON), self.epoch + 1, {}, epoch_ends=True, for_good=for_good)
         self.clock.restart()
 
-    def obey(self, request: int, epoch: int, **how: bool) -> None:
-        if request != GO_ON:
-            self.save(epoch, {}, **how)
+    def obey(self, request: int, epoch: int, row: Mapping, **how: bool) -> None:
+        """Do what the processes agreed on: save after `epoch` complete epochs, then raise where the run should end.
+
+        `row` is one that waits for its evaluation. Stopped, or DataTimeoutError where the data of any process does not
+        come.
+        """
+        if request != GO_ON and (how or self.step != self.saved_step):
+            self.save(epoch, row, **how)
             self.clock.restart()
+        if request == FAIL:
+            failure = next(filter(None, gather_object([self.interruptions.failure])))
+            advice = "--resume_from_checkpoint latest goes on from it" if self.saved else "but could not be saved"
+            raise DataTimeoutError(f"{failure} (--timeout_minutes). The run is at step {self.step}; {advice}")
         if request == STOP:
             raise Stopped
 
     def save(self, epoch: int, row: Mapping, **how: bool) -> None:
-        """Save after `epoch` complete epochs; `row` is one that waits for its evaluation."""
         state = {**self.identity, "epoch": epoch, "step": self.step, "best": self.best, "row": row}
         self.saved = self.checkpoints.save(self.model, self.plan.config, state, average=self.average, **how)
+        if self.saved:
+            self.saved_step = self.step
 
     def finish(self) -> None:
         """Close all, and leave DONE; RuntimeError or OSError where the run is not complete."""

@@ -1,4 +1,4 @@
-"""Interruptions: signals and the clock, turned into one answer that all processes share.
+"""Interruptions: signals, the clock and data that does not come, turned into one answer that all processes share.
 
 What is saved then, and where the loop stops, is known to run.py.
 """
@@ -7,22 +7,25 @@ import datetime
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
 
-from storage.workers import STOP_SIGNALS
+from storage.workers import STOP_SIGNALS, DataTimeoutError, WaitInterrupted
 from training.checkpoints import Checkpoints
 
-GO_ON, SAVE, STOP = 0, 1, 2
+GO_ON, SAVE, STOP, FAIL = range(4)
 ONE_REQUEST_S = 3  # signals this close together are one request: a scheduler and a launcher both pass it on
+# How long a process waits for another, in times of how long that one may wait for its data
+PATIENCE = 1.5
 
 
 class Interruptions:
-    """Turn signals and the clock into one answer for all processes: go on, save, or save and stop.
+    """Turn signals and the clock into one answer for all processes: go on, save, save and stop, or save and fail.
 
-    SIGTERM, SIGINT or SIGUSR1 at any one process stops all of them at the same optimizer step. A further signal,
-    seconds later, ends its process at once.
+    Any of STOP_SIGNALS at any one process stops all of them at the same optimizer step. A further signal, seconds
+    later, ends its process at once. Every process calls the methods.
     """
 
     def __init__(
@@ -30,12 +33,15 @@ class Interruptions:
     ):
         self.accelerator, self.checkpoints, self.save_minutes = accelerator, checkpoints, save_minutes
         self.name, self.asked_at, self.launcher = None, 0.0, os.getppid()
+        self.waiting, self.failure = False, ""
         # The processes ask each other over a group of their own on the CPU, so that no step waits for a GPU. It has to
         # be told how long to wait for a process that hangs; it does not take that from the other group.
-        timeout = datetime.timedelta(minutes=timeout_minutes)
+        timeout = datetime.timedelta(minutes=PATIENCE * timeout_minutes)
         several = accelerator.num_processes > 1
         self.group = torch.distributed.new_group(backend="gloo", timeout=timeout) if several else None
-        self.handlers = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # a terminal that closes should not stop this run
+        numbers = [number for number in STOP_SIGNALS if not (nohup and number == signal.SIGHUP)]
+        self.handlers = {number: signal.signal(number, self.handle) for number in numbers}
 
     def handle(self, number: int, frame) -> None:
         if self.name is None:
@@ -43,12 +49,35 @@ class Interruptions:
         elif time.monotonic() - self.asked_at > ONE_REQUEST_S and os.getppid() == self.launcher:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        if self.waiting:
+            self.waiting = False
+            raise WaitInterrupted
+
+    def receive(self, batches: Iterator) -> tuple[object, int]:
+        """Wait for the next batch, None after the last or in a stop, and agree on what to do before it is used.
+
+        Nobody waits in a forward or backward pass for a process whose data does not come: all wait here, where a
+        signal ends it.
+        """
+        batch = None
+        try:
+            try:
+                self.waiting = True
+                if self.name is None:
+                    batch = next(batches, None)
+            finally:
+                self.waiting = False
+        except WaitInterrupted:
+            pass  # the others learn of it by the answer
+        except DataTimeoutError as error:
+            self.failure = f"process {self.accelerator.process_index}: {error}"
+        return batch, self.agree()
 
     def agree(self) -> int:
-        """Give GO_ON, SAVE or STOP, the same on every process; each calls this after every optimizer step."""
+        """Give GO_ON, SAVE, STOP or FAIL, the highest that any process wants."""
         waited_s = time.monotonic() - self.checkpoints.saved_at
         due = self.accelerator.is_main_process and 0 < 60 * self.save_minutes <= waited_s
-        wanted = STOP if self.name else SAVE if due else GO_ON
+        wanted = FAIL if self.failure else STOP if self.name else SAVE if due else GO_ON
         if self.group is None:
             return wanted
         answer = torch.tensor([wanted])

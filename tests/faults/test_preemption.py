@@ -1,4 +1,4 @@
-"""Rows 5, 6 and 12: signals to any process, launchers that are killed, one process of two that dies or hangs."""
+"""Rows 5, 6, 12 and 24: signals to any process, launchers that are killed, one process of two that dies or hangs."""
 
 import json
 import os
@@ -216,3 +216,24 @@ def test_run_whose_data_workers_never_start_says_so(job, faults, tmp_path):
         printed = hurt.fail(("hang_forks", {"rank": 0, "forks": [1, 2, 3, 4, 5], "patience_s": 0.2}))
         assert "RuntimeError: a data worker did not start in 0.2 s, 5 times in a row; try --num_workers 0" in printed
         count.survived += 1
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_run_whose_launcher_dies_while_it_imports_never_begins(script, num_processes, job, faults, full, tmp_path):
+    if script != "pretrain_mae" and not full:
+        pytest.skip("with --full")
+    with faults(24, f"accelerate launch is killed during imports, {script}, {num_processes} process(es)") as count:
+        for number in range(5 if full else 1):
+            asked = job(script, tmp_path / str(number), num_processes)
+            launched = Launched(asked)
+            deadline = time.monotonic() + TIMEOUT_S
+            while len(launched.processes()) < 1 + num_processes:
+                assert launched.process.poll() is None and time.monotonic() < deadline, launched.printed()
+                time.sleep(POLL_S)
+            os.kill(launched.process.pid, signal.SIGKILL)
+            count.injected += 1
+            launched.wait_until_all_ended()
+            said = launched.printed().count("RuntimeError: the launcher has ended while this process started")
+            assert said == num_processes and not asked.experiment.exists(), launched.printed()
+            count.survived += 1
