@@ -325,7 +325,8 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
     )
     figures = evaluation.figures()
     if accelerator.is_main_process:
-        summary = figures | {"weights": str(weights), "data": str(folder), "num_images": len(data)}
+        places = {"weights": storage.as_text(str(weights)), "data": storage.as_text(str(folder))}
+        summary = figures | places | {"num_images": len(data)}
         written = write_evaluation(evaluation, data, class_names, weights.parent, summary, args.show_channels)
         print(f"{'written':<16}{', '.join(written)} in {weights.parent}")
     training.print_figures(accelerator, figures)

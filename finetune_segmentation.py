@@ -312,8 +312,9 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
     figures = confusion.figures()
     if accelerator.is_main_process:
         files = [weights.parent / name for name in ("evaluation.json", "per_class.tsv")]
-        how = {name: getattr(args, name) for name in ("path_to_data", "slide", "multi_scale", "flip", "resize_to")}
-        how |= {"weights": str(weights), "num_images": len(data), "precision": accelerator.mixed_precision}
+        how = {name: getattr(args, name) for name in ("slide", "multi_scale", "flip", "resize_to")}
+        how |= {"path_to_data": storage.as_text(args.path_to_data), "weights": storage.as_text(str(weights))}
+        how |= {"num_images": len(data), "precision": accelerator.mixed_precision}
         storage.rename_aside(files[0])
         storage.write_json(files[0], figures | how)
         write_table(confusion, args.class_names, files[1])

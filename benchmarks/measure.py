@@ -30,14 +30,14 @@ def describe_machine(device: torch.device) -> str:
     """Say in one line on what, when and at which commit this was measured."""
     git = ["git", "-C", str(ROOT)]
     commit, changes = (
-        subprocess.run([*git, *words], capture_output=True, text=True, check=False).stdout.strip()
+        subprocess.run([*git, *words], capture_output=True, encoding="utf-8", check=False).stdout.strip()
         for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
     )
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         info = Path("/proc/cpuinfo")
-        lines = info.read_text().splitlines() if info.exists() else []
+        lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
         models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         name = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
     return (

@@ -89,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def last_row(experiment: Path) -> dict | None:
     """Give the last row of an experiment's log that holds an evaluation."""
     log = experiment / "log.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     return next((row for row in reversed(rows) if any(key.startswith("testing") for key in row)), None)
 
 
@@ -102,7 +102,7 @@ def run(working_directory: Path, script: str, name: str, epochs: int, flags: lis
         command = [*LAUNCH, str(ROOT / script), "--experiment_name", name, "--epochs", str(epochs)]
         command += ["--working_directory", str(working_directory), "--resume_from_checkpoint", "latest"]
         experiment.mkdir(parents=True, exist_ok=True)
-        with (experiment / "output.txt").open("a") as output:
+        with (experiment / "output.txt").open("ab") as output:
             done = subprocess.run([*command, *COMMON, *flags], stdout=output, stderr=output, check=False)
         if done.returncode:
             raise RuntimeError(f"{name} failed; see {experiment / 'output.txt'}")

@@ -92,7 +92,8 @@ def memory_gb() -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would give that of the process which started this one, where it is higher
-        (peak,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        lines = status.read_text(encoding="utf-8").splitlines()
+        (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
         return int(peak) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
@@ -121,7 +122,7 @@ def measure_step(args: argparse.Namespace, config: MAEConfig) -> None:
 
 def measure_apart(flags: list[str]) -> dict[str, float]:
     """Give what a new process measures: where its memory happens to lie changes the time, too."""
-    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(flags)} failed ({done.returncode}):\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -3,7 +3,16 @@
 from storage.decoding import describe_decoder
 from storage.demo import DEMO_LABEL_NAMES
 from storage.files import read_text, rename_aside, write_json, write_rows
-from storage.lists import FileList, check_same_classes, find_splits, find_validation, list_images, refuse_inside
+from storage.lists import (
+    FileList,
+    as_text,
+    check_same_classes,
+    escape_output,
+    find_splits,
+    find_validation,
+    list_images,
+    refuse_inside,
+)
 from storage.pairs import (
     ADE20K_CLASS_NAMES,
     ADE20K_NUM_CLASSES,
@@ -24,9 +33,11 @@ __all__ = [
     "LABEL_COLOURS",
     "FileList",
     "PairList",
+    "as_text",
     "check_pairs",
     "check_same_classes",
     "describe_decoder",
+    "escape_output",
     "find_splits",
     "find_validation",
     "find_weights",

@@ -3,7 +3,10 @@
 Only drawing and writing; the scenes are read like any other folder of images.
 """
 
+import contextlib
+import fcntl
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ DEMO_KINDS = ("circle", "ring", "square", "triangle", "star", "cross", "heart", 
 DEMO_LABEL_NAMES = ("other", "background", *DEMO_KINDS, "clutter")
 DEMO_OVERSAMPLING = 4  # drawn this many times larger, then averaged: antialiased edges
 DEMO_VAL_SEED = 2_000_000  # training scenes have the seeds below, validation scenes those from here on
+STAMP = "demo.json"  # the recipe of the data, in their folder
 DEMO_VERSION = 1  # raise it with every change to the drawing: data on disk is reused only if it agrees
 
 
@@ -122,19 +126,40 @@ def draw_demo_scene(seed: int, kind: int, size: int = 80) -> tuple[Image.Image, 
     return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))), Image.fromarray(labels)
 
 
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock file, which stays; wait while another process holds it. A process that is killed holds nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield
+
+
 def write_demo_data(root: Path, num_train: int = 3000, num_val: int = 400) -> None:
     """Write the scenes below `root` as imagefolder/ and as ADEChallengeData2016/, unless they are there already.
 
-    FileExistsError where `root` holds anything else.
+    While another process draws them, this one waits. FileExistsError where `root` holds anything else.
     """
     recipe = {"version": DEMO_VERSION, "num_train": num_train, "num_val": num_val}
-    stamp = root / "demo.json"
-    if stamp.is_file() and read_json(stamp) == recipe:
+    if holds_demo_data(root, recipe):
         return
+    with locked(root.with_name(f".{root.name}.lock")):  # so what a killed drawing left is nobody's, and removed
+        if not holds_demo_data(root, recipe):
+            draw_demo_data(root, recipe)
+
+
+def holds_demo_data(root: Path, recipe: dict) -> bool:
+    """Tell whether the scenes of a recipe are there; FileExistsError where anything else is."""
+    if (root / STAMP).is_file() and read_json(root / STAMP) == recipe:
+        return True
     if root.exists():
         raise FileExistsError(f"{root} exists and is not the demo data for {recipe}; remove it or name another folder")
-    splits = (("train", "training", num_train, 0), ("val", "validation", num_val, DEMO_VAL_SEED))
-    with written_whole(root, unique=True, flush=False) as partial:
+    return False
+
+
+def draw_demo_data(root: Path, recipe: dict) -> None:
+    splits = (("train", "training", recipe["num_train"], 0), ("val", "validation", recipe["num_val"], DEMO_VAL_SEED))
+    with written_whole(root, flush=False) as partial:
         for split, ade_split, num_scenes, first_seed in splits:
             classes = [partial / "imagefolder" / split / kind for kind in DEMO_KINDS]
             ade = partial / "ADEChallengeData2016"
@@ -147,4 +172,4 @@ def write_demo_data(root: Path, num_train: int = 3000, num_val: int = 400) -> No
                 image.save(images / f"{stem}.jpg", quality=92, subsampling=0)  # 4:4:4, or thin shapes lose their colour
                 shutil.copyfile(images / f"{stem}.jpg", classes[kind] / f"{stem}.jpg")
                 labels.save(annotations / f"{stem}.png")
-        write_json(partial / stamp.name, recipe)
+        write_json(partial / STAMP, recipe)

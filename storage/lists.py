@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import os
 import re
+import sys
 import unicodedata
 import zipfile
 import zlib
@@ -200,6 +201,21 @@ def as_nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def as_text(name: str) -> str:
+    """Give a name from the disk as what UTF-8 says of its bytes, whatever the locale; what is no UTF-8 is escaped.
+
+    For all that is written down or compared; a file is opened by its name as Python gives it, which hangs on the
+    locale. In a UTF-8 locale both are the same.
+    """
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
+def escape_output() -> None:
+    """Print what the terminal's encoding has not as \\xe9 or \\udcff: no name of a file is an error."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+
+
 def name_some(names: list[str], count: int = 5, separator: str = ", ") -> str:
     """Name the first of many, and how many more there are, for messages."""
     named, more = separator.join(names[:count]), len(names) - count
@@ -214,7 +230,8 @@ def contents(folder: Path) -> str:
 
 
 class Scan(NamedTuple):
-    """What a folder tree holds: sorted relative paths of images, each folder's modification time (ns), what is not."""
+    """What a folder tree holds: relative paths of images, in an order that no locale changes; each folder's
+    modification time (ns); what is not used."""
 
     files: list[str]
     folders: dict[str, int]
@@ -256,7 +273,7 @@ def scan_images(root: Path) -> Scan:
         notes.append(f"files passed over: {name_some(counts)}")
     if loops:
         notes.append(f"links that lead back up, not followed: {name_some(sorted(loops))}")
-    return Scan(sorted(files or arrays), folders, tuple(notes))
+    return Scan(sorted(files or arrays, key=as_text), folders, tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -342,12 +359,12 @@ def list_images(root: Path, cache: ListCache | None = None) -> FileList:
         return PackedImages(root, pack.names, labels, classes, pack, np.arange(len(pack.names)))
     cached = cache.read_list(root) if cache is not None else None
     if cached is not None:
-        return cached
+        return with_text_classes(cached)
     files, folders, notes = scan_images(root)
     if not files:
         raise FileNotFoundError(f"no images below {root}; {LAYOUT}\nfound: {'; '.join([contents(root), *notes])}")
     first_folders = [file.split(os.sep, 1)[0] if os.sep in file else None for file in files]
-    classes = () if None in first_folders else tuple(sorted(set(first_folders)))
+    classes = () if None in first_folders else tuple(sorted(set(first_folders), key=as_text))
     index = {name: i for i, name in enumerate(classes)}
     labels = np.array([index.get(name, -1) for name in first_folders], dtype=np.int32)
     empty = sorted({folder.split(os.sep, 1)[0] for folder in folders} - {*classes, "."}) if classes else []
@@ -357,7 +374,11 @@ def list_images(root: Path, cache: ListCache | None = None) -> FileList:
     file_list = FileList(root, paths, labels, classes, notes=notes)
     if cache is not None:
         cache.write_list(file_list, folders)
-    return file_list
+    return with_text_classes(file_list)
+
+
+def with_text_classes(files: FileList) -> FileList:
+    return dataclasses.replace(files, classes=tuple(map(as_text, files.classes)))
 
 
 def refuse_inside(working_directory: str | Path, train_folder: Path) -> None:

@@ -53,6 +53,8 @@ class Pack:
         self.table = np.concatenate([table for table, _ in parts])
         self.shards = np.repeat(np.arange(len(parts)), [len(table) for table, _ in parts])
         self.names = np.array([name for _, names in parts for name in names])
+        # 1 for records whose checksum was compared in this run, by whichever of its data workers
+        self.compared = torch.zeros(len(self.names), dtype=torch.uint8).share_memory_()
         if not len(self.names):
             raise ValueError(f"{folder} holds no records")
 
@@ -122,18 +124,30 @@ class Pack:
         """Read a record that is a file; OSError when it is not what was packed."""
         row = self.table[record]
         data = self.read_bytes(int(self.shards[record]), int(row["offset"]), int(row["size"]))
-        if zlib.crc32(data) != row["crc"]:
-            raise OSError(f"damaged since it was packed: {self.path(record)}")
+        self.compare(record, data)
         return NamedBytes(data, self.path(record))
 
+    def compare(self, record: int, data: bytes | np.ndarray) -> None:
+        if zlib.crc32(data) != self.table[record]["crc"]:
+            raise OSError(f"damaged since it was packed: {self.path(record)}")
+
     def read_rows(self, record: int, top: int, count: int) -> Tensor:
-        """Read rows of uncompressed pixels, uint8 (3, count, W), interleaved; their checksum is not compared."""
+        """Read rows of uncompressed pixels, uint8 (3, count, W), interleaved; OSError where a record is damaged.
+
+        At its first touch in a run all of a record is read and compared, from then on no more than the rows.
+        """
         row = self.table[record]
+        is_first = not self.compared[record]
+        first_row, num_rows = (0, int(row["height"])) if is_first else (top, count)
         line = int(row["width"]) * 3
-        shard, offset = int(self.shards[record]), int(row["offset"]) + top * line
-        rows = np.empty((count, int(row["width"]), 3), dtype=np.uint8)
+        shard, offset = int(self.shards[record]), int(row["offset"]) + first_row * line
+        rows = np.empty((num_rows, int(row["width"]), 3), dtype=np.uint8)
         if os.preadv(self.open_shard(shard), [rows], offset) != rows.nbytes:
             raise OSError(f"{self.shard_path(shard)} is cut off")
+        if is_first:
+            self.compare(record, rows)
+            self.compared[record] = 1
+            rows = rows[top : top + count]
         return torch.from_numpy(rows).permute(2, 0, 1)
 
 

@@ -25,7 +25,7 @@ from storage.decoding import (
     rotation_flag,
 )
 from storage.files import escape, fingerprint, open_regular
-from storage.lists import ListCache, as_nfc, contents, name_some, scan_images
+from storage.lists import ListCache, as_nfc, as_text, contents, name_some, scan_images
 from storage.packs import Pack, is_packed, open_pack
 
 ADE20K_NUM_CLASSES = 150
@@ -219,7 +219,7 @@ def list_pairs(root: str | Path, split: str) -> PairList:
             raise FileNotFoundError(f"{folder} is not there; {LABEL_LAYOUT}\nin {root}: {contents(root)}")
         by_stem = {}
         for file in scan_images(folder).files:
-            stem = as_nfc(os.path.splitext(file)[0])
+            stem = as_nfc(as_text(os.path.splitext(file)[0]))
             if stem in by_stem:
                 raise ValueError(f"{folder} has both {by_stem[stem]} and {file}; keep one")
             by_stem[stem] = file

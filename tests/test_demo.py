@@ -1,9 +1,15 @@
 """Drawn scenes: what they show, and that they are written once and whole."""
 
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
+from conftest import ROOT
 
-import storage.demo
 from storage.demo import DEMO_KINDS, draw_demo_scene, write_demo_data
 from storage.lists import find_splits, list_images
 
@@ -42,22 +48,36 @@ def test_demo_data_has_both_layouts_and_is_written_once(tmp_path):
         write_demo_data(tmp_path / "demo", num_train=30, num_val=10)
 
 
-def test_demo_data_of_two_runs_at_once_is_written_by_one(tmp_path, monkeypatch):
-    def draw_while_another_run_finishes(seed, kind):
-        monkeypatch.undo()
-        write_demo_data(tmp_path / "demo", num_train=20, num_val=10)
-        return draw_demo_scene(seed, kind)
+def start_drawing(root: Path) -> subprocess.Popen:
+    """Draw in another process, and give it when it has begun."""
+    program = f"import storage.demo as demo, pathlib; demo.write_demo_data(pathlib.Path({str(root)!r}), 400, 10)"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    while not list(root.parent.glob(f"{root.name}.*.tmp/imagefolder/train/*/*")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    return process
 
-    monkeypatch.setattr(storage.demo, "draw_demo_scene", draw_while_another_run_finishes)
-    write_demo_data(tmp_path / "demo", num_train=20, num_val=10)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["demo"]
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if not entry.name.endswith(".lock"))
 
 
-def test_demo_data_that_was_interrupted_leaves_nothing(tmp_path, monkeypatch):
-    def interrupt(seed, kind):
-        raise KeyboardInterrupt
+def test_demo_data_of_two_processes_at_once_is_drawn_by_one(tmp_path):
+    process = start_drawing(tmp_path / "demo")
+    write_demo_data(tmp_path / "demo", 400, 10)  # waits
+    assert process.wait() == 0 and names_in(tmp_path) == ["demo"]
+    assert len(list((tmp_path / "demo").rglob("*.png"))) == 410
 
-    monkeypatch.setattr(storage.demo, "draw_demo_scene", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_demo_data(tmp_path / "demo", num_train=20, num_val=10)
-    assert list(tmp_path.iterdir()) == []
+
+def test_demo_data_is_drawn_anew_where_a_drawing_was_killed(tmp_path):
+    process = start_drawing(tmp_path / "demo")
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and names_in(tmp_path) == ["demo.unfinished.tmp"]
+    write_demo_data(tmp_path / "demo", 20, 10)
+    assert names_in(tmp_path) == ["demo"] and len(list((tmp_path / "demo").rglob("*.png"))) == 30
+
+
+def test_demo_data_that_was_interrupted_leaves_nothing(tmp_path):
+    process = start_drawing(tmp_path / "demo")
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == -signal.SIGINT and names_in(tmp_path) == []

@@ -1,10 +1,13 @@
 """Flags: which the scripts have, who decides a value, what is refused and in which words, and what --help shows."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import json
+import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -38,6 +41,7 @@ OWN = {
 SWITCHES = """deterministic activation_checkpointing log_wandb demo rescan_data pin_memory bias_weight_decay
  norm_weight_decay norm_pix_loss custom_weight_init eval_only linear_probe knn from_scratch rel_pos_bias ignore_zero
  slide multi_scale flip"""
+NOBODY = 65534
 MINIMAL = {"per_gpu_batch_size": 4}
 # Lowest and highest value, both allowed; None where there is no end.
 SHARED_RANGES = {
@@ -306,6 +310,19 @@ def test_help_of_pretraining_shows_its_recipe(capsys, more, epochs):
         ("--experiment_name a/b", "--experiment_name 'a/b' is a folder name; the path goes into --working_directory"),
         ("--experiment_name ..", "--experiment_name '..' is a folder name"),
         ("--experiment_name ''", "--experiment_name '' is a folder name"),
+        ("--experiment_name .", "--experiment_name '.' is a folder name"),
+        (
+            f"--experiment_name {'é' * 128}",
+            f"--experiment_name '{30 * 'é'}...{20 * 'é'}' has 256 bytes, a folder's name",
+        ),
+        ("--experiment_name ' a'", "--experiment_name ' a' has spaces at an end, or characters that cannot"),
+        (
+            "--experiment_name 'a\nb'",
+            "--experiment_name 'a\\nb' has spaces at an end, or characters that cannot be seen",
+        ),
+        ("--experiment_name 'a\0b'", "--experiment_name 'a\\x00b' has spaces at an end, or characters that cannot"),
+        ("--experiment_name 'a\x1b[31mb'", "--experiment_name 'a\\x1b[31mb' has spaces at an end, or characters that"),
+        ("--path_to_data 'a\0b'", "--path_to_data 'a\\x00b' is no path that can be read (embedded null byte)"),
     ],
 )
 def test_impossible_values_are_refused_with_what_is_allowed(capsys, argv, message):
@@ -383,6 +400,65 @@ def test_demo_of_finetuning_starts_from_the_newest_demo_pretraining(tmp_path, ca
     for epoch in (6, 18, 12):
         (tmp_path / "demo" / f"checkpoint_{epoch}").mkdir(parents=True)
     assert flags.find_demo_weights(given) == str(tmp_path / "demo" / "checkpoint_18")
+
+
+@pytest.mark.parametrize("flag", ["path_to_data", "working_directory", "resume_from_checkpoint"])
+def test_path_that_no_disk_can_have_is_refused(script, capsys, tmp_path, flag):
+    (tmp_path / "loop").symlink_to("loop")
+    for path, reason in (("x" * 300, "File name too long"), (tmp_path / "loop", "Too many levels of symbolic links")):
+        said = refusal(capsys, Flags("", script.FLAGS).parse, [f"--{flag}", str(path)])
+        assert said.startswith(f"--{flag} '") and said.endswith(f"is no path that can be read ({reason})")
+
+
+@pytest.mark.parametrize("flag", ["path_to_data", "working_directory"])
+def test_file_where_a_folder_is_needed_is_refused(script, capsys, tmp_path, flag):
+    (tmp_path / "file").touch()
+    said = refusal(capsys, Flags("", script.FLAGS).parse, [f"--{flag}", str(tmp_path / "file")])
+    assert said == f"--{flag} {tmp_path / 'file'} is a file; a folder is needed"
+
+
+def test_file_of_class_names_that_is_none_is_refused(capsys, tmp_path):
+    parse = Flags("", importlib.import_module("finetune_segmentation").FLAGS).parse
+    said = refusal(capsys, parse, ["--class_names", str(tmp_path)])
+    assert said == f"--class_names {tmp_path} is a folder; a file with a name on every line is needed"
+    said = refusal(capsys, parse, ["--class_names", str(tmp_path / "names")])
+    assert said == (
+        f"--class_names {tmp_path / 'names'} cannot be read (No such file or directory); give a file with a name on "
+        "every line"
+    )
+
+
+@pytest.mark.parametrize("in_the_way", ["runs", "runs/experiment"])
+def test_place_of_a_run_with_a_file_in_the_way_is_refused(script, capsys, tmp_path, in_the_way):
+    (tmp_path / in_the_way).parent.mkdir(exist_ok=True)
+    (tmp_path / in_the_way).touch()
+    place = ["--working_directory", str(tmp_path / "runs" / "deep" if in_the_way == "runs" else tmp_path / "runs")]
+    said = refusal(capsys, script.parse_args, [*ENOUGH[script.__name__], *place, "--experiment_name", "experiment"])
+    assert f"but {tmp_path / in_the_way} is no folder; choose another place or name" in said
+    assert said.startswith("the run is kept in ")
+
+
+@contextlib.contextmanager
+def without_rights() -> Iterator[None]:
+    """Be nobody for a while, as root may write everywhere; others stay who they are."""
+    if os.getuid() == 0:
+        os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        yield
+    finally:
+        if os.getresuid()[2] == 0:
+            os.setresuid(0, 0, 0)
+
+
+def test_place_where_nothing_can_be_written_is_refused_but_for_evaluations(capsys, tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o555)
+    flags = Flags("", TABLE | {"recipe": [*TABLE["recipe"], ("eval_only", False, "only evaluate")]})
+    given = {"working_directory": str(tmp_path / "closed"), "experiment_name": "run"}
+    with without_rights():
+        said = refusal(capsys, flags.complete, given, RECIPE)
+        assert flags.complete(given | {"eval_only": True}, RECIPE).experiment_name == "run"
+    assert said.startswith(f"the run is kept in {tmp_path / 'closed' / 'run'}, but ")
+    assert said.endswith(" cannot be written to; choose another place")
 
 
 def test_tilde_is_the_home_folder_in_every_path(script, monkeypatch):

@@ -92,6 +92,47 @@ def test_damaged_record_is_replaced_and_reported_like_a_bad_file(train_pack):
     assert data[SampleKey(0, 3)].bad_files == []
 
 
+@pytest.fixture
+def raw_pack(drawn_images, tmp_path) -> Path:
+    """A pack of the training images as pixels, in one shard."""
+    return pack(drawn_images / "train", tmp_path / "raw_pack", "--raw")
+
+
+def invert_pixels(folder: Path, record: int) -> None:
+    """Overwrite the last row of an image of a raw pack, in place, as another program might."""
+    row = Pack(folder).table[record]
+    with (folder / "00000.shard").open("r+b") as shard:
+        shard.seek(row["offset"] + row["size"] - 3 * row["width"])
+        line = shard.read(3 * row["width"])
+        shard.seek(-len(line), os.SEEK_CUR)
+        shard.write(bytes(255 - value for value in line))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_pixels_that_were_overwritten_are_a_bad_file_also_where_the_crop_does_not_reach(raw_pack, num_workers):
+    data = ImageDataset(list_images(raw_pack), build_pretraining_transform((8, 8), 0.05))
+    invert_pixels(raw_pack, 2)
+    batches = build_training_loader(data, StepSampler(24, 4), num_workers)
+    (bad,) = {bad for batch in batches for bad in batch.bad_files}
+    assert bad.path == str(raw_pack / "cats" / "002.jpg") and "damaged since it was packed" in bad.reason
+
+
+def test_record_is_compared_once_for_all_data_workers(raw_pack):
+    data = ImageDataset(list_images(raw_pack), build_pretraining_transform((8, 8), 0.05))
+    loader = build_training_loader(data, StepSampler(24, 4), 2)
+    touched = {bad for batch in loader for bad in batch.bad_files}
+    assert not touched and data.files.pack.compared.tolist() == [1] * 24  # seen here, where nothing was read
+    assert list_images(raw_pack).pack.compared.sum() == 0  # another run looks again
+
+
+def test_rows_of_a_raw_pack_are_the_same_at_the_first_and_later_touches(raw_pack):
+    files, again = list_images(raw_pack), list_images(raw_pack)
+    for record in range(len(files)):
+        whole = files.pack.read_rows(record, 0, int(files.pack.table[record]["height"]))
+        for _ in range(2):
+            assert torch.equal(again.pack.read_rows(record, 3, 4), whole[:, 3:7])
+
+
 def change_header(folder: Path, **changes: object) -> None:
     header = json.loads((folder / PACK_FILE).read_text())
     (folder / PACK_FILE).write_text(json.dumps(header | changes))
@@ -164,7 +205,7 @@ def make_up_shard(folder: Path, rows: list[tuple], names: list[bytes], **changes
 @pytest.mark.parametrize(
     ("row", "name", "named"),
     [
-        ((0, 300, 10, 10, -1, 0), b"ok.jpg", None),
+        ((0, 300, 10, 10, -1, zlib.crc32(bytes(300))), b"ok.jpg", None),
         ((1, 300, 10, 10, -1, 0), b"ok.jpg", "a record's place"),
         ((2**64 - 300, 300, 10, 10, -1, 0), b"ok.jpg", "a record's place"),
         ((0, 2**64 - 1, 10, 10, -1, 0), b"ok.jpg", "a record's size"),

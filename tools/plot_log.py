@@ -29,7 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_rows(log: Path) -> list[dict]:
-    rows, lines = [], log.read_text().splitlines()
+    rows, lines = [], log.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))

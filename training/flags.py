@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from storage.files import escape
 from training.checkpoints import find_checkpoints
 
 Rows = Sequence[tuple]
@@ -75,6 +76,8 @@ RARE_FLAGS: dict[str, Rows] = {
 }
 NOT_GIVEN = object()
 PATHS = ("path_to", "working_directory", "resume_from_checkpoint", "class_names")  # beginnings of flags that name files
+FOLDERS = ("path_to_data", "path_to_probe_data", "working_directory")
+MAX_NAME_BYTES = 255  # of a file or folder, on nearly every disk
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -127,6 +130,8 @@ class Flags:
         found = self.parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, NOT_GIVEN)))
         given = {name: value for name, value in vars(found).items() if value is not NOT_GIVEN}
         paths = {name: os.path.expanduser(value) for name, value in given.items() if name.startswith(PATHS)}
+        for name, path in paths.items() if "help" not in given else ():
+            self.check_path(name, path)
         return given | paths  # a shell leaves the ~ of --flag=~/folder alone
 
     def complete(self, given: Mapping[str, object], *defaults: Mapping[str, object]) -> argparse.Namespace:
@@ -198,9 +203,45 @@ class Flags:
         if len(shown) != 3 or (max(shown) >= args.input_channels and shown != self.parser.get_default("show_channels")):
             self.error(f"--show_channels takes three bands of 0 to {args.input_channels - 1}, not {shown}")
         args.show_channels = [min(channel, args.input_channels - 1) for channel in shown]
+        self.check_experiment(args)
+
+    def check_path(self, name: str, path: str) -> None:
+        """Refuse a path that cannot be one, a file where a folder is needed, and a folder for a list of names."""
+        try:
+            os.stat(path)
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            if name == "class_names":
+                self.error(f"--{name} {path} cannot be read ({error.strerror}); give a file with a name on every line")
+            return  # of data and weights more is said where they are looked for
+        except (OSError, ValueError) as error:
+            self.error(f"--{name} {shorten(path)} is no path that can be read ({getattr(error, 'strerror', error)})")
+        if name in FOLDERS and not os.path.isdir(path):
+            self.error(f"--{name} {path} is a file; a folder is needed")
+        if name == "class_names" and os.path.isdir(path):
+            self.error(f"--{name} {path} is a folder; a file with a name on every line is needed")
+
+    def check_experiment(self, args: argparse.Namespace) -> None:
+        """Refuse a name that no folder can have, and a place where the run could not write."""
         name = args.experiment_name
         if Path(name).name != name or name in ("", ".."):
-            self.error(f"--experiment_name {name!r} is a folder name; the path goes into --working_directory")
+            self.error(f"--experiment_name {shorten(name)} is a folder name; the path goes into --working_directory")
+        if len(os.fsencode(name)) > MAX_NAME_BYTES:
+            self.error(
+                f"--experiment_name {shorten(name)} has {len(os.fsencode(name))} bytes, a folder's name at most "
+                f"{MAX_NAME_BYTES}; choose a shorter one"
+            )
+        if name != name.strip() or escape(name) != name:
+            self.error(
+                f"--experiment_name {shorten(name)} has spaces at an end, or characters that cannot be seen; leave "
+                "them out"
+            )
+        experiment = Path(os.path.abspath(args.working_directory), name)
+        nearest = next(folder for folder in (experiment, *experiment.parents) if os.path.lexists(folder))
+        if not os.path.isdir(nearest):
+            self.error(f"the run is kept in {experiment}, but {nearest} is no folder; choose another place or name")
+        trains = not any(getattr(args, flag, False) for flag in ("eval_only", "knn"))
+        if trains and not os.access(nearest, os.W_OK | os.X_OK):
+            self.error(f"the run is kept in {experiment}, but {nearest} cannot be written to; choose another place")
 
     def check_value_range(self, given: list | str | None) -> tuple[float, float] | str | None:
         """Turn --value_range into two numbers, "auto", "own" or None."""
@@ -227,6 +268,11 @@ class Flags:
                     allowed = "above 0" if high is None else f"above 0 and at most {high:g}"
                 shown = " ".join(f"{one:g}" for one in values)
                 self.error(f"--{name} must be {allowed}, not {shown}" + "".join(f", {reason}" for reason in why))
+
+
+def shorten(text: str) -> str:
+    """Show a text in quotes, its middle left out where it is long, and with nothing in it that a terminal obeys."""
+    return repr(text if len(text) <= 60 else f"{text[:30]}...{text[-20:]}")
 
 
 def write_out(word: str) -> str:
