@@ -1,5 +1,6 @@
 """How images, label maps and weights lie on a disk. Imports nothing above it."""
 
+from storage.console import protect_output
 from storage.decoding import describe_decoder
 from storage.demo import DEMO_LABEL_NAMES
 from storage.files import read_text, rename_aside, write_json, write_rows
@@ -7,7 +8,6 @@ from storage.lists import (
     FileList,
     as_text,
     check_same_classes,
-    escape_output,
     find_splits,
     find_validation,
     list_images,
@@ -37,7 +37,7 @@ __all__ = [
     "check_pairs",
     "check_same_classes",
     "describe_decoder",
-    "escape_output",
+    "protect_output",
     "find_splits",
     "find_validation",
     "find_weights",

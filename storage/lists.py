@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import os
 import re
-import sys
 import unicodedata
 import zipfile
 import zlib
@@ -208,12 +207,6 @@ def as_text(name: str) -> str:
     locale. In a UTF-8 locale both are the same.
     """
     return os.fsencode(name).decode("utf-8", "surrogateescape")
-
-
-def escape_output() -> None:
-    """Print what the terminal's encoding has not as \\xe9 or \\udcff: no name of a file is an error."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
 
 
 def name_some(names: list[str], count: int = 5, separator: str = ", ") -> str:

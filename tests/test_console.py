@@ -8,7 +8,7 @@ from conftest import ROOT
 
 CODE = r"""
 import sys
-from training.console import protect_output
+from storage.console import protect_output
 protect_output()
 print("a" * 100_000, flush=True)
 print("\u00e9", file=sys.stderr)

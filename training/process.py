@@ -24,7 +24,7 @@ from storage.demo import write_demo_data
 from storage.lists import FileList, ListCache, find_splits, list_images, refuse_inside
 from storage.pairs import PairList, check_pairs, describe_labels, label_table, list_pairs, refuse_one_class
 from storage.values import IMAGENET_MEAN, IMAGENET_STD
-from training.console import protect_output
+from storage.console import protect_output
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends, however that ends

@@ -1,4 +1,4 @@
-"""What a run prints: never its end, and never an order to the terminal.
+"""What is printed: never the end of a run, and never an order to the terminal.
 
 Whoever reads the output may leave, and names of files and tensors may hold anything.
 """
