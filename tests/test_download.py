@@ -1,6 +1,8 @@
 """Downloads from a server in this process: whole, cut, resumed, wrong, hostile, and laid out as the scripts read."""
 
 import contextlib
+import fcntl
+import gzip
 import hashlib
 import http.server
 import io
@@ -10,11 +12,14 @@ import re
 import resource
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tarfile
 import threading
+import time
+import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,10 +28,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load_tool
-from filelock import FileLock
 from PIL import Image
 from torchvision.datasets import Imagenette, OxfordIIITPet
 
+from storage import transfer
 from storage.lists import find_splits, list_images
 from storage.pairs import IGNORE_INDEX, check_pairs, label_table, list_pairs, read_label_map
 
@@ -36,25 +41,22 @@ CONTENT = np.random.default_rng(0).bytes(300_000)
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serve `server.files`, with ranges unless `ignores_ranges`; the first `cuts` answers break off half-way.
 
-    What is in `server.lies`, by method and path, answers instead.
+    What is in `server.lies`, by path, answers instead. `server.etag` tells the version of all files, if it is given,
+    and an If-Range with another one gets the whole file.
     """
 
     def handle(self):
         with contextlib.suppress(ConnectionError):  # a client that leaves before the end of an answer
             super().handle()
 
-    def do_HEAD(self):
-        if lie := self.server.lies.get(("HEAD", self.path)):
-            return lie(self)
-        return self.answer(http.HTTPStatus.OK, len(self.server.files[self.path]))
-
     def do_GET(self):
         asked = self.headers["Range"]
         self.server.ranges.append(asked)
-        if lie := self.server.lies.get(("GET", self.path)):
+        if lie := self.server.lies.get(self.path):
             return lie(self)
         content = self.server.files[self.path]
-        if asked and not self.server.ignores_ranges:
+        current = self.headers["If-Range"] in (None, self.server.etag)
+        if asked and current and not self.server.ignores_ranges:
             start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
             self.answer(http.HTTPStatus.PARTIAL_CONTENT, len(content) - start, (start, len(content)))
             content = content[start:]
@@ -69,6 +71,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, status: int, length: int, span: tuple[int, int] | None = None) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(length))
+        if self.server.etag and not span:  # a rest may go without
+            self.send_header("ETag", self.server.etag)
         if span:
             self.send_header("Content-Range", f"bytes {span[0]}-{span[1] - 1}/{span[1]}")
         self.end_headers()
@@ -78,8 +82,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
+        self.wfile.write(content)
 
     def log_message(self, *_):
         """Keep the test's output clean."""
@@ -99,15 +102,14 @@ def running_server() -> Iterator[http.server.ThreadingHTTPServer]:
 def server(running_server) -> http.server.ThreadingHTTPServer:
     """The one server, which holds nothing and obeys."""
     running_server.files, running_server.lies, running_server.ranges = {}, {}, []
-    running_server.cuts, running_server.ignores_ranges = 0, False
+    running_server.cuts, running_server.ignores_ranges, running_server.etag = 0, False, None
     return running_server
 
 
 @pytest.fixture
 def tool(monkeypatch):
-    tool = load_tool("download")
-    monkeypatch.setattr(tool, "RETRY_WAIT_S", 0)
-    return tool
+    monkeypatch.setattr(transfer, "RETRY_WAIT_S", 0)
+    return load_tool("download")
 
 
 def checksum(content: bytes, digits: int | None = None) -> str:
@@ -134,6 +136,18 @@ def lie(status: int, content: bytes = b"", **headers: str) -> Callable[[Handler]
 
 
 WEIGHTS = "mae_pretrain_vit_base.pth"
+WORK, PART = f"{WEIGHTS}.download", f"{WEIGHTS}.part"
+
+
+def begin_part(server, output: Path, content: bytes, **version: str | int) -> Path:
+    """Leave what a killed run leaves: a part, and the version that it was begun with."""
+    part = output / WORK / PART
+    part.parent.mkdir(parents=True)
+    part.write_bytes(content)
+    begun = {"url": f"{server.url}/{WEIGHTS}", "length": len(CONTENT)} | version
+    part.with_name(f"{PART}.json").write_text(json.dumps(begun))
+    return part
+
 
 # -------------------------------------------------------------------------------- one file
 
@@ -142,9 +156,10 @@ def test_file_is_downloaded_once(server, tool, tmp_path, capsys):
     serve(server, tool, "mae_base", {WEIGHTS: CONTENT}, lambda content: checksum(content, 6))
     run(tool, "mae_base", tmp_path / "new")
     assert (tmp_path / "new" / WEIGHTS).read_bytes() == CONTENT
-    assert "the 6 digits that are published" in capsys.readouterr().out
+    agree = "the first 6 digits of its md5, all that are published, agree"
+    assert f"{WEIGHTS}: {agree}" in capsys.readouterr().out
     run(tool, "mae_base", tmp_path / "new")
-    assert f"{WEIGHTS} is there: verified by" in capsys.readouterr().out
+    assert f"{WEIGHTS} is there: {agree}" in capsys.readouterr().out
     assert server.ranges == [None] and names_in(tmp_path / "new") == {WEIGHTS}
 
 
@@ -155,15 +170,16 @@ def test_file_is_downloaded_once(server, tool, tmp_path, capsys):
         (CONTENT[:123_456], {}, ["bytes=123456-"]),
         (b"x" * 100_000, {"ignores_ranges": True}, ["bytes=100000-"]),  # all of it comes, and replaces what there was
         (CONTENT + b"more", {}, [None]),  # of another file
+        (b"x" * 100_000, {}, ["bytes=100000-", None]),  # found by the checksum
         (CONTENT, {}, []),
     ],
-    ids=["cut", "later run", "no ranges", "longer part", "whole part"],
+    ids=["cut", "later run", "no ranges", "longer part", "damaged part", "whole part"],
 )
 def test_download_goes_on_where_it_stopped(part, behaviour, asked, server, tool, tmp_path):
     serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
     vars(server).update(behaviour)
     if part:
-        (tmp_path / f"{WEIGHTS}.part").write_bytes(part)
+        begin_part(server, tmp_path, part)
     run(tool, "mae_base", tmp_path)
     assert server.ranges == asked
     assert (tmp_path / WEIGHTS).read_bytes() == CONTENT and names_in(tmp_path) == {WEIGHTS}
@@ -174,8 +190,8 @@ def test_connection_that_gives_nothing_more_is_an_error_that_keeps_what_came(ser
     server.ignores_ranges, server.cuts = True, 100  # always the same half
     with pytest.raises(ConnectionError, match=r"only 150,000 of 300,000 bytes came: .*; run again to go on"):
         run(tool, "mae_base", tmp_path)
-    assert len(server.ranges) == 1 + tool.MAX_IDLE_TRIES
-    assert (tmp_path / f"{WEIGHTS}.part").read_bytes() == CONTENT[:150_000] and not (tmp_path / WEIGHTS).exists()
+    assert len(server.ranges) == 1 + transfer.MAX_IDLE_TRIES
+    assert (tmp_path / WORK / PART).read_bytes() == CONTENT[:150_000] and not (tmp_path / WEIGHTS).exists()
 
 
 def test_server_that_cannot_be_reached_is_named(tool, tmp_path):
@@ -187,119 +203,365 @@ def test_server_that_cannot_be_reached_is_named(tool, tmp_path):
     assert names_in(tmp_path) == set()
 
 
-@pytest.mark.parametrize("method", ["HEAD", "GET"])
-@pytest.mark.parametrize("status", [403, 404, 410, 416])
-def test_no_of_the_server_is_final(method, status, server, tool, tmp_path):
+@pytest.mark.parametrize("status", [401, 403, 404, 410, 416])
+def test_no_of_the_server_is_final(status, server, tool, tmp_path):
     serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
-    server.lies[method, f"/{WEIGHTS}"] = lie(status, b"<html>no</html>")
+    server.lies[f"/{WEIGHTS}"] = lie(status, b"<html>no</html>")
     answer = rf"cannot be downloaded: the server answers {status} .*save it as "
     with pytest.raises(FileNotFoundError, match=rf"{WEIGHTS} {answer}.*/{WEIGHTS}, run again"):
         run(tool, "mae_base", tmp_path)
-    assert len(server.ranges) == (method == "GET") and names_in(tmp_path) == set()
+    assert len(server.ranges) == 1 and names_in(tmp_path) == set()
     serve(server, tool, "pets", pets_archives())
-    server.lies[method, "/annotations.tar.gz"] = lie(status)
+    server.lies["/annotations.tar.gz"] = lie(status)
     with pytest.raises(FileNotFoundError, match=rf"{answer}.*pets\.download/annotations\.tar\.gz, run again"):
         run(tool, "pets", tmp_path)
     assert [names_in(folder) for folder in tmp_path.iterdir()] == [{"images.tar.gz"}]
 
 
-def test_failure_of_the_server_is_tried_again(server, tool, tmp_path):
+def test_passing_failure_of_the_server_is_tried_again(server, tool, tmp_path):
     serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
-    busy = [503, 500, 502, 504]
+    busy = [503, 429, 408, 500]
 
     def answer(handler: Handler) -> None:
         status = busy.pop()
         if not busy:
-            del server.lies["GET", f"/{WEIGHTS}"]
+            del server.lies[f"/{WEIGHTS}"]
         handler.reply(status)
 
-    server.lies["GET", f"/{WEIGHTS}"] = answer
+    server.lies[f"/{WEIGHTS}"] = answer
     run(tool, "mae_base", tmp_path)
     assert (tmp_path / WEIGHTS).read_bytes() == CONTENT and len(server.ranges) == 5
-    server.lies["GET", f"/{WEIGHTS}"] = lie(503)
-    with pytest.raises(ConnectionError, match=r"only 0 of 300,000 bytes came: .*503: Service Unavailable"):
+    server.lies[f"/{WEIGHTS}"] = lie(503)
+    with pytest.raises(ConnectionError, match=r"only 0 of an unknown number of bytes came: .*503 Service Unavailable"):
         run(tool, "mae_base", tmp_path / "other")
-    assert len(server.ranges) == 5 + tool.MAX_IDLE_TRIES and names_in(tmp_path / "other") == set()
+    assert len(server.ranges) == 5 + transfer.MAX_IDLE_TRIES and names_in(tmp_path / "other") == set()
+
+
+def test_waits_double_and_the_server_may_ask_for_longer_ones_within_a_bound(server, tool, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "RETRY_WAIT_S", 3)
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    for retry_after, expected in {
+        "": [6, 12, 24, 48],
+        "30": [30, 30, 30, 48],
+        "9" * 9: 4 * [transfer.MAX_RETRY_WAIT_S],
+        "9" * 5000: [6, 12, 24, 48],  # more than int() reads
+        "Wed, 21 Oct 2099 07:28:00 GMT": [6, 12, 24, 48],
+        "-5": [6, 12, 24, 48],
+    }.items():
+        waits.clear()
+        server.lies[f"/{WEIGHTS}"] = lie(429, **({"Retry_After": retry_after} if retry_after else {}))
+        with pytest.raises(ConnectionError, match="429 Too Many Requests"):
+            run(tool, "mae_base", tmp_path)
+        assert waits == expected, retry_after
+
+
+def lie_about_the_rest(**headers: str) -> Callable[[Handler], None]:
+    """Answer a request for a rest with other headers than it should have, and one for all of it rightly."""
+
+    def answer(handler: Handler) -> None:
+        if handler.headers["Range"]:
+            handler.reply(206, CONTENT[99_999:299_999], Content_Length="200000", **headers)
+        else:
+            handler.answer(200, len(CONTENT))
+            handler.wfile.write(CONTENT)
+
+    return answer
 
 
 @pytest.mark.parametrize(
-    ("spans", "reason"),
+    "headers",
     [
-        ("bytes 99999-299999/300000", "gives bytes 99999-299999/300000"),
-        ("bytes 1000000-2000000/300000", "gives bytes 1000000-"),
-        ("bytes 100000-299999/300001", "gives bytes 100000-299999/300001"),
-        ("bytes 100000", "gives bytes 100000"),
-        ("", "gives no range"),
+        {"Content_Range": "bytes 99999-299999/300000"},
+        {"Content_Range": "bytes 1000000-2000000/300000"},
+        {"Content_Range": "bytes 100000-299999/300001"},
+        {"Content_Range": "bytes 100000"},
+        {},
+        {"Content_Range": "bytes 100000-299999/300000", "ETag": '"new"'},
+        {"Content_Range": "bytes 100000-299999/300000", "Last_Modified": "Thu, 01 Jan 2026 00:00:00 GMT"},
     ],
 )
-def test_other_part_than_asked_for_is_not_taken(spans, reason, server, tool, tmp_path):
-    serve(server, tool, "mae_base", {WEIGHTS: CONTENT}, lambda _: None)  # nothing else would notice
-    part = tmp_path / f"{WEIGHTS}.part"
-    part.write_bytes(CONTENT[:100_000])
-    headers = {"Content_Length": "200000"} | ({"Content_Range": spans} if spans else {})
-    server.lies["GET", f"/{WEIGHTS}"] = lie(206, CONTENT[99_999:299_999], **headers)
-    with pytest.raises(ConnectionError, match=reason):
-        run(tool, "mae_base", tmp_path)
-    assert part.read_bytes() == CONTENT[:100_000] and names_in(tmp_path) == {part.name}
+def test_other_part_than_asked_for_is_not_taken(headers, server, tool, tmp_path, capsys):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT}, lambda content: checksum(content, 6))
+    begin_part(server, tmp_path, CONTENT[:100_000], etag='"old"', last_modified="Wed, 01 Jan 2025 00:00:00 GMT")
+    server.lies[f"/{WEIGHTS}"] = lie_about_the_rest(**headers)
+    run(tool, "mae_base", tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == CONTENT and server.ranges == ["bytes=100000-", None]
+    assert "the download starts over" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("length", ["299999", "300001", None])
-def test_no_more_than_the_announced_length_is_written(length, server, tool, tmp_path):
+def test_rest_that_the_server_refuses_is_replaced_by_the_whole(server, tool, tmp_path):
     serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
-    headers = {"Content_Length": length} if length else {}
-    server.lies["GET", f"/{WEIGHTS}"] = lie(200, CONTENT + b"and so on" * 100_000, **headers)
-    if length:
-        with pytest.raises(ConnectionError, match=f"from 0 on of 300000, .* gives {length}"):
-            run(tool, "mae_base", tmp_path)
-        assert names_in(tmp_path) == set()
-    else:
+    begin_part(server, tmp_path, b"x" * 100_000)
+
+    def refuse_the_rest(handler: Handler) -> None:
+        del server.lies[f"/{WEIGHTS}"]
+        handler.reply(416, b"<html>no</html>", Content_Type="text/html", Content_Range="bytes */50000")
+
+    server.lies[f"/{WEIGHTS}"] = refuse_the_rest
+    run(tool, "mae_base", tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == CONTENT and server.ranges == ["bytes=100000-", None]
+
+
+@pytest.mark.parametrize("begun", ['"old"', '"new"', 'W/"new"'])
+def test_part_of_an_older_version_is_not_continued(begun, server, tool, tmp_path, capsys):
+    source = tmp_path / "source.pth"
+    torch.save(torch.rand(30_000), source, _use_new_zipfile_serialization=False)
+    content = source.read_bytes()
+    serve(server, tool, "mae_base", {WEIGHTS: content}, lambda _: None)  # nothing else would notice
+    server.etag = '"new"'
+    output = tmp_path / "output"
+    begin_part(server, output, content[:5000], etag=begun, length=len(content))
+    run(tool, "mae_base", output)
+    assert (output / WEIGHTS).read_bytes() == content
+    assert ("has changed" in capsys.readouterr().out) == (begun == '"old"')
+    assert names_in(output) == {WEIGHTS}
+
+
+@pytest.mark.parametrize("record", [None, "", "[]", '{"url": 5}', '{"url": "http://elsewhere/", "length": 300000}'])
+def test_part_without_a_record_of_its_version_is_begun_anew(record, server, tool, tmp_path, capsys):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    part = begin_part(server, tmp_path, b"x" * 100_000)
+    part.with_name(f"{PART}.json").unlink()
+    if record is not None:
+        part.with_name(f"{PART}.json").write_text(record)
+    run(tool, "mae_base", tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == CONTENT and server.ranges == [None]
+    assert "the download starts over" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("length", ["299999", "300001"])
+def test_length_that_is_a_lie_is_noticed(length, server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    server.lies[f"/{WEIGHTS}"] = lie(200, CONTENT, Content_Length=length)
+    with pytest.raises((ConnectionError, ValueError), match=r"closed the connection|has the md5"):
         run(tool, "mae_base", tmp_path)
-        assert (tmp_path / WEIGHTS).read_bytes() == CONTENT
+    assert WEIGHTS not in names_in(tmp_path)
 
 
-@pytest.mark.parametrize("length", [None, "-5", "many", "0"])
+def test_no_more_than_the_announced_length_is_written(server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    server.lies[f"/{WEIGHTS}"] = lie(200, CONTENT + b"and so on" * 100_000, Content_Length="300000")
+    run(tool, "mae_base", tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("length", [None, "-5", "many", "0", "9" * 5000])
 def test_unknown_length_is_refused(length, server, tool, tmp_path):
     serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
-    server.lies["HEAD", f"/{WEIGHTS}"] = lie(200, **({"Content_Length": length} if length else {}))
-    with pytest.raises(ConnectionError, match="does not say how long it is"):
+    server.lies[f"/{WEIGHTS}"] = lie(200, CONTENT, **({"Content_Length": length} if length else {}))
+    with pytest.raises(FileNotFoundError, match=rf"does not say how long it is \(Content-Length {length}\)"):
         run(tool, "mae_base", tmp_path)
-    assert server.ranges == [] and names_in(tmp_path) == set()
+    assert names_in(tmp_path) == set()
 
 
-def test_weights_of_an_old_torch_are_taken_by_their_length(server, tool, tmp_path, capsys):
+def send_pieces(handler: Handler, content: bytes, end: bytes = b"0\r\n\r\n") -> None:
+    pieces = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in (content[:1000], content[1000:]) if piece)
+    handler.reply(200, pieces + end, Transfer_Encoding="chunked")
+
+
+def test_transfer_that_marks_its_own_end_needs_no_length(server, tool, tmp_path, capsys):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    answers = [{"end": b""}, {"content": CONTENT[:1001], "end": b"5\r\nab"}, {}]  # cut twice, then whole
+    server.lies[f"/{WEIGHTS}"] = lambda handler: send_pieces(handler, **{"content": CONTENT} | answers.pop(0))
+    run(tool, "mae_base", tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == CONTENT and server.ranges == [None] * 3
+    assert "one without a length: the download starts over" in capsys.readouterr().out
+
+
+def test_transfer_without_a_length_or_an_end_is_given_up(server, tool, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "MAX_BYTES", 200_000)
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    server.lies[f"/{WEIGHTS}"] = lambda handler: send_pieces(handler, CONTENT)
+    with pytest.raises(ConnectionError, match="more than 200,000 bytes came, and no length was said"):
+        run(tool, "mae_base", tmp_path)
+
+
+def trickle(handler: Handler, before: bytes, byte: bytes) -> None:
+    handler.wfile.write(before)
+    with contextlib.suppress(ConnectionError):
+        for _ in range(1000):
+            handler.wfile.write(byte)
+            time.sleep(0.01)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "byte"),
+    [
+        (b"", b"H"),
+        (HEAD + b"X: ", b"x"),
+        (HEAD + b"\r\n", b"x"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"),
+        (b"HTTP/1.1 503 Busy\r\nRetry-After: 100\r\n\r\n", b""),
+    ],
+    ids=["status", "header", "content", "size of a piece", "asks to wait"],
+)
+def test_byte_now_and_then_is_given_up(before, byte, server, tool, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "STALL_S", 0.3)
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    server.lies[f"/{WEIGHTS}"] = lambda handler: trickle(handler, before, byte)
+    started = time.monotonic()
+    handler = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(ConnectionError, match=r"only \d+ bytes in 0\.3 s, .*; run again to go on"):
+        run(tool, "mae_base", tmp_path)
+    assert time.monotonic() - started < 5
+    assert signal.getsignal(signal.SIGALRM) == handler and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_byte_per_connection_is_given_up(server, tool, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "STALL_S", 0.3)
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+
+    def give_one_byte(handler: Handler) -> None:
+        start = int((handler.headers["Range"] or "bytes=0-")[6:-1])
+        handler.answer(206 if start else 200, len(CONTENT) - start, (start, len(CONTENT)) if start else None)
+        handler.wfile.write(CONTENT[start : start + 1])
+        handler.close_connection = True
+
+    server.lies[f"/{WEIGHTS}"] = give_one_byte
+    with pytest.raises(ConnectionError, match=r"only \d+ bytes in 0\.3 s"):
+        run(tool, "mae_base", tmp_path)
+    come = (tmp_path / WORK / PART).read_bytes()
+    assert len(come) > transfer.MAX_IDLE_TRIES and CONTENT.startswith(come)
+
+
+def test_file_that_changes_all_the_time_is_given_up(server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+
+    def change(handler: Handler) -> None:
+        length = 1000 + len(server.ranges)  # a little more each time, so that no try is idle
+        handler.reply(200, CONTENT[:length], Content_Length="300000", ETag=f'"{length}"')
+        handler.close_connection = True
+
+    server.lies[f"/{WEIGHTS}"] = change
+    with pytest.raises(ConnectionError, match="the file was begun 10 times"):
+        run(tool, "mae_base", tmp_path)
+
+
+@pytest.mark.parametrize("first", ["close", "garbage", "silence in the handshake"])
+def test_connection_that_breaks_before_an_answer_is_tried_again(first, tool, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        protocol = "https" if first.startswith("silence") else "http"
+        url = f"{protocol}://127.0.0.1:{listening.getsockname()[1]}/{WEIGHTS}"
+        connections = []
+
+        def answer() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connections.append(listening.accept()[0])
+                    if first == "garbage":
+                        connections[-1].sendall(b"\x00\x01\x02 no HTTP\r\n\r\n")
+                    if protocol == "http":
+                        connections[-1].close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        tool.SOURCES["mae_base", "pretrain"] = {url: None}
+        with pytest.raises(ConnectionError, match=rf"{url} cannot be reached: .*; run again to go on"):
+            run(tool, "mae_base", tmp_path)
+        assert len(connections) == transfer.MAX_IDLE_TRIES and names_in(tmp_path) == set()
+
+
+@pytest.mark.parametrize("with_part", [False, True])
+def test_page_to_log_in_is_refused_and_leaves_the_part(with_part, server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    if with_part:
+        begin_part(server, tmp_path, CONTENT[:100_000])
+    page = b"<!DOCTYPE html><title>Please log in</title>"
+    server.lies[f"/{WEIGHTS}"] = lie(200, page, Content_Type="text/html; charset=utf-8", Content_Length=str(len(page)))
+    with pytest.raises(FileNotFoundError, match=r"gives a web page, perhaps one to log in\. If you find it elsewhere"):
+        run(tool, "mae_base", tmp_path)
+    server.lies.clear()
+    run(tool, "mae_base", tmp_path)
+    assert server.ranges[1:] == (["bytes=100000-"] if with_part else [None])
+    assert (tmp_path / WEIGHTS).read_bytes() == CONTENT
+
+
+def test_compressed_answer_is_refused_but_not_that_of_an_archive(server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    serve(server, tool, "pets", pets_archives())
+    packed = gzip.compress(CONTENT)
+    server.lies[f"/{WEIGHTS}"] = lie(200, packed, Content_Encoding="gzip", Content_Length=str(len(packed)))
+    with pytest.raises(FileNotFoundError, match="gives it in the encoding gzip, not as it is"):
+        run(tool, "mae_base", tmp_path)
+    for name, content in pets_archives().items():
+        serve(server, tool, "pets", pets_archives())
+        content = server.files[f"/{name}"]
+        server.lies[f"/{name}"] = lie(200, content, Content_Encoding="x-gzip", Content_Length=str(len(content)))
+    run(tool, "pets", tmp_path)
+    assert names_in(tmp_path) == {"pets"}
+
+
+def test_words_of_the_server_cannot_steer_the_terminal(server, tool, tmp_path, capsys):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    server.lies[f"/{WEIGHTS}"] = lambda handler: handler.wfile.write(b"HTTP/1.1 503 \x1b[2Jgone\r\n\r\n")
+    with pytest.raises(ConnectionError):
+        run(tool, "mae_base", tmp_path)
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_weights_of_an_old_torch_are_never_called_verified(server, tool, tmp_path, capsys):
+    """Only a digest of the whole file finds each flipped bit; without one nothing may be claimed."""
     file = tmp_path / "source.pth"
     torch.save({"model": {"cls_token": torch.rand(1000)}}, file, _use_new_zipfile_serialization=False)
-    serve(server, tool, "mae_base", {WEIGHTS: file.read_bytes()}, lambda _: None)
+    content, random = file.read_bytes(), np.random.default_rng(0)
+    url, taken = "http://server/weights.pth", 0
+    for bit in random.choice(8 * len(content), 200, replace=False):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        for known in (checksum(content), checksum(content, 6)):
+            with pytest.raises(ValueError, match="has the md5"):
+                tool.verify(file, url, known, "remove it")
+        with contextlib.suppress(ValueError):  # of the first bytes, by which such a file is known
+            assert tool.verify(file, url, None, "remove it") == "not verified, no published checksum"
+            taken += 1
+    assert taken >= 190
+    file.write_bytes(content)
+    assert tool.verify(file, url, checksum(content), "").startswith("verified, it has the published md5 ")
+    assert "verified" not in tool.verify(file, url, checksum(content, 6), "")
+    serve(server, tool, "mae_base", {WEIGHTS: content}, lambda _: None)
     run(tool, "mae_base", tmp_path / "output")
-    assert "only its length was checked" in capsys.readouterr().out
+    assert f"{WEIGHTS}: not verified, no published checksum" in capsys.readouterr().out
 
 
 def test_redirect_to_another_address_is_followed(server, tool, tmp_path):
     serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
     server.files["/moved"] = CONTENT
-    for method in ("HEAD", "GET"):
-        server.lies[method, f"/{WEIGHTS}"] = lie(301, Location=f"http://localhost:{server.server_port}/moved")
-    (tmp_path / f"{WEIGHTS}.part").write_bytes(CONTENT[:1000])
+    server.lies[f"/{WEIGHTS}"] = lie(301, Location=f"http://localhost:{server.server_port}/moved")
+    begin_part(server, tmp_path, CONTENT[:1000])
     run(tool, "mae_base", tmp_path)
     assert (tmp_path / WEIGHTS).read_bytes() == CONTENT and server.ranges[-1] == "bytes=1000-"
 
 
-@pytest.mark.parametrize("method", ["HEAD", "GET"])
 @pytest.mark.parametrize("location", ["file:///etc/hostname", "ftp://127.0.0.1/x", "data:,x", f"/{WEIGHTS}"])
-def test_redirect_to_anything_but_a_server_is_refused(location, method, server, tool, tmp_path):
+def test_redirect_to_anything_but_a_server_is_refused(location, server, tool, tmp_path):
     serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
-    for lying in {method, "GET"}:
-        server.lies[lying, f"/{WEIGHTS}"] = lie(302, Location=location)
+    server.lies[f"/{WEIGHTS}"] = lie(302, Location=location)
     with pytest.raises((FileNotFoundError, ValueError), match=r"302|is not followed"):
         run(tool, "mae_base", tmp_path)
     assert names_in(tmp_path) == set()
     assert len(server.ranges) <= 11  # a loop ends, and is not begun again
 
 
+def test_redirect_with_an_endless_answer_is_followed_without_it(server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    server.files["/moved"] = CONTENT
+    start = b"HTTP/1.1 302 Found\r\nLocation: /moved\r\n\r\n"
+    server.lies[f"/{WEIGHTS}"] = lambda handler: trickle(handler, start, b"x")
+    started = time.monotonic()
+    run(tool, "mae_base", tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == CONTENT and time.monotonic() - started < 5
+
+
 def test_redirect_never_leaves_encryption(tool):
     def follow(start: str, end: str) -> str:
-        request = tool.urllib.request.Request(start)
-        return tool.Redirects().redirect_request(request, None, 301, "Moved", {}, end).full_url
+        request = urllib.request.Request(start)
+        return transfer.Redirects().redirect_request(request, io.BytesIO(), 301, "Moved", {}, end).full_url
 
     assert follow("https://a.org/x", "https://b.org/x") == "https://b.org/x"
     assert follow("http://a.org/x", "http://b.org/x") == "http://b.org/x"
@@ -309,38 +571,51 @@ def test_redirect_never_leaves_encryption(tool):
             follow("https://a.org/x", end)
 
 
-@pytest.fixture
-def failures(tool, monkeypatch) -> dict[int, BaseException]:
-    """What reading from the network raises instead, by the number of the call."""
-    read, calls, failures = http.client.HTTPResponse.read, [], {}
-
-    def read_or_fail(response, amount):
-        calls.append(amount)
-        if len(calls) in failures:
-            raise failures[len(calls)]
-        return read(response, amount)
-
-    monkeypatch.setattr(tool, "CHUNK_BYTES", 100_000)
-    monkeypatch.setattr(http.client.HTTPResponse, "read", read_or_fail)
-    return failures
+KILLED = """
+import os, sys
+sys.path.insert(0, {tools!r})
+import download as tool
+tool.SOURCES.update({sources!r})
+tool.main(tool.parse_args(["mae_base", "--output", "output"]))
+"""
 
 
-def test_connection_that_fails_in_mid_answer_is_taken_up(server, tool, tmp_path, failures):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_killed_download_goes_on_where_it_was(number, server, tool, tmp_path):
     serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
-    failures.update({2: OSError("bad record"), 4: http.client.IncompleteRead(b"")})
-    run(tool, "mae_base", tmp_path)
-    assert server.ranges == [None, "bytes=100000-", "bytes=200000-"]
-    assert (tmp_path / WEIGHTS).read_bytes() == CONTENT
+    killed = threading.Event()
 
+    def give_half(handler: Handler) -> None:
+        handler.answer(200, len(CONTENT))
+        handler.wfile.write(CONTENT[:200_000])
+        killed.wait(60)
 
-def test_interrupted_download_keeps_what_came(server, tool, tmp_path, failures):
-    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
-    failures[3] = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
-        run(tool, "mae_base", tmp_path)
-    assert (tmp_path / f"{WEIGHTS}.part").read_bytes() == CONTENT[:200_000]
-    run(tool, "mae_base", tmp_path)
-    assert server.ranges == [None, "bytes=200000-"] and (tmp_path / WEIGHTS).read_bytes() == CONTENT
+    server.lies[f"/{WEIGHTS}"] = give_half
+    script = KILLED.format(
+        tools=str(ROOT / "tools"), sources={key: tool.SOURCES[key] for key in [("mae_base", "pretrain")]}
+    )
+    part = tmp_path / "output" / WORK / PART
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "no_proxy": "*"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        try:
+            deadline = time.monotonic() + 60
+            while not part.exists() or part.stat().st_size < 200_000:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            with pytest.raises(BlockingIOError, match="another run is downloading"):  # while that one lives
+                run(tool, "mae_base", tmp_path / "output")
+            process.send_signal(number)
+            process.communicate(timeout=60)
+        finally:
+            killed.set()
+            process.kill()
+    assert part.read_bytes() == CONTENT[:200_000]
+    server.lies.clear()
+    run(tool, "mae_base", tmp_path / "output")
+    assert server.ranges == [None, "bytes=200000-"]
+    assert (tmp_path / "output" / WEIGHTS).read_bytes() == CONTENT and names_in(tmp_path / "output") == {WEIGHTS}
 
 
 def test_full_disk_in_mid_download_is_final_and_keeps_what_came(server, tool, tmp_path):
@@ -348,15 +623,109 @@ def test_full_disk_in_mid_download_is_final_and_keeps_what_came(server, tool, tm
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))  # as a full disk, for files of this process
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OSError, match=rf"{PART} cannot be written: .*File too large; make room and run again"):
             run(tool, "mae_base", tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert len(server.ranges) == 1 and names_in(tmp_path) == {f"{WEIGHTS}.part"}
-    come = (tmp_path / f"{WEIGHTS}.part").read_bytes()
+    assert len(server.ranges) == 1 and names_in(tmp_path) == {WORK}
+    come = (tmp_path / WORK / PART).read_bytes()
     assert len(come) == 200_000 and CONTENT.startswith(come)
     run(tool, "mae_base", tmp_path)
     assert server.ranges[1:] == ["bytes=200000-"] and (tmp_path / WEIGHTS).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("kind", ["link to a folder", "link to nothing", "file"])
+@pytest.mark.parametrize(("name", "target"), [("mae_base", WEIGHTS), ("pets", "pets")])
+def test_folder_that_somebody_planted_is_not_written_to(name, target, kind, server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    serve(server, tool, "pets", pets_archives())
+    mine, output = tmp_path / "mine", tmp_path / "output"
+    output.mkdir()
+    (mine / "unpacked").mkdir(parents=True)
+    (mine / "unpacked" / "thesis.txt").write_text("mine")
+    work = output / f"{target}.download"
+    work.write_text("theirs") if kind == "file" else work.symlink_to(mine if kind == "link to a folder" else "nothing")
+    with pytest.raises(FileExistsError, match=rf"{target}\.download is a link, a file or another user's folder"):
+        run(tool, name, output)
+    assert [str(path.relative_to(mine)) for path in mine.rglob("*")] == ["unpacked", "unpacked/thesis.txt"]
+    assert server.ranges == [] and names_in(output) == {work.name}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_folder_or_part_of_another_user_is_not_continued(server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    part = begin_part(server, tmp_path, b"x" * 1000)
+    os.chown(part, 12345, -1)
+    os.chown(part.parent, 12345, -1)
+    with pytest.raises(FileExistsError, match="another user's folder"):
+        run(tool, "mae_base", tmp_path)
+    os.chown(part.parent, os.geteuid(), -1)
+    run(tool, "mae_base", tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == CONTENT and server.ranges == [None]
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "pipe"])
+@pytest.mark.parametrize("name", [PART, f"{PART}.json"])
+def test_links_in_the_folder_are_not_written_through(name, kind, server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    mine, output = tmp_path / "mine", tmp_path / "output"
+    mine.write_text("mine")
+    planted = begin_part(server, output, CONTENT[:1000]).with_name(name)
+    planted.unlink()
+    if kind == "pipe":
+        os.mkfifo(planted)
+    else:
+        planted.symlink_to(mine) if kind == "link" else planted.hardlink_to(mine)
+    planted.parent.chmod(0o777)  # as it would have to be for somebody else
+    run(tool, "mae_base", output)
+    assert mine.read_text() == "mine" and mine.stat().st_nlink == 1
+    assert (output / WEIGHTS).read_bytes() == CONTENT and names_in(output) == {WEIGHTS}
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link"])
+def test_lock_that_is_a_link_empties_nothing(kind, server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    mine, output = tmp_path / "mine", tmp_path / "output"
+    mine.write_text("mine")
+    lock = begin_part(server, output, CONTENT[:1000]).with_name("lock")
+    if kind == "link":
+        lock.symlink_to(mine)
+        with pytest.raises(OSError, match=rf"{WORK}/lock is a link, which is not followed; remove it"):
+            run(tool, "mae_base", output)
+    else:  # nothing is ever written to a lock, and only this name of it goes
+        lock.hardlink_to(mine)
+        run(tool, "mae_base", output)
+    assert mine.read_text() == "mine"
+
+
+def test_folder_is_closed_to_others_and_the_file_is_not(server, tool, tmp_path):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    server.ignores_ranges, server.cuts = True, 100
+    with pytest.raises(ConnectionError):
+        run(tool, "mae_base", tmp_path)
+    assert (tmp_path / WORK).stat().st_mode & 0o777 == 0o700
+    server.cuts = 0
+    run(tool, "mae_base", tmp_path)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / WEIGHTS).stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_pipe_under_the_final_name_is_not_waited_for(server, tool, tmp_path):
+    os.mkfifo(tmp_path / WEIGHTS)
+    with pytest.raises(OSError, match="is no regular file"):
+        run(tool, "mae_base", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mae_base", "ade20k"])
+def test_file_that_is_there_needs_no_writing(name, server, tool, tmp_path, capsys):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    serve(server, tool, "ade20k", {"ADEChallengeData2016.zip": pack_zip(ade20k_files())})
+    run(tool, name, tmp_path)
+    before = tmp_path.stat().st_mtime_ns
+    run(tool, name, tmp_path)
+    assert tmp_path.stat().st_mtime_ns == before  # as a folder that is read-only needs it
+    assert re.search(r"is there: verified|is complete", capsys.readouterr().out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("content", [CONTENT, b"<!DOCTYPE html><title>Please log in</title>"])
@@ -389,7 +758,7 @@ def test_weights_without_a_checksum_are_verified_by_those_inside(server, tool, t
     content = (tmp_path / "source.pth").read_bytes()
     serve(server, tool, "mae_base", {WEIGHTS: content}, lambda _: None)
     run(tool, "mae_base", tmp_path / "sound")
-    assert "verified by the checksums inside it" in capsys.readouterr().out
+    assert "not verified, no published checksum; the checksums of the parts inside it agree" in capsys.readouterr().out
     middle = len(content) // 2
     server.files[f"/{WEIGHTS}"] = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
     with pytest.raises(ValueError, match=r"is damaged: .* does not have its checksum; it was removed"):
@@ -409,7 +778,7 @@ def test_full_disk_is_refused_before_anything_is_downloaded(server, tool, tmp_pa
     run(tool, "mae_base", tmp_path)
     with pytest.raises(OSError, match=r"getting ADEChallengeData2016\.zip needs"):  # room for the file alone
         run(tool, "ade20k", tmp_path)
-    assert server.ranges == [None]
+    assert server.ranges[-1] is None and names_in(tmp_path) == {WEIGHTS}
 
 
 @pytest.mark.parametrize(("name", "target"), [("mae_base", WEIGHTS), ("pets", "pets")])
@@ -417,13 +786,27 @@ def test_second_run_at_once_is_refused(name, target, server, tool, tmp_path):
     serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
     serve(server, tool, "pets", pets_archives())
     with (
-        FileLock(tmp_path / f"{target}.lock"),
+        transfer.private_folder(tmp_path / f"{target}.download"),
         pytest.raises(BlockingIOError, match=rf"another run is downloading .*/{target}; wait for it"),
     ):
         run(tool, name, tmp_path)
     assert server.ranges == []
     run(tool, name, tmp_path)
     assert names_in(tmp_path) == {target}
+
+
+def test_lock_that_a_run_at_its_end_removes_holds_nothing(server, tool, tmp_path, monkeypatch):
+    serve(server, tool, "mae_base", {WEIGHTS: CONTENT})
+    flock = fcntl.flock
+
+    def end_the_other_run_first(lock, how):
+        (tmp_path / WORK / "lock").unlink()
+        flock(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", end_the_other_run_first)
+    with pytest.raises(BlockingIOError, match="another run is downloading"):
+        run(tool, "mae_base", tmp_path)
+    assert server.ranges == []
 
 
 # -------------------------------------------------------------------------------- data sets
@@ -762,7 +1145,8 @@ def die_before(last):
     count = 0
     def hook(event, arguments):
         nonlocal count
-        if event in CHANGES or (event == "open" and arguments[1] and not arguments[1].startswith("r")):
+        _, mode, flags = arguments if event == "open" else (None, None, 0)
+        if event in CHANGES or (mode and not mode.startswith("r")) or (not mode and flags & os.O_CREAT):
             count += 1
             if count == last:
                 os._exit(9)
@@ -817,7 +1201,7 @@ def test_errors_and_interruptions_of_the_command_are_a_sentence(tmp_path, monkey
     (tmp_path / "file").write_text("mine")
     assert re.fullmatch(r"error: .*File exists: '\S+/file'", message(tmp_path / "file"))
     # The address is the publisher's, so the interruption has to come before anything is asked for: at the lock.
-    monkeypatch.setattr(FileLock, "acquire", interrupt)
+    monkeypatch.setattr(fcntl, "flock", interrupt)
     assert message(tmp_path / "folder") == "interrupted; run the command again to go on"
 
 

@@ -13,41 +13,29 @@ Each has its owner's licence and terms. Written without access to the internet: 
 and none of the addresses below has been tried.
 """
 
-# Fetching is written by hand because no library here does all of it: torch.hub and torchvision do not resume (and the
-# latter falls back from https to http), huggingface_hub takes any range, and requests leaves resuming to its caller.
-
 import argparse
 import hashlib
-import http.client
 import os
 import shutil
 import sys
 import tarfile
-import time
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from storage.files import beside, read_json, remove, user_path, write_json
+from storage.files import beside, escape, open_regular, publish, read_json, remove, user_path, write_json
 from storage.lists import contents
 from storage.pairs import read_label_map
+from storage.transfer import Part, check_disk, fetch, private_folder
 
-CONNECTION_ERRORS = (OSError, http.client.HTTPException)  # where nothing but the network can raise them
 # What unpacking raises for damage, and RuntimeError for a password or an unknown compression.
 DAMAGED_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError)
-TIMEOUT_S = 30
-MAX_IDLE_TRIES = 5  # tries in a row that bring nothing
-RETRY_WAIT_S = 3
-CHUNK_BYTES = 2**20
 UNPACKED_RATIO = 1.1  # unpacked size to archive size: images hardly shrink in an archive
 PICKLE_START = b"\x80\x02"  # of weights that torch wrote before its files were archives
 STAMP = "download.json"  # in a data set that this tool has finished
@@ -121,90 +109,20 @@ def arrange_pets(unpacked: Path, target: Path) -> None:
             Image.fromarray(read_label_map(trimap, TRIMAP_CLASSES)).save(label_maps / trimap.name)
 
 
-def bytes_of(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
-
-
-def check_disk(folder: Path, needed: float, what: str) -> None:
-    """Refuse what would fill the disk; OSError names both sizes."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        sizes = f"{needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free"
-        raise OSError(f"{what} needs {sizes}; choose another --output or make room")
-
-
-class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follow redirects, to other hosts too, but never from an encrypted connection to a plain one."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        if not newurl.startswith("https:") and (req.type == "https" or not newurl.startswith("http:")):
-            raise ValueError(f"{req.full_url} leads to {newurl}, which is not followed: it is less safe")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def open_url(url: str, file: Path, method: str = "GET", **headers: str) -> http.client.HTTPResponse:
-    """Ask a server for a file; FileNotFoundError where it refuses, ConnectionError where asking again may help."""
-    request = urllib.request.Request(url, method=method, headers={"User-Agent": "mae-download", **headers})
-    try:
-        return urllib.request.build_opener(Redirects).open(request, timeout=TIMEOUT_S)
-    except CONNECTION_ERRORS as error:
-        if isinstance(error, urllib.error.HTTPError) and error.code < http.client.INTERNAL_SERVER_ERROR:
-            refused = f"{url} cannot be downloaded: the server answers {error.code} {error.reason}"
-            raise FileNotFoundError(f"{refused}. If you find it elsewhere, save it as {file}, run again") from error
-        raise ConnectionError(f"{url} cannot be reached: {error}") from error
-
-
-def append_rest(url: str, part: Path, total: int) -> None:
-    """Append what is missing to `part`, or all of it anew where the server gives no rest; else ConnectionError."""
-    start = bytes_of(part)
-    with open_url(url, part.with_suffix(""), **({"Range": f"bytes={start}-"} if start else {})) as response:
-        if response.status == http.client.PARTIAL_CONTENT:
-            given = response.headers["Content-Range"] or "no range"
-            allowed = (f"bytes {start}-{total - 1}/{total}", f"bytes {start}-{total - 1}/*")
-        else:
-            start, given, allowed = 0, response.headers["Content-Length"], (None, str(total))
-        if given not in allowed:
-            raise ConnectionError(f"asked for the bytes from {start} on of {total}, {url} gives {given}")
-        with part.open("ab" if start else "wb") as out, tqdm.wrapattr(out, "write", total, initial=start) as bar:
-            while start < total:
-                try:  # around the reading alone, so that an error of the disk is not taken for one of the network
-                    chunk = response.read(min(CHUNK_BYTES, total - start))
-                except CONNECTION_ERRORS as error:
-                    raise ConnectionError(f"{url}: {error}") from error
-                if not chunk:
-                    raise ConnectionError(f"{url} closed the connection")
-                bar.write(chunk)
-                start += len(chunk)
-
-
-def fetch(url: str, part: Path, total: int) -> None:
-    """Download what `part` lacks of `total` bytes, trying again as long as some come; it keeps what came."""
-    idle_tries = 0
-    if bytes_of(part) > total:
-        part.unlink()  # of another file than the server has now
-    while (before := bytes_of(part)) < total:
-        try:
-            append_rest(url, part, total)
-        except ConnectionError as error:
-            idle_tries = 0 if bytes_of(part) > before else idle_tries + 1
-            if idle_tries == MAX_IDLE_TRIES:
-                came = f"only {before:,} of {total:,} bytes came"
-                raise ConnectionError(f"{came}: {error}; run again to go on") from error
-            time.sleep(RETRY_WAIT_S)
-
-
 def verify(file: Path, url: str, checksum: str | None, advice: str) -> str:
     """Check a file against all that is known of it, and say what that was; ValueError where it is another."""
-    found = []
-    if checksum:
-        algorithm, digits = checksum.split(":")
-        with file.open("rb") as content:
+    found = "not verified, no published checksum"
+    with open_regular(file) as content:
+        start = content.read(len(PICKLE_START))
+        content.seek(0)
+        if checksum:
+            algorithm, digits = checksum.split(":")
             digest = hashlib.file_digest(content, algorithm).hexdigest()
-        if not digest.startswith(digits):
-            raise ValueError(f"{file} has the {algorithm} {digest}, but that of {url} is {digits}; {advice}")
-        if digest == digits:
-            return f"verified by {algorithm} {digits}"
-        found.append(f"{algorithm} {digits}, the {len(digits)} digits that are published")
+            if not digest.startswith(digits):
+                raise ValueError(f"{file} has the {algorithm} {digest}, but that of {url} is {digits}; {advice}")
+            if digest == digits:
+                return f"verified, it has the published {algorithm} {digits}"
+            found = f"the first {len(digits)} digits of its {algorithm}, all that are published, agree ({digits})"
     if zipfile.is_zipfile(file):  # as torch writes weights, with a checksum for each tensor
         try:
             with zipfile.ZipFile(file) as content:
@@ -213,13 +131,10 @@ def verify(file: Path, url: str, checksum: str | None, advice: str) -> str:
             damaged = error
         if damaged:
             raise ValueError(f"{file} is damaged: {damaged} does not have its checksum; {advice}")
-        found.append("the checksums inside it")
-    elif not found and url.endswith(".pth"):
-        with file.open("rb") as content:
-            start = content.read(len(PICKLE_START))
-        if start != PICKLE_START:  # a page that asks to log in, for example
-            raise ValueError(f"{file} is no file of weights: it begins with {start!r}; {advice}")
-    return f"verified by {' and '.join(found)}" if found else "no checksum is known, only its length was checked"
+        return f"{found}; the checksums of the parts inside it agree"
+    if not checksum and url.endswith(".pth") and start != PICKLE_START:  # a page that asks to log in, for example
+        raise ValueError(f"{file} is no file of weights: it begins with {start!r}; {advice}")
+    return found
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -245,78 +160,86 @@ def unpack(archive: Path, folder: Path) -> None:
         raise ValueError(f"{archive} cannot be unpacked: {reason}; remove it and run the command again") from error
 
 
-def get_file(url: str, checksum: str | None, file: Path, room: float = 1) -> None:
+def get_file(url: str, checksum: str | None, file: Path, work: Path, room: float = 1) -> None:
     """Download a file unless it exists; ValueError when another one does. `room` is the disk space, in file sizes."""
     if os.path.lexists(file):
         print(f"{file} is there: {verify(file, url, checksum, 'move it away and run the command again')}")
         return
-    with open_url(url, file, "HEAD") as response:
-        length = response.headers["Content-Length"] or ""
-    if not length.isdecimal() or int(length) == 0:
-        raise ConnectionError(f"{url} does not say how long it is, so nothing tells when it is whole")
     print(f"downloading {url}")
-    part = beside(file, "part")
-    check_disk(file.parent, room * int(length) - bytes_of(part), f"getting {file.name}")
-    fetch(url, part, int(length))
-    try:
-        found = verify(part, url, checksum, "it was removed, run the command again")
-    except ValueError:
-        part.unlink()
-        raise
-    part.rename(file)
+    for last in (False, True):
+        with Part(work / f"{file.name}.part") as part:
+            continued = fetch(url, file, part, room)
+        try:
+            found = verify(part.path, url, checksum, "it was removed")
+            break
+        except ValueError as error:
+            part.remove()
+            if last or not continued:  # continued: pieces of several answers, perhaps of several files
+                raise ValueError(f"{error}, run the command again") from error
+            print(f"{error}; it came in several pieces, so the download starts over")
+    publish(part.path, file)
+    part.remove()
     print(f"{file}: {found}")
 
 
-def get_data(sources: dict[str, str | None], target: Path) -> None:
-    """Make a data set beside its place, so that its name means whole; FileExistsError where anything else has it."""
-    work, stamp = beside(target, "download"), {"sources": list(sources)}
-    if os.path.lexists(target) and not ((target / STAMP).is_file() and read_json(target / STAMP) == stamp):
+def get_data(sources: dict[str, str | None], target: Path, work: Path) -> None:
+    """Make a data set beside its place, so that its name means whole."""
+    for url, checksum in sources.items():
+        get_file(url, checksum, work / Path(url).name, work, 1 + UNPACKED_RATIO)
+    unpacked = work / "unpacked"
+    remove(unpacked)  # of a run that was killed
+    try:
+        unpacked.mkdir()
+        for url in sources:
+            unpack(work / Path(url).name, unpacked)
+        folder = unpacked / target.name
+        if target.name == "pets":
+            arrange_pets(unpacked, folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"the archive holds no folder {folder.name}, but {contents(unpacked)}")
+        write_json(folder / STAMP, {"sources": list(sources)})
+        folder.rename(target)
+    finally:
+        remove(unpacked)
+
+
+def is_complete(sources: dict[str, str | None], target: Path) -> bool:
+    """Tell whether this tool has finished a data set; FileExistsError where anything else has its name."""
+    if not os.path.lexists(target):
+        return False
+    if not ((target / STAMP).is_file() and read_json(target / STAMP) == {"sources": list(sources)}):
         raise FileExistsError(f"{target} exists and is not from this tool; move it away or choose another --output")
-    if not target.exists():
-        work.mkdir(exist_ok=True)
-        for url, checksum in sources.items():
-            get_file(url, checksum, work / Path(url).name, 1 + UNPACKED_RATIO)
-        unpacked = work / "unpacked"
-        remove(unpacked)  # of a run that was killed
-        try:
-            unpacked.mkdir()
-            for url in sources:
-                unpack(work / Path(url).name, unpacked)
-            folder = unpacked / target.name
-            if target.name == "pets":
-                arrange_pets(unpacked, folder)
-            if not folder.is_dir():
-                raise FileNotFoundError(f"the archive holds no folder {folder.name}, but {contents(unpacked)}")
-            write_json(folder / STAMP, stamp)
-            folder.rename(target)
-        finally:
-            remove(unpacked)
-    remove(work)  # also that of a run that was killed at the very end
-    print(f"{target} is complete")
+    return True
 
 
 def main(args: argparse.Namespace) -> None:
     """Get one file or one data set, as the only run; the lock ends with the process, however that ends."""
     sources = SOURCES[args.name, args.variant]
-    first = Path(next(iter(sources)))
+    first, checksum = next(iter(sources.items()))
     args.output.mkdir(parents=True, exist_ok=True)
     weights = args.name.startswith("mae_")
-    target = args.output / (first.name if weights else "pets" if args.name == "pets" else first.stem)
-    lock = beside(target, "lock")
-    try:
-        with FileLock(lock, blocking=False):
-            try:
-                get_file(*next(iter(sources.items())), target) if weights else get_data(sources, target)
-            finally:
-                lock.unlink(missing_ok=True)
-    except Timeout as error:
-        raise BlockingIOError(f"another run is downloading {target}; wait for it") from error
+    target = args.output / ("pets" if args.name == "pets" else Path(first).name if weights else Path(first).stem)
+    work = beside(target, "download")
+    complete = os.path.lexists(target) if weights else is_complete(sources, target)
+    if complete and not os.path.lexists(work):  # nothing to write, in a folder that may be read-only
+        get_file(first, checksum, target, work) if weights else print(f"{target} is complete")
+        return
+    with private_folder(work):
+        if weights:
+            get_file(first, checksum, target, work)
+        elif not is_complete(sources, target):
+            get_data(sources, target, work)
+        for entry in work.iterdir():  # also of a run that was killed at the very end
+            if entry.name != "lock":
+                remove(entry)
+    if not weights:
+        print(f"{target} is complete")
 
 
 if __name__ == "__main__":
     try:
         main(parse_args())
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(escape(f"error: {error}"))  # a server's words may hold control characters
     except KeyboardInterrupt:
         sys.exit("interrupted; run the command again to go on")
