@@ -55,7 +55,8 @@ NAMES = [name.encode() for name in ("café", "cafe", "日本", "zebra", "\U0001f
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from storage.lists import ListCache, escape_output, list_images
+from storage.console import protect_output
+from storage.lists import ListCache, list_images
 from storage.pairs import list_pairs
 root, cache = Path(sys.argv[1]), ListCache(Path(sys.argv[2]))
 files, pairs = list_images(root / "images" / "training", cache), list_pairs(root, "training")
@@ -66,7 +67,7 @@ for index in range(len(files)):
 paths = [[path.hex() for path in array.tolist()] for array in (files.paths, pairs.images, pairs.label_maps)]
 lists = [files.classes, files.labels.tolist(), files.fingerprint(), pairs.fingerprint(), paths]
 print(json.dumps([sys.getfilesystemencoding(), lists]))
-escape_output()
+protect_output()
 print(*files.classes)
 """
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
