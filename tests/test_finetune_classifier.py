@@ -341,6 +341,13 @@ def test_top5_of_seven_classes_equals_brute_force(fork, tmp_path, num_processes)
     assert (found["testing_top1_acc"], found["testing_top5_acc"]) == (100 * hits[1] / 21, 100 * hits[5] / 21)
 
 
+def test_eval_only_has_no_training_images_to_measure_a_range_on(finished, drawn_images, tmp_path, capsys):
+    arguments = flags(drawn_images, tmp_path, finished / "checkpoint_2", "--eval_only --value_range auto")
+    with pytest.raises(SystemExit):
+        parse_args(arguments)
+    assert "--eval_only has the weights' range: leave it out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["best_checkpoint", "last_checkpoint"])
 def test_eval_only_gives_the_logged_figures_to_the_last_digit(finished, drawn_images, tmp_path, name):
     checkpoint = shutil.copytree(finished / name, tmp_path / name)

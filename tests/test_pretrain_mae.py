@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import assert_close, launch, rows, weights
 from PIL import Image
 
@@ -20,6 +21,7 @@ from dataset import (
     EVAL_EPOCH,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    Batch,
     ImageDataset,
     ResizeCenterCrop,
     SampleKey,
@@ -29,7 +31,7 @@ from dataset import (
     normalize,
 )
 from model import MAEConfig, ViTMAEForPreTraining, load_pretrained_mae
-from pretrain_mae import build_config, main, parse_args, trivial_answers
+from pretrain_mae import build_config, evaluate, main, parse_args, trivial_answers
 from storage import decoding
 from storage.demo import write_demo_data
 from storage.lists import list_images
@@ -41,6 +43,7 @@ TINY_FLAGS = """--experiment_name run --img_size 16 --patch_size 4 --encoder_emb
  --num_workers 0 --log_interval 2"""
 
 
+TINY_SIZES = dict(embed_dim=4, depth=1, num_heads=1)
 MEAN, STD = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
 
 
@@ -277,6 +280,26 @@ def test_run_on_tiles_in_their_own_units_with_no_data(tiles, tmp_path, capsys):
     assert (experiment / "reconstructions" / "epoch_4.png").exists()
     resumed = train(tiles, tmp_path, *own, *more, "--resume_from_checkpoint", "latest")
     assert rows(resumed) == log
+
+
+def test_mean_and_deviation_that_look_like_defaults_are_taken_where_they_are_given(tiles, tmp_path):
+    given = ["--mean", "0.5", "--std", "0.5", "--epochs", "2"]
+    assert rows(train(tiles, tmp_path, "--input_channels", "5", *given))[-1]["step"] > 0
+
+
+def test_error_of_removed_patches_without_data_is_none(tmp_path):
+    """Of two removed patches one has no data; the other is off by 2 everywhere, so the mean over both is 2."""
+    args = parse_args(["--path_to_data", "x", "--mean", "0", "--std", "1", "--input_channels", "1"])
+    sizes = {f"{part}_{size}": value for part in ("encoder", "decoder") for size, value in TINY_SIZES.items()}
+    model = ViTMAEForPreTraining(MAEConfig(4, 2, 1, norm_pix_loss=False, **sizes))
+    pixels = torch.full((1, 1, 4, 4), 3.0)
+    pixels[:, :, :2, :2] = torch.nan
+    torch.nn.init.zeros_(model.decoder_pred.weight)
+    torch.nn.init.constant_(model.decoder_pred.bias, 1.0)
+    batch = Batch(pixels, torch.zeros(1), torch.tensor([[0.8, 0.1, 0.9, 0.2]]), [])  # the first and the third go
+    args.mask_ratio = 0.5
+    figures = evaluate(Accelerator(cpu=True), model, [batch], args)
+    assert figures["model_error"] == pytest.approx(2.0) and figures["testing_loss"] == pytest.approx(2.0)
 
 
 def test_values_without_their_mean_ask_for_it_and_auto_finds_a_range(tiles, tmp_path, capsys):

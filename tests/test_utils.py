@@ -25,6 +25,7 @@ from utils import (
     reconstruction_titles,
     scaled_lr,
     set_learning_rate,
+    show_values,
     skip_nonfinite,
 )
 
@@ -268,3 +269,12 @@ def test_captions_are_drawn_below_their_images_and_cut_to_their_width():
     below = np.asarray(captioned)[20 + 128 + 4 :].min(axis=(0, 2))  # darkest in each column
     assert below[4:16].min() < 128 and below[200:264].min() < 128  # something is written below both
     assert below[-4:].min() == 255
+
+
+def test_channel_without_data_does_not_change_how_others_are_shown():
+    panel = torch.full((1, 3, 2, 2), torch.nan)
+    panel[:, 0] = torch.tensor([[0.0, 10.0], [20.0, 30.0]])
+    (shown,) = show_values([panel], [0, 1, 2])
+    low, high = np.percentile([0, 10, 20, 30], (2, 98))
+    assert torch.allclose(shown[:, 0], (panel[:, 0] - low) / (high - low))
+    assert shown[:, 1:].isnan().all()

@@ -143,6 +143,8 @@ class Flags:
             self.parser.exit()
         args = argparse.Namespace(**vars(self.parser.parse_args([])) | dict(given))
         del args.help
+        # Whether these are somebody's, or stand in for what nobody said
+        args.statistics_given = all(any(name in table for table in (given, *defaults)) for name in ("mean", "std"))
         self.check(args)
         return args
 

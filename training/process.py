@@ -19,12 +19,11 @@ from accelerate.utils import DistributedType, DynamoBackend, broadcast
 from torch import Tensor, nn
 
 from storage.bands import describe_depth, describe_pages, value_percentiles
+from storage.console import protect_output
 from storage.decoding import CHANNEL_MODES
 from storage.demo import write_demo_data
 from storage.lists import FileList, ListCache, find_splits, list_images, refuse_inside
 from storage.pairs import PairList, check_pairs, describe_labels, label_table, list_pairs, refuse_one_class
-from storage.values import IMAGENET_MEAN, IMAGENET_STD
-from storage.console import protect_output
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends, however that ends
@@ -203,7 +202,7 @@ def choose_value_range(accelerator: Accelerator, args: argparse.Namespace, files
     if values == "own":
         numbers = (" ".join(f"{value:g}" for value in values) for values in (args.mean, args.std))
         lines["values"] = f"in the files' own units, mean {next(numbers)}, standard deviation {next(numbers)}"
-        if set(args.mean) <= {0.5, *IMAGENET_MEAN} or set(args.std) <= {0.5, *IMAGENET_STD}:
+        if not args.statistics_given:
             raise ValueError(
                 "values stay in the files' own units, so --mean and --std have to be given in them: python "
                 f"tools/measure_values.py {files.root} --input_channels {args.input_channels} prints them. Or give "
