@@ -644,5 +644,6 @@ def compare_with_scratch(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    compare_with_scratch(arguments) if arguments.demo else main(arguments)
+    with storage.explained_errors():
+        arguments = parse_args()
+        compare_with_scratch(arguments) if arguments.demo else main(arguments)

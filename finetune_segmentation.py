@@ -507,4 +507,5 @@ def describe(model: ViTMAEForSegmentation, sampler: dataset.StepSampler, args: a
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with storage.explained_errors():
+        main(parse_args())

@@ -381,4 +381,5 @@ def report(
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with storage.explained_errors():
+        main(parse_args())

@@ -1,6 +1,6 @@
 """How images, label maps and weights lie on a disk. Imports nothing above it."""
 
-from storage.console import protect_output
+from storage.console import explained_errors
 from storage.decoding import describe_decoder
 from storage.demo import DEMO_LABEL_NAMES
 from storage.files import read_text, rename_aside, write_json, write_rows
@@ -37,13 +37,13 @@ __all__ = [
     "check_pairs",
     "check_same_classes",
     "describe_decoder",
+    "explained_errors",
     "find_splits",
     "find_validation",
     "find_weights",
     "label_table",
     "list_images",
     "list_pairs",
-    "protect_output",
     "read_state_dict",
     "read_text",
     "refuse_inside",

@@ -5,11 +5,20 @@ Whoever reads the output may leave, and names of files and tensors may hold anyt
 
 import contextlib
 import io
+import os
 import sys
+import time
 import traceback
+from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 from storage.files import escape
+
+ROOT = Path(__file__).resolve().parent.parent
+OWN_FOLDERS = (ROOT, ROOT / "storage", ROOT / "training", ROOT / "tools")  # and nobody's who lives in between
+SECOND_S = 2  # that a process waits with an error, which the first one has as well: its launcher ends it by then
 
 
 class OptionalFile(io.FileIO):
@@ -43,5 +52,37 @@ def protect_output() -> None:
 
 def print_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print a traceback as Python does, with control characters escaped: an error may quote the name of a file."""
-    lines = "".join(traceback.format_exception(kind, error, trace)).split("\n")
-    print("\n".join(escape(line, also_bytes=True) for line in lines), end="", file=sys.stderr, flush=True)
+    text = "".join(traceback.format_exception(kind, error, trace))
+    print(escape_lines(text), end="", file=sys.stderr, flush=True)
+
+
+def escape_lines(text: str) -> str:
+    return "\n".join(escape(line, also_bytes=True) for line in text.split("\n"))
+
+
+def is_explained(error: Exception) -> bool:
+    """Tell whether an error is the system's, or raised here to be read by a user; of a bug one wants the traceback."""
+    if isinstance(error, OSError | AssertionError):
+        return isinstance(error, OSError)
+    raised = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(raised.filename).resolve().parent in OWN_FOLDERS and (raised.line or "").startswith("raise ")
+
+
+def refuse(message: str) -> NoReturn:
+    """Say what is wrong, once for all processes of a launcher, and exit with 2."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(SECOND_S)
+    print(escape_lines(f"error: {message}"), file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def explained_errors() -> Iterator[None]:
+    """Protect the output of a command, and print an error that explains itself in its own words alone."""
+    protect_output()
+    try:
+        yield
+    except Exception as error:
+        if is_explained(error):
+            refuse(str(error))
+        raise

@@ -15,6 +15,7 @@ import pytest
 from conftest import TINY
 from safetensors.torch import save_file
 
+import pretrain_mae
 from model import MAEConfig
 from training.flags import Flags, micro_batch_size, size_flags
 
@@ -22,7 +23,7 @@ from training.flags import Flags, micro_batch_size, size_flags
 
 SHARED = """experiment_name working_directory resume_from_checkpoint save_checkpoint_interval save_minutes
  keep_checkpoints max_nonfinite_steps deterministic timeout_minutes activation_checkpointing log_interval
- log_wandb wandb_run_name seed demo path_to_data img_size input_channels value_range
+ log_wandb wandb_run_name config seed demo path_to_data img_size input_channels value_range
  mean std show_channels num_workers
  max_image_pixels max_bad_fraction rescan_data epochs warmup_epochs per_gpu_batch_size gradient_accumulation_steps
  weight_decay max_grad_norm pin_memory bias_weight_decay norm_weight_decay help model patch_size
@@ -250,9 +251,9 @@ def complete(argv: str, *defaults: dict) -> argparse.Namespace:
 
 def test_command_is_parsed_once(monkeypatch):
     flags, argv = Flags("", TABLE), ["--rate", "0.25"]
-    parsed, parse_args = [], flags.parser.parse_args
+    parsed, parse = [], flags.parser.parse_known_args
     monkeypatch.setattr(
-        flags.parser, "parse_args", lambda given, *more: parsed.append(given) or parse_args(given, *more)
+        flags.parser, "parse_known_args", lambda given, *more: parsed.append(given) or parse(given, *more)
     )
     assert flags.complete(flags.parse(argv), RECIPE).rate == 0.25
     assert parsed.count(argv) == 1 and all(given in ([], argv) for given in parsed)
@@ -298,7 +299,7 @@ def test_help_of_pretraining_shows_its_recipe(capsys, more, epochs):
         ("--rate 1.5", "--rate must be between 0 and 1, not 1.5, as a share"),
         ("--sides 3 0", "--sides must be at least 1, not 3 0"),
         ("--kind c", "argument --kind: invalid choice: 'c' (choose from 'a', 'b')"),
-        ("--epoch 3", "unrecognized arguments: --epoch 3"),  # no abbreviations
+        ("--epoch 3", "unknown: --epoch 3; did you mean --epochs?"),  # no abbreviations
         ("--warmup_epochs 10", "--warmup_epochs 10 leaves nothing of --epochs 10; give both"),
         (
             "--gradient_accumulation_steps 3",
@@ -507,3 +508,53 @@ def test_shown_channels_are_some_of_those_there_are(channels, given, shown, caps
     with pytest.raises(SystemExit):
         flags.complete(flags.parse([*argv, "--show_channels", "0", "1", str(channels)]), MINIMAL)
     assert f"--show_channels takes three bands of 0 to {channels - 1}" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------- unknown flags, flags from files
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [("--epoch 3", "; did you mean --epochs?"), ("--Batch_Size=3", "; did you mean --patch_size?"), ("--zzz", ".")],
+)
+def test_unknown_flag_is_one_line_with_what_may_have_been_meant(given, advice, capsys):
+    with pytest.raises(SystemExit) as ended:
+        pretrain_mae.parse_args(["--path_to_data", "x", *given.split()])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: unknown: {given}{advice} --help shows all flags\n"
+
+
+def test_args_of_a_run_are_flags_again_and_a_given_flag_wins(tmp_path):
+    given = "--path_to_data x --mean 0.1 0.2 0.3 --std 0.5 --no-pin_memory --img_size 64 32 --base_learning_rate 1e-5"
+    first = pretrain_mae.parse_args(given.split())
+    (tmp_path / "args.json").write_text(json.dumps(vars(first) | {"decoder": "Pillow"}))
+    again = pretrain_mae.parse_args(["--config", str(tmp_path / "args.json"), "--epochs", "70"])
+    assert again.epochs == 70 and first.epochs == 800
+    differing = {"epochs", "config", "statistics_given"}
+    assert {name: value for name, value in vars(again).items() if name not in differing} == {
+        name: value for name, value in vars(first).items() if name not in differing
+    }
+    (tmp_path / "more.yaml").write_text("epochs: 90\nmean: [0.5, 0.5, 0.5]\ncustom_weight_init: no\n")
+    files = [str(tmp_path / "args.json"), str(tmp_path / "more.yaml")]
+    both = pretrain_mae.parse_args(["--config", *files])
+    assert (both.epochs, both.mean, both.custom_weight_init, both.img_size) == (90, (0.5,) * 3, False, (64, 32))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "cannot be read (while parsing"),
+        ("[1]", "holds a list, not flags and values"),
+        ('{"epoch": 3}', "has 'epoch'; did you mean --epochs? --help"),
+        ('{"epochs": 2.5}', "argument --epochs: invalid int value: '2.5'"),
+        (None, "cannot be read ([Errno 2] No such file"),
+    ],
+)
+def test_file_of_flags_that_is_none_is_refused_by_name(tmp_path, content, words, capsys):
+    file = tmp_path / "flags.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SystemExit):
+        pretrain_mae.parse_args(["--path_to_data", "x", "--config", str(file)])
+    said = capsys.readouterr().err
+    assert words in said and said.startswith("error: ") and said.count("Traceback") == 0

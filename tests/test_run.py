@@ -418,7 +418,7 @@ def test_stopped_run_says_how_to_go_on_or_that_its_state_is_lost(tmp_path, capsy
 
 def test_finish_refuses_a_run_that_is_not_complete(tmp_path):
     training = Training(tmp_path)
-    with pytest.raises(RuntimeError, match="4 optimizer steps were made instead of 8"), training.open() as run:
+    with pytest.raises(AssertionError, match="4 optimizer steps were made instead of 8"), training.open() as run:
         next(run.epochs())
         training.steps(run)
         run.finish()

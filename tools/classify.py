@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset import ResizeCenterCrop, eval_crop_ratio
 from model import load_classifier
-from storage import protect_output
+from storage import explained_errors
 from storage.values import ImageReader
 from utils import describe_class
 
@@ -54,5 +54,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    protect_output()
-    main(parse_args())
+    with explained_errors():
+        main(parse_args())

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from storage import protect_output
+from storage import explained_errors
 from storage.decoding import DECODE_ERRORS
 from storage.files import user_path
 from storage.lists import list_images
@@ -88,5 +88,5 @@ def write_number(value: float) -> str:
 
 
 if __name__ == "__main__":
-    protect_output()
-    main(parse_args())
+    with explained_errors():
+        main(parse_args())

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset import ResizeCenterCrop
 from model import find_weights, load_pretrained_mae, num_kept_patches, read_config
-from storage import protect_output
+from storage import explained_errors
 from storage.files import user_path
 from storage.values import ImageReader
 from utils import draw_rows, reconstruction_titles, show_values
@@ -56,5 +56,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    protect_output()
-    main(parse_args())
+    with explained_errors():
+        main(parse_args())

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as tvf
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import load_segmenter
-from storage import protect_output
+from storage import explained_errors
 from storage.files import user_path
 from storage.lists import scan_images
 from storage.pairs import LABEL_COLOURS
@@ -104,5 +104,5 @@ def draw_overlay(image: torch.Tensor, classes: torch.Tensor, shown: dict[str, in
 
 
 if __name__ == "__main__":
-    protect_output()
-    main(parse_args())
+    with explained_errors():
+        main(parse_args())

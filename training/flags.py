@@ -8,15 +8,21 @@ from a recipe, from the sizes of the weights it names, and else from the table.
 import argparse
 import dataclasses
 import decimal
+import difflib
 import functools
+import itertools
 import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from storage.files import escape
+import yaml
+
+from storage.console import refuse
+from storage.files import escape, read_text, user_path
 from training.checkpoints import find_checkpoints
 
 Rows = Sequence[tuple]
@@ -27,6 +33,7 @@ FIRST_FLAGS: dict[str, Rows] = {
         ("working_directory", "work_dir", "where experiments and cached file lists are kept"),
         ("resume_from_checkpoint", str, "'latest' (the newest whole one, else a fresh start), a name or a folder"),
         ("demo", False, "draw a small data set and train a small model on it; other flags still win"),
+        ("config", str, "files of flags and values, such as a run's args.json; flags win", {"nargs": "+"}),
         ("seed", 0, "decides weights, order, crops and masks", (0, None)),
         ("save_checkpoint_interval", 10, "epochs between checkpoints kept for good, beside the last", (1, None)),
         ("log_wandb", False, "also log to Weights & Biases (needs the package; offline without a key)"),
@@ -75,10 +82,18 @@ RARE_FLAGS: dict[str, Rows] = {
     ],
 }
 NOT_GIVEN = object()
+RECORDED = ("config", "decoder", "statistics_given")  # in args.json, but not to be given again
 PATHS = ("path_to", "working_directory", "resume_from_checkpoint", "class_names")  # beginnings of flags that name files
 FOLDERS = ("path_to_data", "path_to_probe_data", "working_directory")
 MAX_NAME_BYTES = 255  # of a file or folder, on nearly every disk
 METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without a usage that repeats the flags."""
+
+    def error(self, message: str) -> NoReturn:
+        refuse(message)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -104,7 +119,7 @@ class Flags:
     """The flags of a script: the shared groups, its own, which may add to those, and the rarely changed ones last."""
 
     def __init__(self, description: str, own: Mapping[str, Rows]):
-        self.parser = argparse.ArgumentParser(
+        self.parser = Parser(
             description=description,
             usage="accelerate launch %(prog)s [flags]",
             formatter_class=functools.partial(HelpFormatter, max_help_position=36),
@@ -127,12 +142,39 @@ class Flags:
         """Parse a command line, and give what it says; what it leaves out is left out."""
         argv = [write_out(word) for word in (sys.argv[1:] if argv is None else argv)]
         names = vars(self.parser.parse_args([]))  # of all flags
-        found = self.parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, NOT_GIVEN)))
+        files = Parser(add_help=False, allow_abbrev=False)
+        files.add_argument("--config", nargs="+", type=user_path, default=())
+        written = [self.read_config(file, names) for file in files.parse_known_args(argv)[0].config]
+        argv = [*itertools.chain(*written), *argv]  # of a flag that is given twice the last one holds
+        found, unknown = self.parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(names, NOT_GIVEN)))
+        if unknown:
+            self.error(f"unknown: {' '.join(unknown)}{suggest(unknown[0], names)} --help shows all flags")
         given = {name: value for name, value in vars(found).items() if value is not NOT_GIVEN}
         paths = {name: os.path.expanduser(value) for name, value in given.items() if name.startswith(PATHS)}
         for name, path in paths.items() if "help" not in given else ():
             self.check_path(name, path)
         return given | paths  # a shell leaves the ~ of --flag=~/folder alone
+
+    def read_config(self, file: Path, names: Container[str]) -> list[str]:
+        """Read flags from a file of names and values, JSON or YAML; args.json of a run is one."""
+        try:
+            values = yaml.safe_load(read_text(file))  # JSON is YAML
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            self.error(f"--config {file} cannot be read ({error}); give a JSON or YAML file of flags and values")
+        if not isinstance(values, dict):
+            self.error(f"--config {file} holds a {type(values).__name__}, not flags and values")
+        words = []
+        for name, value in values.items():
+            if name in RECORDED or value is None:
+                continue
+            if name not in names:
+                self.error(f"--config {file} has {name!r}{suggest(str(name), names)} --help shows all flags")
+            if isinstance(value, bool):
+                words.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                items = value if isinstance(value, list) else [value]
+                words += [f"--{name}", *(write_out(str(item)) for item in items)]
+        return words
 
     def complete(self, given: Mapping[str, object], *defaults: Mapping[str, object]) -> argparse.Namespace:
         """Complete a command line by defaults, of which later ones win, and check it; --help shows these and exits."""
@@ -270,6 +312,12 @@ class Flags:
                     allowed = "above 0" if high is None else f"above 0 and at most {high:g}"
                 shown = " ".join(f"{one:g}" for one in values)
                 self.error(f"--{name} must be {allowed}, not {shown}" + "".join(f", {reason}" for reason in why))
+
+
+def suggest(word: str, names: Container[str]) -> str:
+    """Give the flag that somebody may have meant, as the rest of a message."""
+    close = difflib.get_close_matches(word.lstrip("-").partition("=")[0].replace("-", "_"), names, 1)
+    return f"; did you mean --{close[0]}?" if close else "."
 
 
 def shorten(text: str) -> str:

@@ -326,10 +326,10 @@ class Run:
             self.saved_step = self.step
 
     def finish(self) -> None:
-        """Close all, and leave DONE; RuntimeError or OSError where the run is not complete."""
+        """Close all, and leave DONE; AssertionError or OSError where the run is not complete."""
         self.close()
         if self.step != self.plan.total_steps:
-            raise RuntimeError(
+            raise AssertionError(
                 f"{self.step} optimizer steps were made instead of {self.plan.total_steps}: a bug, please report it"
             )
         if not self.saved:
