@@ -17,19 +17,36 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 
 def unused_name(path: Path, suffix: str) -> Path:
     """Give the first of path_1, path_2, ... with a suffix that does not exist."""
     numbered = (path.with_name(f"{path.name}_{number}{suffix}") for number in itertools.count(1))
-    return next(name for name in numbered if not name.exists())
+    return next(name for name in numbered if not os.path.lexists(name))
 
 
 def rename_aside(file: Path) -> None:
     """Rename what an earlier run without a checkpoint left under this name, so that nothing is overwritten."""
-    if file.exists():
+    if os.path.lexists(file):
         file.rename(unused_name(file.with_suffix(""), file.suffix))
+
+
+def rename_damaged(path: Path, reason: object, verb: str = "set aside") -> Path:
+    """Rename what cannot be used, say so in a line that begins with `verb`, and give its new name."""
+    renamed = unused_name(path, ".damaged")
+    os.rename(path, renamed)
+    reason = escape(str(reason), also_bytes=True)
+    print(f"{verb:<16}{path.name}, which is damaged ({reason}): now {renamed.name}", flush=True)
+    return renamed
+
+
+def rename_irregular(path: Path, is_kind: Callable[[int], bool] = stat.S_ISREG) -> Path | None:
+    """Rename what has a file's name and is none, a planted link say, and give its new name; None where all is well."""
+    if not os.path.lexists(path) or is_kind(mode := path.lstat().st_mode):
+        return None
+    found = "link" if stat.S_ISLNK(mode) else "folder" if stat.S_ISDIR(mode) else "file of another kind"
+    return rename_damaged(path, f"it is a {found}")
 
 
 def user_path(text: str) -> Path:
@@ -42,15 +59,26 @@ def open_regular(path: str | Path) -> BinaryIO:
 
     A pipe, a socket or a device would block for ever, or never end.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    return open(path, "rb", opener=only_regular)
+
+
+def only_regular(path: str, flags: int) -> int:
+    """Be the `opener` of `open` that waits for nothing; OSError for what is no regular file."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(f"{os.fspath(path)} is no regular file")
-    return open(descriptor, "rb")
+    return descriptor
+
+
+def no_links(path: str, flags: int) -> int:
+    """Be the `opener` of `open` for what a run writes: others may plant links in a shared folder; OSError for one."""
+    return only_regular(path, flags | os.O_NOFOLLOW)
 
 
 CHUNK_BYTES = 1 << 24
-MAX_JSON_BYTES = 1 << 28
+MAX_TEXT_BYTES = 1 << 28
+MAX_ROW_BYTES = 1 << 20
 
 
 def checksum_of(file: Path) -> str:
@@ -77,17 +105,22 @@ def beside(target: Path, ending: str) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    """Remove a file, a link or a folder, if it is there; what cannot be removed costs a line."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)  # as much of it as can be
+            if os.path.lexists(path):
+                shutil.rmtree(path)  # which says what stands in the way
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        print(f"{path} could not be removed ({error}); remove it by hand", flush=True)
 
 
 def recover(target: Path) -> None:
     """Undo what a kill in the middle of `written_whole` left: an older folder comes back, a half-written one goes."""
     old = beside(target, "replaced.old")
-    if old.exists():
+    if os.path.lexists(old):
         remove(old) if os.path.lexists(target) else os.rename(old, target)
     remove(beside(target, "unfinished.tmp"))
 
@@ -104,12 +137,12 @@ def publish(temporary: Path, target: Path, *, flush: bool = True) -> None:
             path.chmod(0o666 & ~umask)  # safetensors lets nobody else read
         if flush:
             sync_to_disk(path)
-    replaces_folder = target.is_dir()
-    if replaces_folder:  # a folder cannot be renamed over another
+    in_the_way = target.is_dir() or (temporary.is_dir() and os.path.lexists(target))
+    if in_the_way:  # a folder cannot be renamed over another, nor over a file
         os.rename(target, beside(target, "replaced.old"))
     os.replace(temporary, target)
     sync_to_disk(target.parent)
-    if replaces_folder:
+    if in_the_way:
         remove(beside(target, "replaced.old"))
 
 
@@ -135,21 +168,126 @@ def written_whole(target: Path, *, unique: bool = False, flush: bool = True) -> 
             recover(target)
 
 
+@contextlib.contextmanager
+def optional_write(file: Path) -> Iterator[None]:
+    """Write a file that a run can do without: a disk that is full costs the file and a message."""
+    try:
+        yield
+    except OSError as error:
+        print(f"{file} could not be written ({error}); the run goes on", flush=True)
+
+
+def append_lines(file: Path, lines: bytes) -> None:
+    """Append whole lines to a file, through no link: all of them, or an OSError and none.
+
+    A last line that a crash cut short is ended first. What is no file is renamed.
+    """
+    rename_irregular(file)
+    with open(file, "a+b", buffering=0, opener=no_links) as opened:
+        before = opened.seek(0, os.SEEK_END)
+        if before and os.pread(opened.fileno(), 1, before - 1) != b"\n":
+            lines = b"\n" + lines
+        try:
+            while lines:
+                lines = lines[opened.write(lines) :]
+        except OSError:
+            opened.truncate(before)
+            if not before:
+                file.unlink()
+            raise
+
+
+class Rows(NamedTuple):
+    """The rows of a log up to a step, where the last of them ends, and the first line that is wrong, counted from 1."""
+
+    lines: list[bytes]
+    end: int
+    wrong: int | None
+
+
+def cut_rows(file: Path, last_step: int) -> None:
+    """Cut the rows of a log, one JSON table a line, beyond a step; this needs no room on the disk.
+
+    A log that is damaged is renamed, and its good rows go into a new one. A last row that a crash cut short is normal.
+    """
+    renamed = rename_irregular(file)
+    if renamed is None and file.exists():
+        try:
+            with open(file, "r+b", opener=no_links) as log:
+                rows = read_rows(log, last_step)
+                if rows.wrong is None:
+                    log.truncate(rows.end)
+                    return
+            renamed = rename_damaged(file, f"line {rows.wrong} is no row with a step above those before")
+        except OSError as error:
+            renamed = rename_damaged(file, error)
+    if renamed is not None and renamed.is_file():
+        with open_regular(renamed) as old, written_whole(file) as temporary, temporary.open("xb") as new:
+            new.writelines(read_rows(old, last_step).lines)
+
+
+def read_rows(log: BinaryIO, last_step: int) -> Rows:
+    """Read the rows of a log up to a step; rows beyond it may follow, and a part of one."""
+    lines, end, place, kept_step, newest_step, wrong = [], 0, 0, -1, -1, None
+    for number, line in enumerate(iter(lambda: log.readline(MAX_ROW_BYTES), b""), start=1):
+        place, step = place + len(line), step_of(line)
+        cut_short = len(line) < MAX_ROW_BYTES and line[-1:] != b"\n" and line[:1] in (b"{", b"\0")  # \0: a power cut
+        if (step is None and not cut_short) or (step is not None and step <= newest_step):
+            wrong = wrong or number
+        if step is not None:
+            newest_step = max(step, newest_step)
+            if kept_step < step <= last_step:
+                kept_step, end = step, place
+                lines.append(line if line.endswith(b"\n") else line + b"\n")
+    return Rows(lines, end, wrong)
+
+
+def step_of(line: bytes) -> int | None:
+    """Read the step of a row of a log; None for what is no row."""
+    try:
+        step = json.loads(line)["step"] if line[:1] == b"{" else None  # a gigabyte of zeros takes its time to parse
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None
+    return step if type(step) is int else None
+
+
+def read_optional(file: Path, read: Callable[[Path], Any]) -> Any | None:
+    """Read a file that a run can do without: None where there is none; one that is damaged is renamed."""
+    if os.path.lexists(file):
+        try:
+            return read(file)
+        except (OSError, ValueError) as error:
+            with optional_write(file):
+                rename_damaged(file, error)
+    return None
+
+
+def read_bytes(file: Path) -> bytes:
+    """Read a regular file of text; ValueError where it is larger than any of them."""
+    with open_regular(file) as opened:
+        data = opened.read(MAX_TEXT_BYTES + 1)
+    if len(data) > MAX_TEXT_BYTES:
+        raise ValueError(f"{file} has more than {MAX_TEXT_BYTES:,} bytes, which no file of text here has")
+    return data
+
+
 def read_text(file: Path) -> str:
     """Read a text file of a user, UTF-8 with or without a byte order mark; ValueError names one that is none."""
-    with open_regular(file) as opened:
-        data = opened.read()
     try:
-        return data.decode("utf-8-sig")
+        return read_bytes(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
 def write_rows(file: Path, rows: Iterable[Iterable[object]], *, append: bool = False) -> None:
     """Write a table, cells between tabs. Names of files may be any bytes: those that are no UTF-8 stay as they are."""
-    lines = ["\t".join(escape(str(cell)) for cell in row) + "\n" for row in rows]
-    with file.open("a" if append else "w", encoding="utf-8", errors="surrogateescape") as opened:
-        opened.writelines(lines)
+    text = "".join("\t".join(escape(str(cell)) for cell in row) + "\n" for row in rows)
+    lines = text.encode("utf-8", "surrogateescape")
+    if append:
+        append_lines(file, lines)
+        return
+    with written_whole(file) as temporary, temporary.open("xb") as opened:
+        opened.write(lines)
 
 
 BIDIRECTIONAL = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # which turn a line around
@@ -168,8 +306,16 @@ def escape(text: str, *, also_bytes: bool = False) -> str:
 
 
 def write_json(file: Path, content: Mapping) -> None:
-    """Write a table as JSON, in place: into a folder that is published later, or inside `written_whole`."""
-    file.write_text(json.dumps(content, indent=2) + "\n")
+    """Write a table as JSON into a new file: in a folder that is published later, or inside `written_whole`."""
+    with file.open("x") as opened:  # which follows no link
+        opened.write(json.dumps(content, indent=2) + "\n")
+
+
+def replace_json(file: Path, content: Mapping) -> None:
+    """Write a table as JSON in the place of an older one, whole; what is no file under that name is renamed."""
+    rename_irregular(file)
+    with written_whole(file) as temporary:
+        write_json(temporary, content)
 
 
 def random_key(*parts: int | str) -> int:
@@ -184,12 +330,8 @@ def fingerprint(content: bytes) -> str:
 
 def read_json(file: Path) -> dict:
     """Read a JSON file of entries by name; ValueError names a file that holds anything else."""
-    with open_regular(file) as opened:
-        data = opened.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
-        raise ValueError(f"{file} has more than {MAX_JSON_BYTES:,} bytes, which no file of entries here has")
     try:
-        content = json.loads(data)
+        content = json.loads(read_bytes(file))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
     if not isinstance(content, dict):
@@ -245,3 +387,13 @@ def check_entries(file: Path, entries: Mapping[str, object], kinds: Mapping[Kind
                 raise ValueError(f"{name} in {file} has to be {kind.words}, not {reprlib.repr(entries[name])}")
             if kind is TABLE and name in entries:
                 check_entries(file, entries[name], kinds)
+
+
+def find_differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[tuple]:
+    """Give (name, old, new) of every entry that differs, of tables within tables too."""
+    for key in old.keys() | new.keys():
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from find_differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}", a, b

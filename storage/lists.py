@@ -5,6 +5,7 @@ Decoding lives in decoding.py, the files of a pack in packs.py, images with labe
 
 import dataclasses
 import datetime
+import io
 import os
 import re
 import unicodedata
@@ -21,7 +22,7 @@ from PIL import Image
 
 from storage.bands import ValuePicture, open_values
 from storage.decoding import CHANNEL_MODES, IMAGE_SUFFIXES, Picture, load_file, open_picture, read_image, to_pixels
-from storage.files import fingerprint, open_regular, random_key, read_json, write_json, written_whole
+from storage.files import fingerprint, open_regular, optional_write, random_key, read_json, write_json, written_whole
 from storage.packs import Pack, PackedRows, is_inner_path, is_packed, open_pack
 
 LAYOUT = (
@@ -306,7 +307,7 @@ class ListCache:
             return None
 
     def write_list(self, files: FileList, folders: dict[str, int]) -> None:
-        """Remember a list with the modification times (ns) of its folders."""
+        """Remember a list with the modification times (ns) of its folders; a disk that refuses costs a line."""
         entries = dict(
             root=np.array(os.fsencode(files.root)),
             paths=files.paths,
@@ -316,22 +317,22 @@ class ListCache:
             folders=np.array([os.fsencode(folder) for folder in folders]),
             folder_times=np.array(list(folders.values()), dtype=np.int64),
         )
-        with written_whole(self.list_file(files.root), unique=True) as temporary, temporary.open("wb") as file:
-            np.savez(file, **entries)
+        archive, target = io.BytesIO(), self.list_file(files.root)
+        np.savez(archive, **entries)  # numpy turns what a full disk raises into errors of its own
+        with optional_write(target), written_whole(target, unique=True) as temporary, temporary.open("xb") as file:
+            file.write(archive.getbuffer())
 
     def recall(self, *question: object) -> dict | None:
         """Give what a check found; None where it is not remembered. `question` is all that decides its answer."""
-        mark = self.mark_of(question)
-        if self.rescan or not mark.is_file():
-            return None
         try:
-            return read_json(mark)
-        except (OSError, ValueError):  # damaged: looked at again
+            return None if self.rescan else read_json(self.mark_of(question))
+        except (OSError, ValueError):  # not there, or damaged: looked at again
             return None
 
     def remember(self, answer: Mapping, *question: object) -> None:
-        """Remember what a check found."""
-        with written_whole(self.mark_of(question), unique=True) as temporary:
+        """Remember what a check found; a disk that refuses costs a line."""
+        mark = self.mark_of(question)
+        with optional_write(mark), written_whole(mark, unique=True) as temporary:
             write_json(temporary, answer)
 
     def mark_of(self, question: tuple) -> Path:

@@ -108,6 +108,54 @@ def test_checkpoints_are_ordered_by_epoch_and_step(tmp_path):
     ]  # fmt: skip
 
 
+def test_links_to_checkpoints_are_ordered_by_what_they_lead_to(tmp_path):
+    """Folders elsewhere with names of their own; each is listed once."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for epoch in (2, 3, 4):
+        add_checkpoint(elsewhere, epoch).rename(tmp_path / f"of_{epoch}")
+    add_checkpoint(tmp_path, 1)
+    (run / "checkpoint_0").symlink_to(tmp_path / "of_3")
+    (run / "checkpoint_2").symlink_to(tmp_path / "of_2")
+    (run / "checkpoint_9").symlink_to("checkpoint_1")
+    (run / "last_checkpoint").symlink_to("checkpoint_0")
+    named = ["checkpoint_1", "checkpoint_2", "checkpoint_0"]
+    assert [folder.name for folder in find_checkpoints(run)] == named
+    (run / "last_checkpoint").unlink()
+    (run / "last_checkpoint").symlink_to(tmp_path / "of_4")
+    assert [folder.name for folder in find_checkpoints(run)] == [*named, "last_checkpoint"]
+    accelerator, latest = Accelerator(cpu=True), run_flags(tmp_path, resume_from_checkpoint="latest")
+    assert open_experiment(accelerator, latest).resume_from == run / "last_checkpoint"
+    with pytest.raises(FileExistsError, match=r"would train over .*last_checkpoint"):
+        open_experiment(accelerator, run_flags(tmp_path, resume_from_checkpoint="checkpoint_0"))
+    (tmp_path / "of_4" / "state.json").write_text('{"epoch": 0, "step": 0}')  # damaged: it is ordered by its name
+    assert [folder.name for folder in find_checkpoints(run)] == ["last_checkpoint", *named]
+
+
+def test_saves_leave_what_lies_behind_links_alone(tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(torch.nn.Linear(2, 2))
+    checkpoints = Checkpoints(accelerator, run, 1)
+    run.mkdir()
+    for epoch in (1, 2, 3):
+        checkpoints.save(model, {}, {"epoch": epoch, "step": 10 * epoch}, epoch_ends=True)
+        (run / f"checkpoint_{epoch}").rename(tmp_path / f"of_{epoch}")
+    (run / "checkpoint_1").symlink_to(tmp_path / "of_1")
+    (run / "checkpoint_5").symlink_to(tmp_path / "of_2")  # the name of a save to come
+    (run / "checkpoint_6").symlink_to(elsewhere)  # of another one; it leads to nothing
+    (run / "last_checkpoint").unlink()
+    (run / "last_checkpoint").symlink_to(tmp_path / "of_3")
+    for epoch in (4, 5, 6):
+        assert checkpoints.save(model, {}, {"epoch": epoch, "step": 10 * epoch}, epoch_ends=True)
+        assert find_damage(run / f"checkpoint_{epoch}") is None and not (run / f"checkpoint_{epoch}").is_symlink()
+    assert all(find_damage(tmp_path / f"of_{epoch}") is None for epoch in (1, 2, 3)) and not elsewhere.exists()
+    assert {entry.name for entry in run.iterdir()} == {
+        "checkpoint_1", "checkpoint_5_1", "checkpoint_6", "checkpoint_6_1.damaged", "last_checkpoint",
+        "last_checkpoint_1",
+    }  # fmt: skip
+    assert (run / "last_checkpoint_1").resolve() == tmp_path / "of_3"
+
+
 def test_find_checkpoint_takes_a_name_a_folder_and_the_link(tmp_path):
     third, twelfth = add_checkpoint(tmp_path, 3), add_checkpoint(tmp_path, 12)
     (tmp_path / "run" / "last_checkpoint").symlink_to("checkpoint_12")

@@ -1,7 +1,10 @@
 """Files written whole or not at all, after errors and kills, and JSON files whose entries make no sense."""
 
+import contextlib
 import os
+import resource
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +13,20 @@ import pytest
 from conftest import ROOT
 
 from storage import files
-from storage.files import check_entries, open_regular, read_json, recover, write_json, written_whole
+from storage.files import (
+    append_lines,
+    check_entries,
+    cut_rows,
+    open_regular,
+    read_json,
+    recover,
+    remove,
+    rename_aside,
+    replace_json,
+    write_json,
+    write_rows,
+    written_whole,
+)
 
 KINDS = ["file", "folder"]
 
@@ -148,6 +164,148 @@ def test_json_comes_back_and_what_is_no_table_is_named(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match=rf"a\.json {message}"):
             read_json(file)
+
+
+@contextlib.contextmanager
+def limited(max_bytes: int):
+    """Let no file of this process become larger, as a quota or a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_appended_lines_are_there_as_a_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "log"
+    for before, expected in ((b"", None), (b"one\n", b"one\n"), (b"one\ncut", b"one\ncut")):
+        if before:
+            file.write_bytes(before)
+        with limited(len(before) + 3), pytest.raises(OSError, match="File too large"):
+            append_lines(file, b"second\n")
+        assert (file.read_bytes() if file.exists() else None) == expected
+    append_lines(file, b"second\n")
+    append_lines(file, b"third\n")
+    assert file.read_bytes() == b"one\ncut\nsecond\nthird\n"
+
+
+@pytest.mark.parametrize("leads_to", ["a file", "a folder", "nothing"])
+def test_what_is_planted_under_the_name_of_a_file_is_renamed_and_never_written_through(tmp_path, leads_to, capsys):
+    victim = tmp_path / "victim"
+    if leads_to == "a file":
+        victim.write_text("of somebody else")
+    elif leads_to == "a folder":
+        victim.mkdir()
+    writes = {
+        "log": lambda file: append_lines(file, b"ours\n"),
+        "a.json": lambda file: replace_json(file, {"a": 1}),
+        "table": lambda file: write_rows(file, [["a"]]),
+    }
+    for name, act in writes.items():
+        file = tmp_path / name
+        file.symlink_to(victim)
+        file.with_name(f"{name}.unfinished.tmp").symlink_to(victim)
+        act(file)
+        assert stat.S_ISREG(file.lstat().st_mode) and file.stat().st_size > 0
+    assert capsys.readouterr().out.count("which is damaged (it is a link): now") == 2  # a table replaces it
+    assert not victim.is_file() or victim.read_text() == "of somebody else"
+    assert leads_to != "a folder" or not list(victim.iterdir())
+    assert leads_to != "nothing" or not os.path.lexists(victim)
+    with pytest.raises(FileExistsError):
+        write_json(tmp_path / "log_1.damaged", {})
+
+
+def test_rename_aside_also_takes_links_and_never_another_name(tmp_path):
+    for name in ("a.json", "a_1.json"):
+        (tmp_path / name).symlink_to("nowhere")
+    rename_aside(tmp_path / "a.json")
+    assert {path.name for path in tmp_path.iterdir()} == {"a_1.json", "a_2.json"}
+
+
+ROWS = b'{"step": 1}\n{"step": 3}\n{"step": 5}\n'
+
+
+@pytest.mark.parametrize(
+    "tail", [b"", b'{"step": 7, "lo', b"\0\0\0", b'{"step": 6}\n{"step": 8}\n', b'{"step": 6}\n{"step": 8'], ids=repr
+)
+def test_rows_beyond_a_step_are_cut_without_room(tmp_path, tail, capsys):
+    file = tmp_path / "log.jsonl"
+    file.write_bytes(ROWS + tail)
+    inode = file.stat().st_ino
+    with limited(0):
+        cut_rows(file, 5)
+    assert (file.read_bytes(), file.stat().st_ino) == (ROWS, inode)
+    with limited(0):
+        cut_rows(file, 4)
+    assert file.read_bytes() == ROWS[:24] and not capsys.readouterr().out
+    file.write_bytes(ROWS[:-1])  # the line end alone is missing
+    cut_rows(file, 5)
+    append_lines(file, b'{"step": 6}\n')
+    assert file.read_bytes() == ROWS + b'{"step": 6}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "good"),
+    [
+        (ROWS[:12] + b"\xff\n" + ROWS[12:], ROWS),
+        (ROWS + b"[]\n", ROWS),
+        (ROWS + b"[1, 2]", ROWS),
+        (ROWS[:12] + b'{"step": 9999}\n' + ROWS[12:], ROWS),  # a digit too many
+        (ROWS + b'{"step": 2}\n', ROWS),
+        (ROWS + b'{"step": "6"}\n{"step": true}\n{"step": NaN}\n', ROWS),
+        (ROWS + b'{"a":' * 99_999 + b"\n", ROWS),
+        (ROWS + b"{" * (1 << 20) + b"\n", ROWS),
+    ],
+)
+def test_good_rows_of_a_damaged_log_go_into_a_new_one(tmp_path, content, good, capsys):
+    file = tmp_path / "log.jsonl"
+    file.write_bytes(content)
+    cut_rows(file, 8)
+    assert file.read_bytes() == good
+    assert (tmp_path / "log.jsonl_1.damaged").read_bytes() == content
+    assert "log.jsonl, which is damaged (line " in capsys.readouterr().out
+
+
+def test_rows_behind_a_link_are_kept_and_the_link_is_not_written_through(tmp_path):
+    (tmp_path / "elsewhere").write_bytes(ROWS)
+    (tmp_path / "log.jsonl").symlink_to("elsewhere")
+    cut_rows(tmp_path / "log.jsonl", 3)
+    assert (tmp_path / "log.jsonl").read_bytes() == ROWS[:24] and not (tmp_path / "log.jsonl").is_symlink()
+    assert (tmp_path / "elsewhere").read_bytes() == ROWS
+
+
+def test_what_cannot_be_removed_is_named_and_the_rest_goes(tmp_path, capsys):
+    kept = tmp_path / "folder" / "kept"
+    kept.mkdir(parents=True)
+    (kept / "file").touch()
+    (tmp_path / "folder" / "other").touch()
+    if os.geteuid():
+        kept.chmod(0o500)
+    elif subprocess.run(["mount", "--bind", kept, kept], check=False, capture_output=True).returncode:
+        pytest.skip("nothing can be protected from root here")
+    try:
+        remove(tmp_path / "folder")
+        assert [path.name for path in (tmp_path / "folder").iterdir()] == ["kept"]
+        assert f"{tmp_path / 'folder'} could not be removed (" in capsys.readouterr().out
+    finally:
+        subprocess.run(["umount", kept], check=True) if not os.geteuid() else kept.chmod(0o700)
+    remove(tmp_path / "folder")
+    remove(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists() and not capsys.readouterr().out
+
+
+def test_folder_takes_the_place_of_a_file_or_a_link(target):
+    target.parent.mkdir()
+    (target.parent / "elsewhere").mkdir()
+    (target.parent / "elsewhere" / "file").touch()
+    for plant in (target.touch, lambda: target.symlink_to("nowhere"), lambda: target.symlink_to("elsewhere")):
+        plant()
+        with written_whole(target) as temporary:
+            write(temporary, "folder", "new")
+        assert content_of(target) == "new" and not target.is_symlink()
+        remove(target)
+    assert [path.name for path in target.parent.rglob("*")] == ["elsewhere", "file"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from dataset import StepSampler
 from training import records
@@ -143,6 +145,15 @@ def test_write_args_keeps_the_first_file_and_names_what_changed(tmp_path):
     assert json.loads((tmp_path / "args_1.json").read_text())["seed"] == 1
 
 
+@pytest.mark.parametrize("plant", [Path.mkdir, os.mkfifo, lambda file: file.symlink_to("nowhere")])
+def test_lock_is_a_file_of_its_own_whatever_has_its_name(tmp_path, plant, capsys):
+    plant(tmp_path / ".lock")
+    lock = lock_experiment(tmp_path)
+    assert ".lock_1.damaged" in capsys.readouterr().out and (tmp_path / ".lock").stat().st_ino
+    assert ask_another_process(hold, tmp_path).startswith("another run is training in")
+    lock.close()
+
+
 # -------------------------------------------------------------------------------- log
 
 
@@ -179,6 +190,69 @@ def test_missing_wandb_costs_a_message_and_nothing_else(tmp_path, monkeypatch, c
     log.close()
     assert "wandb cannot be imported" in capsys.readouterr().out
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n'
+
+
+class FakeWandb:
+    """Take what a run hands over, and give ids; no service."""
+
+    Error = RuntimeError
+
+    def __init__(self):
+        self.asked = []
+
+    def Settings(self, **settings):  # noqa: N802 - W&B's name
+        return settings
+
+    def init(self, **options):
+        self.asked.append(options["id"])
+        return argparse.Namespace(id=options["id"] or "new", define_metric=lambda *_, **__: None, finish=lambda: None)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"a/b", b"two words", b"x" * 5000, None])
+def test_wandb_id_that_is_none_is_renamed_and_a_new_run_begun(tmp_path, monkeypatch, content, capsys):
+    wandb, flags = FakeWandb(), argparse.Namespace(experiment_name="run", wandb_run_name=None)
+    monkeypatch.setattr(records.importlib, "import_module", lambda name: wandb)
+    file = tmp_path / "wandb_id.txt"
+    file.mkdir() if content is None else file.write_bytes(content)
+    for _ in range(2):
+        RunLog(tmp_path, enabled=True).start_wandb(flags)
+    assert wandb.asked == [None, "new"] and file.read_text() == "new\n"
+    said = capsys.readouterr().out
+    assert said.count("wandb_id.txt, which is damaged (") == 1 and "W&B failed" not in said
+    assert content is None or (tmp_path / "wandb_id.txt_1.damaged").read_bytes() == content
+
+
+def test_wandb_id_that_cannot_be_written_costs_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(records.importlib, "import_module", lambda name: FakeWandb())
+    log, before = RunLog(tmp_path, enabled=True), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        log.start_wandb(argparse.Namespace(experiment_name="run", wandb_run_name=None))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert log.wandb_run.id == "new" and not list(tmp_path.iterdir())
+    assert "wandb_id.txt could not be written ([Errno 27]" in capsys.readouterr().out
+
+
+def test_pictures_follow_no_links_and_leave_no_half_of_one(tmp_path, capsys):
+    picture, victims = Image.new("RGB", (64, 64)), tmp_path / "victims"
+    victims.mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "shown").symlink_to(victims)
+    log = RunLog(tmp_path / "run", enabled=True)
+    log.picture("shown", 1, picture, 10)
+    (tmp_path / "run" / "shown" / "epoch_2.png").symlink_to(victims / "planted")
+    log.picture("shown", 2, picture, 20)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
+    try:
+        log.picture("shown", 3, picture, 30)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    names = {path.name for path in (tmp_path / "run" / "shown").iterdir()}
+    assert names == {"epoch_1.png", "epoch_2.png", "epoch_2.png_1.damaged"} and not list(victims.iterdir())
+    assert Image.open(tmp_path / "run" / "shown" / "epoch_2.png").size == (64, 64)
+    assert "epoch_3.png could not be written" in capsys.readouterr().out
 
 
 def test_wandb_that_breaks_in_mid_run_is_left_alone(tmp_path, capsys):
@@ -289,6 +363,21 @@ def test_bad_files_are_named_once_and_stop_above_the_limit(tmp_path):
     bad_files.note([("c.jpg", "ValueError")])
     with pytest.raises(ValueError, match=r"3 of 200 images cannot be used, more than --max_bad_fraction 0\.01"):
         bad_files.share(accelerator, said.append)
+
+
+@pytest.mark.parametrize("plant", [Path.mkdir, os.mkfifo, lambda file: file.symlink_to("nowhere")])
+def test_notes_of_what_went_wrong_are_written_whatever_has_their_names(tmp_path, plant, capsys):
+    accelerator = Accelerator(cpu=True)
+    for name in ("bad_files.txt", "nonfinite_steps.jsonl"):
+        plant(tmp_path / name)
+    bad_files = BadFiles(tmp_path, num_images=200, max_fraction=0.01)
+    bad_files.note([("a.jpg", "gone")])
+    assert bad_files.share(accelerator, print) == 1
+    SkippedSteps(tmp_path, lambda step: ["b.jpg"], max_in_a_row=3).note(accelerator, [True], 1, print)
+    said = capsys.readouterr().out
+    assert (tmp_path / "bad_files.txt").read_text() == "a.jpg\tgone\n" and "bad_files.txt_1.damaged" in said
+    assert (tmp_path / "nonfinite_steps.jsonl").read_text() == '{"step": 1, "images": ["b.jpg"]}\n'
+    assert "nonfinite_steps.jsonl_1.damaged" in said and not (tmp_path / "nowhere").exists()
 
 
 def test_bad_files_that_were_repaired_count_no_more(tmp_path):

@@ -2,7 +2,8 @@
 
 # ruff: noqa: F401 - the names that scripts use
 
-from training.checkpoints import BEST_CHECKPOINT, LAST_CHECKPOINT, optional_write
+from storage.files import optional_write
+from training.checkpoints import BEST_CHECKPOINT, LAST_CHECKPOINT
 from training.flags import Flags, micro_batch_size, size_flags
 from training.process import (
     SHARDING,

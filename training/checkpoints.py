@@ -12,7 +12,7 @@ import pickle
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from storage.files import checksum_of, publish, read_json, recover, remove, unused_name, write_json, written_whole
+from storage.files import (
+    checksum_of,
+    find_differences,
+    optional_write,
+    publish,
+    read_json,
+    recover,
+    remove,
+    rename_aside,
+    rename_damaged,
+    rename_irregular,
+    write_json,
+    written_whole,
+)
 from training.process import SHARDING
 
 CHECKPOINT_NAME = re.compile(r"checkpoint_(\d+)(?:_step_(\d+))?")  # epochs behind it, and the step within the next
@@ -40,17 +53,22 @@ LOAD_ERRORS = (*SAVE_ERRORS, ValueError, TypeError, LookupError, AttributeError,
 
 
 def checkpoint_order(folder: Path) -> tuple[int, int]:
-    """Sort checkpoints by how far they are, from their names alone; those named otherwise come first."""
-    match = CHECKPOINT_NAME.fullmatch(folder.resolve().name)
+    """Sort checkpoints by how far they are: what their state says, or their names where that is damaged."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        if read_json(folder / MANIFEST_FILE)["files"][STATE_FILE]["crc32"] == checksum_of(folder / STATE_FILE):
+            state = read_state(folder)
+            return state["epoch"], state["step"]
+    match = CHECKPOINT_NAME.fullmatch(folder.name) or CHECKPOINT_NAME.fullmatch(folder.resolve().name)
     return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
 
 
 def find_checkpoints(experiment: Path) -> list[Path]:
-    """Give the checkpoints of an experiment, whole or damaged, oldest first."""
-    folders = [entry for entry in experiment.glob("checkpoint_*") if CHECKPOINT_NAME.fullmatch(entry.name)]
-    if not (last := experiment / LAST_CHECKPOINT).is_symlink():
-        folders.append(last)  # a folder, where the experiment was copied without links; it comes first
-    return sorted((folder for folder in folders if folder.is_dir()), key=checkpoint_order)
+    """Give the checkpoints of an experiment, whole or damaged, oldest first, each once whatever links lead to it."""
+    named = [entry for entry in experiment.glob("checkpoint_*") if CHECKPOINT_NAME.fullmatch(entry.name)]
+    # last_checkpoint counts where it is none of the others: a folder, or a link that leads elsewhere
+    entries = [experiment / LAST_CHECKPOINT, *sorted(named, key=Path.is_symlink, reverse=True)]
+    folders = {os.path.realpath(folder): folder for folder in entries if folder.is_dir()}
+    return sorted(folders.values(), key=checkpoint_order)
 
 
 def find_checkpoint(experiment: Path, name: str) -> Path:
@@ -169,7 +187,7 @@ def choose_start(args: argparse.Namespace) -> Start:
 def tidy(experiment: Path) -> None:
     """Undo what a kill in the middle of a save left: half folders go, a best checkpoint renamed aside comes back."""
     recover(experiment / BEST_CHECKPOINT)
-    for half in experiment.glob("*checkpoint*.tmp"):
+    for half in (*experiment.glob("*checkpoint*.tmp"), *experiment.glob("*.unfinished.tmp")):
         remove(half)
 
 
@@ -180,11 +198,10 @@ def take_over(start: Start) -> None:
     """
     experiment, resume_from, damaged = start
     tidy(experiment)
+    rename_irregular(experiment / DONE_FILE)
     (experiment / DONE_FILE).unlink(missing_ok=True)
     for folder in filter(Path.exists, damaged):
-        renamed, reason = unused_name(folder, ".damaged"), find_damage(folder)
-        os.rename(folder, renamed)
-        print(f"{'passed over':<16}{folder.name}, which is damaged ({reason}): now {renamed.name}")
+        rename_damaged(folder, find_damage(folder), "passed over")
     newest = find_checkpoints(experiment)[-1:]
     if newest and (resume_from is None or checkpoint_order(newest[0]) > checkpoint_order(resume_from)):
         raise BlockingIOError(f"another run has just written {newest[0]}; start this one again")
@@ -194,15 +211,6 @@ def take_over(start: Start) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ writing them
-
-
-@contextlib.contextmanager
-def optional_write(file: Path) -> Iterator[None]:
-    """Write a file that a run can do without: a disk that is full costs the file and a message."""
-    try:
-        yield
-    except OSError as error:
-        print(f"{file} could not be written ({error}); the run goes on", flush=True)
 
 
 def check_weights(accelerator: Accelerator, model: nn.Module, experiment: Path, step: int) -> None:
@@ -222,11 +230,11 @@ def advise_on_nonfinite(experiment: Path) -> str:
 
 
 def point_last_checkpoint(folder: Path) -> None:
-    """Make last_checkpoint the link to this one; a folder of that name is renamed aside."""
+    """Make last_checkpoint the link to this one; a folder of that name, or a link elsewhere, is renamed aside."""
     last, link = (folder.with_name(f"{LAST_CHECKPOINT}{end}") for end in ("", ".tmp"))
     link.symlink_to(folder.name)
-    if last.is_dir() and not last.is_symlink():
-        os.rename(last, unused_name(last, ""))
+    if not (last.is_symlink() and CHECKPOINT_NAME.fullmatch(os.readlink(last))):
+        rename_aside(last)
     os.replace(link, last)
 
 
@@ -313,11 +321,12 @@ class Checkpoints:
         }
         write_json(temporary / MANIFEST_FILE, {"files": files})
         self.size = sum(entry["bytes"] for entry in files.values())
-        if folder.exists() and find_damage(folder) is None:  # of this very step, and so the same
-            remove(temporary)
-            return
-        if folder.exists():
-            os.rename(folder, unused_name(folder, ".damaged"))
+        if os.path.lexists(folder):
+            damage = find_damage(folder)
+            if damage is None and checkpoint_order(folder) == checkpoint_order(temporary):  # and so the same
+                remove(temporary)
+                return
+            rename_damaged(folder, damage) if damage else rename_aside(folder)  # it may be a link to another one
         publish(temporary, folder)
 
     def make_room(self, newest: Path) -> None:
@@ -328,7 +337,7 @@ class Checkpoints:
                 kept = read_state(folder).get("for_good", True)
             except (OSError, ValueError):
                 continue
-            if not kept and CHECKPOINT_NAME.fullmatch(folder.name):
+            if not kept and CHECKPOINT_NAME.fullmatch(folder.name) and not folder.is_symlink():
                 leaving = folder.with_name(f"{folder.name}.tmp")  # so that a kill leaves no half of it under its name
                 remove(leaving)
                 os.rename(folder, leaving)
@@ -385,13 +394,3 @@ def resume(
         raise ValueError(f"{folder} cannot be loaded ({type(error).__name__}: {reason})") from error
     accelerator.step = 0  # its position inside an accumulation; checkpoints lie between optimizer steps
     return state
-
-
-def find_differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[tuple]:
-    """Give (name, old, new) of every entry that differs, of tables within tables too."""
-    for key in old.keys() | new.keys():
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from find_differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            yield f"{prefix}{key}", a, b

@@ -7,11 +7,11 @@ import argparse
 import fcntl
 import importlib
 import json
-import math
 import netrc
 import os
 import re
 import resource
+import stat
 import sys
 import time
 import urllib.parse
@@ -26,11 +26,28 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
-from storage.files import escape, rename_aside, write_json, write_rows, written_whole
-from training.checkpoints import Start, advise_on_nonfinite, find_differences, optional_write, take_over
+from storage.files import (
+    append_lines,
+    cut_rows,
+    escape,
+    find_differences,
+    no_links,
+    optional_write,
+    read_bytes,
+    read_json,
+    read_optional,
+    read_text,
+    rename_aside,
+    rename_irregular,
+    replace_json,
+    write_rows,
+    written_whole,
+)
+from training.checkpoints import Start, advise_on_nonfinite, take_over
 from training.process import cap_workers
 
 WANDB_TIMEOUT_S = 20
+MAX_SHOWN = 500  # characters of a flag's value
 BAR_INTERVAL_S = 30  # between lines of a progress bar that goes into a file
 LONG_WAIT = 0.2  # share of the time that is worth a hint
 DATA_HINT = (
@@ -44,9 +61,8 @@ DATA_HINT = (
 def lock_experiment(experiment: Path) -> TextIO:
     """Hold the experiment's folder while this process lives and has the file open; BlockingIOError if another does."""
     experiment.mkdir(parents=True, exist_ok=True)
-    # Not emptied, no link followed, no pipe waited for: others may write into a shared folder
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    lock = os.fdopen(os.open(experiment / ".lock", flags, 0o666), "r+")
+    rename_irregular(experiment / ".lock")
+    lock = os.fdopen(no_links(experiment / ".lock", os.O_RDWR | os.O_CREAT), "r+")
     try:
         # A record lock, which is this process's alone: data workers that outlive a killed run for seconds would
         # hold one of flock's, and the next start would be refused.
@@ -61,15 +77,20 @@ def write_args(experiment: Path, args: argparse.Namespace, resumed_from: Path | 
     """Write args.json; a resume keeps the first file and adds its own. Give the flags that differ from the first."""
     before = flags = json.loads(json.dumps(vars(args)))
     file = experiment / "args.json"
-    if resumed_from is not None and file.exists():
-        before, file = json.loads(file.read_text()), experiment / f"args_from_{resumed_from.name}.json"
-    rename_aside(file)
-    write_json(file, flags)
+    if resumed_from is not None and (first := read_optional(file, read_json)) is not None:
+        before, file = first, experiment / f"args_from_{resumed_from.name}.json"
+    with optional_write(file):
+        rename_aside(file)
+        replace_json(file, flags)
     return [
-        f"--{name} {new} (was {old})"
+        f"--{name} {show(new)} (was {show(old)})"
         for name, old, new in sorted(find_differences(before, flags))
         if name in flags.keys() & before.keys() and name != "resume_from_checkpoint"
     ]
+
+
+def show(value: object) -> str:
+    return escape(str(value), also_bytes=True)[:MAX_SHOWN]
 
 
 def open_records(accelerator: Accelerator, start: Start, args: argparse.Namespace, step: int) -> "RunLog":
@@ -192,12 +213,11 @@ class RunLog:
         self.file, self.enabled, self.wandb_run, self.lock = experiment / "log.jsonl", enabled, None, lock
         self.unwritten = ""
         if enabled and resumed_step is None:
-            rename_aside(self.file)
-        elif enabled and self.file.exists():
-            lines = self.file.read_text().splitlines()
-            kept = [line for line in lines if step_of(line) <= resumed_step]
-            with written_whole(self.file) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept))
+            with optional_write(self.file):
+                rename_aside(self.file)
+        elif enabled:
+            with optional_write(self.file):
+                cut_rows(self.file, resumed_step)
 
     def start_wandb(self, args: argparse.Namespace) -> None:
         """Start or go on with a W&B run: online where a key is found, else offline."""
@@ -215,17 +235,20 @@ class RunLog:
 
     def init_wandb(self, args: argparse.Namespace, mode: str) -> None:
         id_file = self.file.with_name("wandb_id.txt")
+        known = read_optional(id_file, read_wandb_id)
         run = self.wandb.init(
             project=re.sub(r"[/\\#?%:]", "_", args.experiment_name),  # W&B refuses these
             name=args.wandb_run_name,
             dir=self.file.parent,
-            id=id_file.read_text().strip() if id_file.exists() else None,
+            id=known,
             resume="allow",
             config=vars(args),
             mode=mode,
             settings=self.wandb.Settings(init_timeout=WANDB_TIMEOUT_S),
         )
-        id_file.write_text(run.id + "\n")
+        if run.id != known:
+            with optional_write(id_file), written_whole(id_file) as temporary, temporary.open("x") as file:
+                file.write(run.id + "\n")
         run.define_metric("*", step_metric="step")
         self.wandb_run = run
 
@@ -242,15 +265,11 @@ class RunLog:
         if not self.enabled:
             return
         self.unwritten += json.dumps(row) + "\n"
-        whole = self.file.stat().st_size if self.file.exists() else 0
         try:
-            with self.file.open("a") as file:
-                file.write(self.unwritten)
+            append_lines(self.file, self.unwritten.encode())
             self.unwritten = ""
         except OSError as error:
             print(f"{self.file} could not be written ({error}); its rows wait for the next one", flush=True)
-            if self.file.exists():
-                os.truncate(self.file, whole)
         if self.wandb_run is not None:
             self.with_wandb(self.wandb_run.log, dict(row))
 
@@ -258,8 +277,10 @@ class RunLog:
         """Save a picture as <experiment>/<key>/epoch_<epoch>.png, and send it to W&B."""
         path = self.file.parent / key / f"epoch_{epoch}.png"
         with optional_write(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
+            rename_irregular(path.parent, stat.S_ISDIR)
+            rename_irregular(path)
+            with written_whole(path, flush=False) as temporary, temporary.open("xb") as file:
+                picture.save(file, "PNG")
         if self.wandb_run is not None and path.exists():
             self.with_wandb(lambda: self.wandb_run.log({key: self.wandb.Image(str(path)), "step": step}))
 
@@ -271,12 +292,11 @@ class RunLog:
             self.lock.close()
 
 
-def step_of(line: str) -> float:
-    """Read the step of a row of a log; infinity for one that a crash cut short."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
-        return math.inf
+def read_wandb_id(file: Path) -> str:
+    """Read the id of the W&B run that an earlier start began; ValueError for what W&B would refuse."""
+    if not re.fullmatch(r"[^/\\#?%:\s]{1,128}", name := read_text(file).strip()):
+        raise ValueError("it holds no id of a W&B run")
+    return name
 
 
 def wandb_key_exists() -> bool:
@@ -300,8 +320,7 @@ class BadFiles:
         self.file, self.num_images, self.max_fraction = experiment / "bad_files.txt", num_images, max_fraction
         self.new: dict[str, str] = {}
         self.met: set[str] = set()  # by this run; a file that was repaired since it was named counts no more
-        lines = self.file.read_text("utf-8", "surrogateescape").split("\n") if self.file.exists() else []
-        self.named = {line.split("\t")[0] for line in lines}  # as they are written there
+        self.named: set[str] | None = None  # in the file, as they are written there; read when it is needed
 
     def note(self, bad_files: Iterable[tuple[str, str]]) -> None:
         """Remember what one batch of this process met; nothing is written before `share`."""
@@ -312,20 +331,27 @@ class BadFiles:
         found = {path: reason for new in gather_object([self.new]) for path, reason in new.items()}
         self.new = {}
         self.met |= found.keys()
-        unnamed = sorted(path for path in found if escape(path) not in self.named)
-        self.named |= {escape(path) for path in unnamed}
-        if unnamed and accelerator.is_main_process:
-            rows = [(path, " ".join(found[path].split())) for path in unnamed]
-            with optional_write(self.file):
-                write_rows(self.file, rows, append=True)
-            for path, reason in rows:
-                say(escape(f"cannot be used, replaced by another: {path}  {reason}", also_bytes=True))
+        if found and accelerator.is_main_process:
+            self.name(found, say)
         if len(self.met) > self.max_fraction * self.num_images:
             raise ValueError(
                 f"{len(self.met)} of {self.num_images:,} images cannot be used, more than --max_bad_fraction "
                 f"{self.max_fraction} allows; they are named in {self.file}"
             )
         return len(self.met)
+
+    def name(self, found: Mapping[str, str], say: Callable[[str], None]) -> None:
+        """Write and say the files that are not named yet, each with the reason."""
+        if self.named is None:
+            content = read_optional(self.file, read_bytes) or b""
+            self.named = {line.split("\t")[0] for line in content.decode("utf-8", "surrogateescape").split("\n")}
+        rows = [(path, " ".join(found[path].split())) for path in sorted(found) if escape(path) not in self.named]
+        self.named |= {escape(path) for path, _ in rows}
+        if rows:
+            with optional_write(self.file):
+                write_rows(self.file, rows, append=True)
+        for path, reason in rows:
+            say(escape(f"cannot be used, replaced by another: {path}  {reason}", also_bytes=True))
 
 
 class SkippedSteps:
@@ -341,8 +367,9 @@ class SkippedSteps:
             self.count += was_skipped
             self.in_a_row = self.in_a_row + 1 if was_skipped else 0
             if was_skipped and accelerator.is_main_process:
-                with optional_write(self.file), self.file.open("a", errors="surrogateescape") as rows:
-                    rows.write(json.dumps({"step": step, "images": self.images_of(step)}) + "\n")
+                with optional_write(self.file):
+                    row = json.dumps({"step": step, "images": self.images_of(step)})
+                    append_lines(self.file, f"{row}\n".encode())
                 say(f"step {step}: loss or gradient not finite, left out; its images are named in {self.file}")
             if self.in_a_row == self.max_in_a_row:
                 raise FloatingPointError(
