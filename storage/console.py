@@ -31,8 +31,18 @@ class OptionalFile(io.FileIO):
             return len(data)
 
 
+class PlainText(io.TextIOWrapper):
+    """A text stream that shows what a terminal would obey."""
+
+    def write(self, text: str) -> int:
+        super().write(escape_lines(text))
+        return len(text)
+
+
 def protect_output() -> None:
-    """Make stdout and stderr optional, with what their encoding lacks as \\x.., and escape the texts of errors.
+    """Make stdout and stderr optional, with what their encoding lacks as \\x.., and show what a terminal would obey.
+
+    On stderr only in errors: progress bars and trackers move and colour their own lines there.
 
     Streams that are not this process's own, as in a notebook or a test, stay as they are.
     """
@@ -46,7 +56,8 @@ def protect_output() -> None:
         if isinstance(stream.buffer, io.BufferedWriter):  # not with PYTHONUNBUFFERED
             binary = io.BufferedWriter(binary)
         lines = dict(line_buffering=stream.line_buffering, write_through=stream.write_through)
-        setattr(sys, name, io.TextIOWrapper(binary, stream.encoding, "backslashreplace", **lines))
+        text = PlainText if name == "stdout" else io.TextIOWrapper
+        setattr(sys, name, text(binary, stream.encoding, "backslashreplace", **lines))
     sys.excepthook = print_error
 
 

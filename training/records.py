@@ -43,6 +43,7 @@ from storage.files import (
     write_rows,
     written_whole,
 )
+from storage.lists import as_text
 from training.checkpoints import Start, advise_on_nonfinite, take_over
 from training.process import cap_workers
 
@@ -75,7 +76,8 @@ def lock_experiment(experiment: Path) -> TextIO:
 
 def write_args(experiment: Path, args: argparse.Namespace, resumed_from: Path | None) -> list[str]:
     """Write args.json; a resume keeps the first file and adds its own. Give the flags that differ from the first."""
-    before = flags = json.loads(json.dumps(vars(args)))
+    texts = {name: as_text(value) for name, value in vars(args).items() if isinstance(value, str)}
+    before = flags = json.loads(json.dumps(vars(args) | texts))
     file = experiment / "args.json"
     if resumed_from is not None and (first := read_optional(file, read_json)) is not None:
         before, file = first, experiment / f"args_from_{resumed_from.name}.json"
@@ -345,7 +347,8 @@ class BadFiles:
         if self.named is None:
             content = read_optional(self.file, read_bytes) or b""
             self.named = {line.split("\t")[0] for line in content.decode("utf-8", "surrogateescape").split("\n")}
-        rows = [(path, " ".join(found[path].split())) for path in sorted(found) if escape(path) not in self.named]
+        rows = [(as_text(path), " ".join(found[path].split())) for path in sorted(found)]
+        rows = [(path, reason) for path, reason in rows if escape(path) not in self.named]
         self.named |= {escape(path) for path, _ in rows}
         if rows:
             with optional_write(self.file):

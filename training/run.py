@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from storage.files import write_json
+from storage.lists import as_text
 from storage.workers import DataTimeoutError
 from training.checkpoints import BEST_CHECKPOINT, DONE_FILE, Checkpoints, Start, check_weights, open_experiment, resume
 from training.flags import micro_batch_size
@@ -174,7 +175,7 @@ class Run:
         self.interruptions.close()
 
     def images_of(self, step: int) -> list[str]:
-        return [self.plan.files.path(index) for index in self.plan.sampler.images_of(step)]
+        return [as_text(self.plan.files.path(index)) for index in self.plan.sampler.images_of(step)]
 
     # ---------------------------------------------------------------- the loop
 

@@ -1,4 +1,4 @@
-"""Rows 22 and 23: shards that are overwritten, locales, names, rights, and places where nothing can be kept."""
+"""Rows 22, 23 and 27: overwritten shards, locales, names, rights, and places where nothing can be kept."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, draw_images
 from test_pack_dataset import pack
 
-from faults.conftest import SCRIPTS
+from faults.conftest import SCRIPTS, draw_data
 from faults.harness import check_exact
 from storage.packs import Pack
 
@@ -198,3 +198,45 @@ def test_names_and_places_that_no_run_can_use_are_refused_before_any_work(script
             assert words in refused.printed().splitlines()[-1] and "Traceback" not in refused.printed()
             assert [path.name for path in run.work.iterdir()] == ["output.txt"]
             count.survived += 1
+
+
+# ------------------------------------------------------------------------------------------------ names that are orders
+
+# Colour, title, clear the screen, turn the line around, end it
+ORDERS = "\x1b[31m\x1b]0;title\x07\x9b2J\u202e\n\t\u2028"
+OBEYED = set(ORDERS) - set("\n[]012;Jmtitle3")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_names_that_a_terminal_would_obey_are_shown_not_sent(script, job, faults, full, tmp_path):
+    """Of a class, a bad file of training, and one of validation, which ends classifier and segmenter."""
+    if script != "pretrain_mae" and not full:
+        pytest.skip("with --full")
+    data = draw_data(script, tmp_path / "data")
+    images = sorted(path for path in data.rglob("*.jpg") if "train" in str(path.relative_to(data)))
+    images[0].with_name(f"bad{ORDERS}.jpg").write_bytes(b"no image")
+    labels = data / "annotations"
+    if script == "finetune_segmentation":
+        shutil.copy(labels / "training" / "00.png", labels / "training" / f"bad{ORDERS}.png")
+    else:
+        for split in ("train", "val"):
+            (data / split / "cats").rename(data / split / f"cats{ORDERS}")
+    with faults(27, f"names with control characters, {script}") as count:
+        count.injected += 2
+        flags = f"--path_to_data {data} --save_minutes 0 --max_bad_fraction 0.1"
+        named = job(script, tmp_path / "work").with_flags(flags)
+        named.finish()
+        named.finish()  # lists the bad file no second time
+        said = (named.work / "output.txt").read_bytes().decode()
+        assert r"bad\x1b[31m\x1b]0;title\x07\x9b2J\u202e\n\t\u2028.jpg" in said
+        assert not set(said) & OBEYED
+        assert len((named.experiment / "bad_files.txt").read_text().splitlines()) == 1
+        file = min(path for path in data.rglob("*.jpg") if "val" in str(path.relative_to(data)))
+        file.rename(file.with_name(f"worse{ORDERS}.jpg")).write_bytes(b"no image")
+        if script == "finetune_segmentation":
+            label = labels / "validation" / f"{file.stem}.png"
+            label.rename(label.with_name(f"worse{ORDERS}.png"))
+        run = job(script, tmp_path / "other").with_flags(flags).start()
+        assert run.wait() == (0 if script == "pretrain_mae" else 1), run.printed()
+        assert not set(run.printed()) & OBEYED and r"worse\x1b[31m" in run.printed()
+        count.survived += 2
