@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from storage.files import write_json
+from storage.files import replace_json
 from storage.lists import as_text
 from storage.workers import DataTimeoutError
 from training.checkpoints import BEST_CHECKPOINT, DONE_FILE, Checkpoints, Start, check_weights, open_experiment, resume
@@ -336,4 +336,4 @@ class Run:
         if not self.saved:
             raise OSError("the last checkpoint could not be written; make room for it and go on with the same command")
         if self.accelerator.is_main_process:
-            write_json(self.experiment / DONE_FILE, {"step": self.step})
+            replace_json(self.experiment / DONE_FILE, {"step": self.step})

@@ -174,9 +174,9 @@ def test_resume_on_a_full_disk_goes_on(small_disk, died, undisturbed, faults, tm
     with faults(19, "disk full at a resume, pretrain_mae") as count:
         count.injected += 1
         crowded = copy_of(died("pretrain_mae"), small_disk / "work")
-        (crowded.experiment / "log.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in [*log_of(crowded.experiment), {"step": 27}, {"step": 28}])
-        )
+        rows = log_of(crowded.experiment)
+        rows += [{"step": rows[-1]["step"] + more} for more in (1, 2)]  # beyond the state
+        (crowded.experiment / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         crowded, room = on_full_disk(crowded, small_disk, output)
         printed = crowded.finish(("save_at", {"steps": [2]}), room)
         assert f"args_from_{NEWEST}.json could not be written ([Errno 28]" in printed, printed
