@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvf
 
+from storage.console import DataError
 from storage.decoding import CHANNEL_MODES, DECODE_ERRORS, Area, Picture, to_pixels
 from storage.files import random_key
 from storage.lists import FileList, PackedImages
@@ -471,10 +472,10 @@ class ImageDataset(Dataset):
                 elif isinstance(error, FileNotFoundError):
                     reason = "missing since the list of files was made; --rescan_data makes it anew"
                 if not self.replace_bad_files:
-                    raise ValueError(f"cannot decode {path}: {reason}") from error
+                    raise DataError(f"cannot decode {path}: {reason}") from error
                 bad_files.append(BadFile(path, reason))
             if len(bad_files) == MAX_REPLACEMENTS:
-                raise ValueError(f"{MAX_REPLACEMENTS} files in a row cannot be decoded; the last is {path}: {reason}")
+                raise DataError(f"{MAX_REPLACEMENTS} files in a row cannot be decoded; the last is {path}: {reason}")
             index = int(torch.randint(len(self.files), ()))
 
 

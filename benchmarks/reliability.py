@@ -23,8 +23,9 @@ from measure import alternate, build_parser, spread
 
 from model import MODEL_CONFIGS, ViTMAEForPreTraining
 from storage.files import checksum_of
-from training.checkpoints import Checkpoints, find_damage
+from training.checkpoints import Checkpoints
 from training.signals import Interruptions
+from training.states import find_damage
 
 NO_CONFIG = {"architecture": "ViTMAEForPreTraining"}
 STEPS = 200  # of a round in which processes agree

@@ -1,53 +1,22 @@
 """How images, label maps and weights lie on a disk. Imports nothing above it."""
 
-from storage.console import explained_errors
-from storage.decoding import describe_decoder
-from storage.demo import DEMO_LABEL_NAMES
-from storage.files import read_text, rename_aside, write_json, write_rows
-from storage.lists import (
-    FileList,
-    as_text,
-    check_same_classes,
-    find_splits,
-    find_validation,
-    list_images,
-    refuse_inside,
-)
-from storage.pairs import (
-    ADE20K_CLASS_NAMES,
-    ADE20K_NUM_CLASSES,
-    IGNORE_INDEX,
-    LABEL_COLOURS,
-    PairList,
-    check_pairs,
-    label_table,
-    list_pairs,
-)
-from storage.weights import find_weights, read_state_dict
+import importlib
 
-__all__ = [
-    "ADE20K_CLASS_NAMES",
-    "ADE20K_NUM_CLASSES",
-    "DEMO_LABEL_NAMES",
-    "IGNORE_INDEX",
-    "LABEL_COLOURS",
-    "FileList",
-    "PairList",
-    "as_text",
-    "check_pairs",
-    "check_same_classes",
-    "describe_decoder",
-    "explained_errors",
-    "find_splits",
-    "find_validation",
-    "find_weights",
-    "label_table",
-    "list_images",
-    "list_pairs",
-    "read_state_dict",
-    "read_text",
-    "refuse_inside",
-    "rename_aside",
-    "write_json",
-    "write_rows",
-]
+# What scripts use of it, by module; imported when first asked for, as most of it brings torch, which takes seconds
+NAMES = {
+    "storage.console": "explained_errors",
+    "storage.decoding": "describe_decoder",
+    "storage.demo": "DEMO_LABEL_NAMES",
+    "storage.files": "read_text rename_aside write_json write_rows",
+    "storage.lists": "FileList as_text check_same_classes find_splits find_validation list_images refuse_inside",
+    "storage.pairs": """ADE20K_CLASS_NAMES ADE20K_NUM_CLASSES IGNORE_INDEX LABEL_COLOURS PairList check_pairs
+        label_table list_pairs""",
+    "storage.weights": "find_weights read_state_dict",
+}
+HOMES = {name: module for module, names in NAMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> object:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(HOMES[name]), name)

@@ -21,6 +21,13 @@ OWN_FOLDERS = (ROOT, ROOT / "storage", ROOT / "training", ROOT / "tools")  # and
 SECOND_S = 2  # that a process waits with an error, which the first one has as well: its launcher ends it by then
 
 
+class DataError(ValueError):
+    """Data that cannot be used, said to a user; from a data worker without the traceback that torch puts before it."""
+
+    def __init__(self, message: str):
+        super().__init__(message.rpartition("DataError: ")[2])
+
+
 class OptionalFile(io.FileIO):
     """A file that drops what it cannot write: its reader has left, its terminal is closed, its disk is full."""
 
@@ -73,8 +80,8 @@ def escape_lines(text: str) -> str:
 
 def is_explained(error: Exception) -> bool:
     """Tell whether an error is the system's, or raised here to be read by a user; of a bug one wants the traceback."""
-    if isinstance(error, OSError | AssertionError):
-        return isinstance(error, OSError)
+    if isinstance(error, OSError | DataError | AssertionError):
+        return not isinstance(error, AssertionError)
     raised = traceback.extract_tb(error.__traceback__)[-1]
     return Path(raised.filename).resolve().parent in OWN_FOLDERS and (raised.line or "").startswith("raise ")
 

@@ -13,16 +13,8 @@ from safetensors.torch import load_file
 
 from model import ViTMAEForPreTraining
 from storage.files import checksum_of
-from training.checkpoints import (
-    Checkpoints,
-    check_weights,
-    find_checkpoint,
-    find_checkpoints,
-    find_damage,
-    open_experiment,
-    resume,
-    tidy,
-)
+from training.checkpoints import Checkpoints, check_weights, open_experiment, resume, tidy
+from training.states import find_checkpoint, find_checkpoints, find_damage
 
 # -------------------------------------------------------------------------------- finding them
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dataset import StepSampler
 from training import records
-from training.checkpoints import Checkpoints, Start, find_checkpoints, open_experiment
+from training.checkpoints import Checkpoints, Start, open_experiment
 from training.records import (
     BadFiles,
     RunLog,
@@ -28,6 +28,7 @@ from training.records import (
     open_records,
     write_args,
 )
+from training.states import find_checkpoints
 
 
 def run_flags(folder, **changes):

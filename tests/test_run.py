@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 
 from dataset import StepSampler
 from training import open_evaluation, open_run, signals
-from training.checkpoints import find_checkpoints, open_experiment
+from training.checkpoints import open_experiment
 from training.run import Plan, Run, Stopped
+from training.states import find_checkpoints
 
 NUM_EPOCHS, TOTAL_STEPS = 2, 8
 EVALUATED = {"testing_loss": 0.5}

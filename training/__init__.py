@@ -1,22 +1,21 @@
 """What a run is told, and what keeps it going. Knows no network, no loss and no data set."""
 
-# ruff: noqa: F401 - the names that scripts use
+import importlib
 
-from storage.files import optional_write
-from training.checkpoints import BEST_CHECKPOINT, LAST_CHECKPOINT
-from training.flags import Flags, micro_batch_size, size_flags
-from training.process import (
-    SHARDING,
-    broadcast_buffers,
-    choose_value_range,
-    collect_features,
-    draw_demo_data,
-    gather_slices,
-    list_checked_pairs,
-    list_folder,
-    list_splits,
-    prepare,
-    process_slice,
-)
-from training.records import describe_run, print_figures
-from training.run import Plan, Run, open_evaluation, open_run
+# What scripts use of it, by module; imported when first asked for, as most of it brings torch, which takes seconds
+NAMES = {
+    "storage.files": "optional_write",
+    "training.flags": "Flags micro_batch_size size_flags",
+    "training.process": """SHARDING broadcast_buffers choose_value_range collect_features draw_demo_data gather_slices
+        list_checked_pairs list_folder list_splits prepare process_slice""",
+    "training.records": "describe_run print_figures",
+    "training.run": "Plan Run open_evaluation open_run",
+    "training.states": "BEST_CHECKPOINT LAST_CHECKPOINT",
+}
+HOMES = {name: module for module, names in NAMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> object:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(HOMES[name]), name)

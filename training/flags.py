@@ -23,7 +23,7 @@ import yaml
 
 from storage.console import refuse
 from storage.files import escape, read_text, user_path
-from training.checkpoints import find_checkpoints
+from training.states import find_checkpoints
 
 Rows = Sequence[tuple]
 

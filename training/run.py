@@ -34,11 +34,12 @@ from torch.utils.data import DataLoader
 from storage.files import replace_json
 from storage.lists import as_text
 from storage.workers import DataTimeoutError
-from training.checkpoints import BEST_CHECKPOINT, DONE_FILE, Checkpoints, Start, check_weights, open_experiment, resume
+from training.checkpoints import DONE_FILE, Checkpoints, Start, check_weights, open_experiment, resume
 from training.flags import micro_batch_size
 from training.process import build_accelerator, cap_workers, process_slice
 from training.records import BadFiles, SkippedSteps, StepClock, build_bar, open_records, peak_memory_gb
 from training.signals import FAIL, GO_ON, SAVE, STOP, Interruptions
+from training.states import BEST_CHECKPOINT
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error

@@ -34,7 +34,8 @@ from storage.files import checksum_of
 from storage.lists import ListCache, list_images
 from storage.pairs import label_table, list_pairs, read_label_map
 from tools import pack_dataset
-from training.checkpoints import Checkpoints, find_checkpoints, find_damage, newest_whole_checkpoint, resume
+from training.checkpoints import Checkpoints, resume
+from training.states import find_checkpoints, find_damage, newest_whole_checkpoint
 
 SECONDS_A_CASE = 60  # more is a hang, on the busiest machine
 REFUSALS = (ValueError, OSError)  # what a sentence is written for; FileNotFoundError and the like are among them
