@@ -551,7 +551,6 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                     kept = {key: figures[f"{prefix}_{key}"] for key in ("loss", "top1_acc", "top5_acc")}
                     scored = {"epoch": epoch + 1, "moving_average": prefix != "testing", "testing": kept}
                     run.keep_best(candidate, kept["top1_acc"], scored)
-                run.headline = f", top-1 {figures['testing_top1_acc']:.2f} %, best {run.best:.2f} %"
             if saves:
                 run.keep_picture("predictions", draw_predictions(accelerator, bare_model, eval_data, args))
             run.finish_epoch(figures if evaluates else {}, save=evaluates or saves, for_good=saves)

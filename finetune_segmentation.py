@@ -438,7 +438,6 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                     tables.append(run.experiment / training.BEST_CHECKPOINT / "per_class.tsv")
                 for file in tables if accelerator.is_main_process else ():
                     write_table(confusion, args.class_names, file)
-                run.headline = f", mIoU {figures['testing_miou']:.2f} %, best {run.best:.2f} %"
             run.finish_epoch(figures if evaluates else {}, save=evaluates or saves, for_good=saves)
         run.finish()
         if not figures:  # a finished run that was started again

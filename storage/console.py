@@ -25,7 +25,7 @@ class DataError(ValueError):
     """Data that cannot be used, said to a user; from a data worker without the traceback that torch puts before it."""
 
     def __init__(self, message: str):
-        super().__init__(message.rpartition("DataError: ")[2])
+        super().__init__(message.rpartition("DataError: ")[2].rstrip())
 
 
 class OptionalFile(io.FileIO):

@@ -21,8 +21,6 @@ from training.records import (
     BadFiles,
     RunLog,
     SkippedSteps,
-    StepClock,
-    build_bar,
     describe_run,
     lock_experiment,
     open_records,
@@ -295,51 +293,6 @@ def test_run_says_what_decides_its_result_and_whether_an_epoch_repeats_images(ca
     said = capsys.readouterr().out
     assert "note            7 images do not fill one step of 8" in said and "schedule        another" in said
     assert "held out        none: no train/" in said
-
-
-def test_step_clock_counts_images_and_waiting(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(records.time, "perf_counter", lambda: now[0])
-
-    def loader():
-        for _ in range(3):
-            now[0] += 1.0  # a second to get a batch
-            yield argparse.Namespace(images=torch.zeros(4, 1))
-
-    clock = StepClock()
-    for _ in clock.watch(loader()):
-        now[0] += 3.0  # three to train on it
-    figures = clock.read(num_processes=2)
-    assert figures == {"images_per_second": pytest.approx(2.0), "data_wait_fraction": pytest.approx(0.25)}
-    now[0] += 1.0
-    assert clock.read(num_processes=2)["images_per_second"] == 0
-
-
-def test_clock_says_once_what_to_do_when_the_loop_waits_for_data():
-    said = []
-    clock = StepClock(said.append)
-
-    def read(waited_s, elapsed_s=10.0):
-        clock.started -= elapsed_s
-        clock.waited_s = waited_s
-        clock.read(1)
-        return len(said)
-
-    assert read(9) == 0  # the workers start
-    assert read(9) == 0 and read(1) == 0 and read(9) == 0  # not twice in a row
-    assert read(5) == 1 and said[0].startswith("waiting for data takes 50% of the time: give more --num_workers")
-    assert read(9) == 1 and read(9) == 1
-
-
-def test_progress_bar_in_a_file_is_a_few_lines(capsys):
-    bar = build_bar(Accelerator(cpu=True), 2000, 0)
-    for step in range(2000):
-        bar.update()
-        bar.set_postfix_str(f"loss {step}", refresh=False)
-    bar.close()
-    lines = capsys.readouterr().err.split("\r")
-    assert len(lines) < 5
-    assert "2000/2000" in lines[-1] and "loss 1999" in lines[-1]
 
 
 # -------------------------------------------------------------------------------- what went wrong

@@ -399,7 +399,7 @@ def test_run_closes_what_it_opened_however_it_is_left(tmp_path, error):
         training.steps(run, at={2: ask_to_stop} if error is Stopped else {})
         raise error
     assert [signal.getsignal(number) for number in signals.STOP_SIGNALS] == handlers
-    assert run.bar.disable and run.log.lock.closed
+    assert run.progress.bar.disable and run.log.lock.closed
     Training(tmp_path, resume_from_checkpoint="latest").go()  # the folder is free again
     assert figures(tmp_path)[-1] == WHOLE[-1]
 

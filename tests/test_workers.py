@@ -13,6 +13,7 @@ import pytest
 from torch.utils.data import Dataset
 
 from storage import workers
+from storage.console import DataError, is_explained
 from storage.workers import (
     STOP_SIGNALS,
     DataTimeoutError,
@@ -117,3 +118,18 @@ def test_handler_of_a_signal_may_break_a_wait():
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+class Refusing(Dataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        raise DataError("one.jpg is no image")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_error_of_a_data_worker_is_said_in_its_own_words(num_workers):
+    with pytest.raises(DataError) as error:
+        list(Loader(Refusing(), num_workers=num_workers))
+    assert str(error.value) == "one.jpg is no image" and is_explained(error.value)

@@ -13,9 +13,8 @@ import re
 import resource
 import stat
 import sys
-import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -24,7 +23,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
-from tqdm import tqdm
 
 from storage.files import (
     append_lines,
@@ -49,13 +47,6 @@ from training.process import cap_workers
 
 WANDB_TIMEOUT_S = 20
 MAX_SHOWN = 500  # characters of a flag's value
-BAR_INTERVAL_S = 30  # between lines of a progress bar that goes into a file
-LONG_WAIT = 0.2  # share of the time that is worth a hint
-DATA_HINT = (
-    "waiting for data takes {:.0%} of the time: give more --num_workers where there are cores, pack the data "
-    "(tools/pack_dataset.py), or pretrain with --repeated_sampling 4"
-)
-
 # ------------------------------------------------------------------------------------------------ the folder
 
 
@@ -150,50 +141,7 @@ def print_figures(accelerator: Accelerator, figures: Mapping[str, float]) -> Non
         accelerator.print(f"{name:<24}{value if isinstance(value, int) else format(value, '.4f')}")
 
 
-# ------------------------------------------------------------------------------------------------ progress and log
-
-
-def build_bar(accelerator: Accelerator, total_steps: int, step: int) -> tqdm:
-    """Show the progress of a run from the main process; where no one watches a terminal, a line now and then."""
-    in_file = dict(ncols=160, mininterval=BAR_INTERVAL_S, maxinterval=BAR_INTERVAL_S)
-    options = dict(dynamic_ncols=True) if sys.stderr.isatty() else in_file
-    return tqdm(total=total_steps, initial=step, unit="step", disable=not accelerator.is_main_process, **options)
-
-
-class StepClock:
-    """Measure images per second and the share of the time that the loop waits for data, between log rows.
-
-    Where that share is high in two readings in a row, `say` is told once what to do; not after the first reading, in
-    which the workers start.
-    """
-
-    def __init__(self, say: Callable[[str], None] | None = None):
-        self.say, self.readings, self.slow_readings = say, 0, 0
-        self.restart()
-
-    def restart(self) -> None:
-        self.started, self.waited_s, self.images = time.perf_counter(), 0.0, 0
-
-    def watch(self, loader: Iterable) -> Iterator:
-        """Iterate over a loader, adding up the time spent in it and the images it gives."""
-        batches, asked = iter(loader), time.perf_counter()
-        for batch in batches:
-            self.waited_s += time.perf_counter() - asked
-            self.images += len(batch.images)
-            yield batch
-            asked = time.perf_counter()
-
-    def read(self, num_processes: int) -> dict[str, float]:
-        """Give the figures since the last reading, images counted over all processes, and start over."""
-        elapsed_s = max(time.perf_counter() - self.started, 1e-9)
-        images_per_second, waited = self.images * num_processes / elapsed_s, self.waited_s / elapsed_s
-        self.readings += 1
-        self.slow_readings = self.slow_readings + 1 if waited > LONG_WAIT and self.readings > 1 else 0
-        if self.slow_readings == 2 and self.say is not None:
-            self.say(DATA_HINT.format(waited))
-            self.say = None
-        self.restart()
-        return {"images_per_second": images_per_second, "data_wait_fraction": waited}
+# ------------------------------------------------------------------------------------------------ log
 
 
 def peak_memory_gb(device: torch.device) -> float:

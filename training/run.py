@@ -37,7 +37,8 @@ from storage.workers import DataTimeoutError
 from training.checkpoints import DONE_FILE, Checkpoints, Start, check_weights, open_experiment, resume
 from training.flags import micro_batch_size
 from training.process import build_accelerator, cap_workers, process_slice
-from training.records import BadFiles, SkippedSteps, StepClock, build_bar, open_records, peak_memory_gb
+from training.progress import Progress, StepClock
+from training.records import BadFiles, SkippedSteps, open_records, peak_memory_gb
 from training.signals import FAIL, GO_ON, SAVE, STOP, Interruptions
 from training.states import BEST_CHECKPOINT
 
@@ -143,14 +144,14 @@ class Run:
         self.skipped_steps = SkippedSteps(self.experiment, self.images_of, args.max_nonfinite_steps)
         self.checkpoints = Checkpoints(accelerator, self.experiment, args.keep_checkpoints)
         self.interruptions = Interruptions(accelerator, self.checkpoints, args.save_minutes, args.timeout_minutes)
-        self.bar = build_bar(accelerator, plan.total_steps, self.step)
+        self.progress = Progress(accelerator, plan.num_epochs, plan.total_steps, self.step)
         self.clock = StepClock(accelerator.print)
         self.sums: dict[str, Tensor] = {}  # figures of the step under way, on the device
         self.names: list[str] = []  # of the figures
         self.pending: list[Tensor] = []  # (figures + 1,) of each step since the last row; the last is 1.0 where skipped
         self.learning_rate = 0.0  # of the last step
         self.statistics: list[tuple[Tensor, Tensor]] = []  # buffers of the model, and what they were before the step
-        self.saved, self.headline = True, ""  # of the last evaluation, for the bar
+        self.saved, self.keeps_best = True, keeps_best
 
     def __enter__(self) -> "Run":
         return self
@@ -160,7 +161,7 @@ class Run:
         with contextlib.closing(self):
             if kind is not Stopped:
                 return False
-            self.bar.close()
+            self.progress.close()
             stopped = f"by {self.interruptions.name or 'a signal at another process'} at step {self.step}"
             if not self.saved:
                 raise OSError(f"stopped {stopped}, but the state could not be saved")
@@ -171,7 +172,7 @@ class Run:
 
     def close(self) -> None:
         """Close all that is open; a second time, this does nothing."""
-        self.bar.close()
+        self.progress.close()
         self.log.close()
         self.interruptions.close()
 
@@ -234,7 +235,7 @@ class Run:
         self.learning_rate = learning_rate
         self.pending.append(torch.stack([*self.sums.values(), skipped]))
         self.names, self.sums = list(self.sums), {}
-        self.bar.update()
+        self.progress.update()
         epoch_ends = self.step == self.last_step
         if self.step > 1 and self.step % self.args.log_interval and not epoch_ends:
             return
@@ -248,7 +249,7 @@ class Run:
         self.pending.clear()
         finite = window[:, -1] == 0
         figures = dict(zip(self.names, window[finite, :-1].mean(dim=0).tolist(), strict=True))
-        self.skipped_steps.note(self.accelerator, (~finite).tolist(), self.step, self.bar.write)
+        self.skipped_steps.note(self.accelerator, (~finite).tolist(), self.step, self.progress.say)
         row = {
             "step": self.step,
             "epoch": self.step / self.plan.sampler.steps_per_epoch,
@@ -256,14 +257,10 @@ class Run:
             "learning_rate": self.learning_rate,
             **self.clock.read(self.accelerator.num_processes),
             "memory_gb": peak_memory_gb(self.accelerator.device),
-            "bad_files": self.bad_files.share(self.accelerator, self.bar.write),
+            "bad_files": self.bad_files.share(self.accelerator, self.progress.say),
             "nonfinite_steps": self.skipped_steps.count,
         }
-        self.bar.set_postfix_str(
-            f"loss {figures['training_loss']:.4f}, lr {self.learning_rate:.1e}, {row['images_per_second']:.1f} "
-            f"images/s, {row['data_wait_fraction']:.0%} waiting for data{self.headline}",
-            refresh=False,
-        )
+        self.progress.show(self.epoch, row)
         return row
 
     # ---------------------------------------------------------------- evaluations and saves
@@ -302,7 +299,11 @@ class Run:
         request = self.interruptions.agree()
         if request == STOP and self.step == self.plan.total_steps:  # nothing is left to stop
             request = SAVE
-        self.obey(max(request, SAVE if save else GO_ON), self.epoch + 1, {}, epoch_ends=True, for_good=for_good)
+        request = max(request, SAVE if save else GO_ON)
+        self.obey(request, self.epoch + 1, {}, epoch_ends=True, for_good=for_good)
+        best = self.best if self.keeps_best and self.best >= 0 else None
+        saved_as = f"checkpoint_{self.epoch + 1}" if request != GO_ON and self.saved else None
+        self.progress.end_epoch(self.epoch, self.row, figures, best, saved_as)
         self.clock.restart()
 
     def obey(self, request: int, epoch: int, row: Mapping, **how: bool) -> None:
