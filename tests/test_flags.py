@@ -507,3 +507,37 @@ def test_shown_channels_are_some_of_those_there_are(channels, given, shown, caps
     with pytest.raises(SystemExit):
         flags.complete(flags.parse([*argv, "--show_channels", "0", "1", str(channels)]), MINIMAL)
     assert f"--show_channels takes three bands of 0 to {channels - 1}" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------- what nobody gave
+
+
+@pytest.mark.parametrize(
+    ("argv", "epochs", "warmup"),
+    [
+        ("", 10, 1.0),  # the recipe's own
+        ("--epochs 40", 40, 2.0),
+        ("--epochs 1", 1, 0.05),
+        ("--epochs 40 --warmup_epochs 3", 40, 3.0),
+        ("--epochs 10", 10, 1.0),
+    ],
+)
+def test_warmup_that_nobody_gave_is_a_twentieth_of_other_epochs(argv, epochs, warmup):
+    args = complete(argv)
+    assert (args.epochs, args.warmup_epochs) == (epochs, pytest.approx(warmup))
+
+
+def test_small_model_for_few_epochs_needs_no_warmup_flag():
+    parse_args = importlib.import_module("pretrain_mae").parse_args
+    args = parse_args(shlex.split("--path_to_data x --model mae_vit_tiny_patch16 --epochs 10"))
+    assert args.warmup_epochs == 0.5
+
+
+@pytest.mark.parametrize(("batch", "passes"), [(8, 4), (30, 3), (7, 1), (4, 2), (1, 1)])
+def test_batch_is_cut_into_forward_passes_of_two_images_or_more_where_nobody_says_how(batch, passes):
+    recipe = {"gradient_accumulation_steps": 4}
+    assert complete(f"--per_gpu_batch_size {batch}", recipe).gradient_accumulation_steps == passes
+    assert (
+        complete(f"--per_gpu_batch_size {batch} --gradient_accumulation_steps 1", recipe).gradient_accumulation_steps
+        == 1
+    )

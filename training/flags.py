@@ -50,7 +50,7 @@ FIRST_FLAGS: dict[str, Rows] = {
     ],
     "optimisation": [
         ("epochs", int, "passes over the training images", (1, None)),
-        ("warmup_epochs", float, "epochs of linear warmup from 0", (0, None)),
+        ("warmup_epochs", float, "epochs of linear warmup from 0; of other --epochs a twentieth", (0, None)),
         ("per_gpu_batch_size", int, "images of an optimizer step on one process, in all forward passes", (1, None)),
         ("gradient_accumulation_steps", 1, "forward passes of an optimizer step", (1, None)),
         ("weight_decay", float, "AdamW's, not on biases and norms", (0, None)),
@@ -74,6 +74,7 @@ RARE_FLAGS: dict[str, Rows] = {
         ("norm_weight_decay", False, "also decay the weights of norms"),
     ],
 }
+WARMUP_SHARE = 1 / 20  # of the epochs, where --epochs is not the recipe's: the paper's 40 of 800
 NOT_GIVEN = object()
 PATHS = ("path_to", "working_directory", "resume_from_checkpoint", "class_names")  # beginnings of flags that name files
 FOLDERS = ("path_to_data", "path_to_probe_data", "working_directory")
@@ -141,8 +142,13 @@ class Flags:
         if given.get("help"):
             self.parser.print_help()
             self.parser.exit()
-        args = argparse.Namespace(**vars(self.parser.parse_args([])) | dict(given))
+        recipe = self.parser.parse_args([])
+        args = argparse.Namespace(**vars(recipe) | dict(given))
         del args.help
+        if "warmup_epochs" not in given and recipe.warmup_epochs is not None and args.epochs != recipe.epochs:
+            args.warmup_epochs = WARMUP_SHARE * args.epochs
+        if "gradient_accumulation_steps" not in given and args.per_gpu_batch_size > 0:
+            args.gradient_accumulation_steps = fit_accumulation(args)
         self.check(args)
         return args
 
@@ -290,6 +296,12 @@ def add_flag(group, name: str, default: object, text: str, **options: object) ->
     if isinstance(default, list):
         options = {"nargs": "+", **options}
     group.add_argument(f"--{name}", default=None if isinstance(default, type) else default, help=text, **options)
+
+
+def fit_accumulation(args: argparse.Namespace) -> int:
+    """Give the most forward passes, up to the recipe's, that cut a batch into equal parts of two images or more."""
+    recipe, batch = args.gradient_accumulation_steps, args.per_gpu_batch_size
+    return max(steps for steps in range(1, recipe + 1) if batch % steps == 0 and (steps == 1 or batch // steps > 1))
 
 
 def micro_batch_size(args: argparse.Namespace) -> int:
