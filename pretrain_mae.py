@@ -213,18 +213,6 @@ def draw_reconstructions(
     return utils.draw_rows(dict(zip(titles, utils.show_values(panels, args.show_channels), strict=True)))
 
 
-def list_probe_files(accelerator: Accelerator, args: argparse.Namespace) -> list[storage.FileList]:
-    """List the labelled images of the k-NN probe: those that lend their labels, and those that are classified."""
-    root = args.path_to_probe_data or args.path_to_data
-    train_files, val_files = training.list_splits(accelerator, root, args)
-    if val_files is None:
-        raise FileNotFoundError(f"--probe_every needs {root} to hold train/ and val/, or give --path_to_probe_data")
-    storage.check_same_classes(val_files.classes, train_files.classes, val_files.root, str(train_files.root))
-    if not train_files.classes:
-        raise ValueError(f"--probe_every needs labels, but {train_files.root} has images outside class folders")
-    return [files.subsample(args.probe_images) for files in (train_files, val_files)]
-
-
 # ------------------------------------------------------------------------------------------------ training
 
 
@@ -252,7 +240,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     eval_loader = dataset.build_eval_loader(eval_data, **loading) if val_files else None
     probe_data = [
         dataset.build_eval_images(files, config.image_hw, channels=args.input_channels, values=values)
-        for files in (list_probe_files(accelerator, args) if args.probe_every else ())
+        for files in (training.list_probe_files(accelerator, args) if args.probe_every else ())
     ]
     probe_loaders = [dataset.build_eval_loader(data, **loading) for data in probe_data]
     shown = dataset.collate(dataset.pick_samples(eval_data, NUM_PICTURES))

@@ -13,6 +13,7 @@ from training.process import (
     gather_slices,
     list_checked_pairs,
     list_folder,
+    list_probe_files,
     list_splits,
     prepare,
     process_slice,

@@ -34,6 +34,7 @@ FIRST_FLAGS: dict[str, Rows] = {
     ],
     "data": [
         ("path_to_data", str, "root of the data set"),
+        ("val_fraction", float, "share that is held out, of every class, where there is no val/", (0.001, 0.5)),
         ("img_size", [224], "one number, or height and width", {"metavar": "PIXELS"}),
         ("input_channels", 3, "1 grey, 3 RGB, 4 RGBA; any number of bands with --value_range", (1, None)),
         (

@@ -106,7 +106,7 @@ def describe_run(
         workers += f" (of --num_workers {args.num_workers}, as there are no more cores)"
     common = {
         "training": files.describe(),
-        "held out": held_out.describe() if held_out else "none: no train/ with val/ or validation/ beside it",
+        "held out": held_out.describe() if held_out else "none: no train/ with val/, and no --val_fraction",
         "effective batch": f"{sampler.images_per_step} = {accelerator.num_processes} processes x "
         f"{args.gradient_accumulation_steps} forward passes x {sampler.micro_batch_size} images",
         "schedule": f"{args.epochs} epochs of {sampler.steps_per_epoch:,} steps, warmup {args.warmup_epochs} epochs",

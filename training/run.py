@@ -125,6 +125,7 @@ class Run:
             "num_images": len(plan.files),
             "data": plan.files.fingerprint(),
             "seed": args.seed,
+            "val_fraction": args.val_fraction,
             **plan.identity,
         }
         state = {"epoch": 0, "step": 0, "row": {}, "best": -1.0}
