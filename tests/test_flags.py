@@ -30,7 +30,7 @@ SHARED = """experiment_name working_directory resume_from_checkpoint save_checkp
 OWN = {
     "pretrain_mae": """decoder_embed_dim decoder_depth decoder_num_heads decoder_mlp_ratio mask_ratio norm_pix_loss
  custom_weight_init base_learning_rate min_learning_rate min_crop_scale repeated_sampling probe_every
- path_to_probe_data probe_images probe_pool""",
+ path_to_probe_data probe_images probe_pool init_from""",
     "finetune_classifier": """path_to_pretrained_mae_weights num_classes global_pool custom_weight_init eval_only
  linear_probe knn finetune_blocks recipe learning_rate base_learning_rate min_learning_rate layer_decay adam_betas
  drop_path random_aug_magnitude random_erasing mixup_alpha cutmix_alpha label_smoothing ema_decay eval_interval""",
@@ -542,3 +542,16 @@ def test_batch_is_cut_into_forward_passes_of_two_images_or_more_where_nobody_say
         complete(f"--per_gpu_batch_size {batch} --gradient_accumulation_steps 1", recipe).gradient_accumulation_steps
         == 1
     )
+
+
+def test_statistics_of_weights_do_not_come_with_other_channels(finetuning, tmp_path):
+    colour = write_sizes(tmp_path / "colour", TINY, image_mean=[0.4] * 3, image_std=[0.2] * 3, value_range=[0, 9])
+    command = [*ENOUGH[finetuning.__name__], f"--{WEIGHTS_FLAG[finetuning.__name__]}", colour]
+    command = [word for word in command if word != "--from_scratch"] + ["--taps", "0", "0", "1", "2"] * (
+        "segmentation" in finetuning.__name__
+    )
+    more = ["--random_aug_magnitude", "0"] * ("classifier" in finetuning.__name__)
+    args = finetuning.parse_args([*command, *more])
+    assert (args.mean, args.std, args.value_range) == ((0.4,) * 3, (0.2,) * 3, (0.0, 9.0))
+    args = finetuning.parse_args([*command, *more, "--input_channels", "5"])
+    assert (args.mean, args.std, args.value_range) == ((0.5,) * 5, (0.5,) * 5, None)

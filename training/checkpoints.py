@@ -24,10 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from storage.files import checksum_of, publish, read_json, recover, remove, unused_name, write_json, written_whole
+from storage.weights import BEST_CHECKPOINT, LAST_CHECKPOINT
+from training.differences import refuse_differences
 from training.process import SHARDING
 
 CHECKPOINT_NAME = re.compile(r"checkpoint_(\d+)(?:_step_(\d+))?")  # epochs behind it, and the step within the next
-LAST_CHECKPOINT, BEST_CHECKPOINT = "last_checkpoint", "best_checkpoint"  # a link to the newest, and weights alone
 STATE_FILE, MANIFEST_FILE, DONE_FILE, AVERAGE_FILE = "state.json", "manifest.json", "DONE", "ema.safetensors"
 MAX_FAILED_SAVES = 3  # in a row, then the run stops
 SPACE_FACTOR = 1.2  # free space that a save wants, in sizes of the one before
@@ -361,6 +362,7 @@ def resume(
     *,
     average: nn.Module | None = None,
     keeps_best: bool = False,
+    start_flag: str | None = None,
 ) -> dict:
     """Load a checkpoint into everything that was prepared, and into `average`; every process calls this.
 
@@ -371,9 +373,7 @@ def resume(
     state = read_state(folder)
     saved = read_json(folder / "config.json") | {key: state.get(key) for key in identity}
     current = json.loads(json.dumps({**config, **identity}))
-    if differences := sorted(find_differences(saved, current)):
-        lines = [f"  {key}: {old!r} in the checkpoint, {new!r} now" for key, old, new in differences]
-        raise ValueError(f"cannot resume from {folder}, because this run differs:\n" + "\n".join(lines))
+    refuse_differences(folder, saved, current, start_flag)
     if not isinstance(state.get("row"), dict) or (keeps_best and not isinstance(state.get("best"), int | float)):
         raise ValueError(f"{folder / STATE_FILE} does not hold the row that waits and the best figure of a run")
     try:
@@ -385,13 +385,3 @@ def resume(
         raise ValueError(f"{folder} cannot be loaded ({type(error).__name__}: {reason})") from error
     accelerator.step = 0  # its position inside an accumulation; checkpoints lie between optimizer steps
     return state
-
-
-def find_differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[tuple]:
-    """Give (name, old, new) of every entry that differs, of tables within tables too."""
-    for key in old.keys() | new.keys():
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from find_differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            yield f"{prefix}{key}", a, b

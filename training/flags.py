@@ -77,7 +77,8 @@ RARE_FLAGS: dict[str, Rows] = {
 }
 WARMUP_SHARE = 1 / 20  # of the epochs, where --epochs is not the recipe's: the paper's 40 of 800
 NOT_GIVEN = object()
-PATHS = ("path_to", "working_directory", "resume_from_checkpoint", "class_names")  # beginnings of flags that name files
+# Beginnings of flags that name files
+PATHS = ("path_to", "init_from", "working_directory", "resume_from_checkpoint", "class_names")
 FOLDERS = ("path_to_data", "path_to_probe_data", "working_directory")
 MAX_NAME_BYTES = 255  # of a file or folder, on nearly every disk
 METAVARS = {int: "N", float: "X", str: "TEXT"}
@@ -162,11 +163,13 @@ class Flags:
         return str(checkpoints[-1]) if checkpoints else None
 
     def size_defaults(self, given: Mapping, record: Mapping, sizes: Mapping, source: str | None) -> dict[str, object]:
-        """Give the defaults that come with weights: the sizes of their encoder, image size, channels, mean and std.
+        """Give the defaults that come with weights: the sizes that are flags, image size, channels, mean and std.
 
-        `sizes` are all of them, `record` the config.json beside the weights. A given size that differs is refused.
+        `sizes` are all of them, `record` the config.json beside the weights. A given size that differs is refused,
+        except for those of the images; with other channels the weights' mean, std and range mean nothing.
         """
-        fixed = [name for name in sizes if name.startswith("encoder") or name == "patch_size"]
+        flags = {action.dest for action in self.parser._actions}
+        fixed = [name for name in sizes if name.startswith(("encoder", "decoder", "patch_size")) and name in flags]
         for name in fixed if source else ():
             if given.get(name, sizes[name]) != sizes[name]:
                 self.error(f"--{name} {given[name]}, but {source} has {sizes[name]}; leave the flag out")
@@ -175,7 +178,7 @@ class Flags:
             img_size = sizes["img_size"]
             defaults["img_size"] = [img_size] if isinstance(img_size, int) else list(img_size)
             defaults["input_channels"] = sizes["input_channels"]
-        if "image_mean" in record:
+        if "image_mean" in record and given.get("input_channels", sizes["input_channels"]) == sizes["input_channels"]:
             defaults |= {"mean": list(record["image_mean"]), "std": list(record["image_std"])}
             defaults["value_range"] = record.get("value_range")
         return defaults

@@ -27,7 +27,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from storage.files import escape, rename_aside, write_json, write_rows, written_whole
-from training.checkpoints import Start, advise_on_nonfinite, find_differences, optional_write, take_over
+from training.checkpoints import Start, advise_on_nonfinite, optional_write, take_over
+from training.differences import find_differences
 from training.process import cap_workers
 
 WANDB_TIMEOUT_S = 20
