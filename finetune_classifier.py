@@ -310,8 +310,12 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
     model, record = load_classifier(weights)
     if not os.access(weights.parent, os.W_OK):
         raise PermissionError(f"the figures are written beside the weights, but {weights.parent} cannot be written to")
-    folder = storage.find_validation(Path(args.path_to_data)) or Path(args.path_to_data)
-    files = training.list_folder(accelerator, folder, args)
+    if args.val_fraction:
+        _, files = training.list_splits(accelerator, args.path_to_data, args)
+        folder = files.root
+    else:
+        folder = storage.find_validation(Path(args.path_to_data)) or Path(args.path_to_data)
+        files = training.list_folder(accelerator, folder, args)
     training.choose_value_range(accelerator, args, files)
     class_names = record.get("class_names") or list(files.classes)
     storage.check_same_classes(files.classes, tuple(class_names) or ("",), folder, f"the classifier in {weights}")
@@ -377,7 +381,7 @@ def list_labelled_splits(
     if val_files is None:
         raise FileNotFoundError(
             f"--path_to_data {args.path_to_data} needs train/ and val/ (or validation/), each with a folder for every "
-            "class: without held-out images no classifier can be judged"
+            "class: without held-out images no classifier can be judged. --val_fraction 0.1 holds a tenth out"
         )
     storage.check_same_classes(train_files.classes, train_files.classes or ("",), train_files.root, "this data set")
     storage.check_same_classes(val_files.classes, train_files.classes, val_files.root, str(train_files.root))

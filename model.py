@@ -11,7 +11,6 @@ Masks    1 = removed, 0 = kept
 import argparse
 import dataclasses
 import functools
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from storage.layouts import BIAS_TABLE
-from storage.weights import LoadReport, convert_command, find_weights, read_config, read_weights, sizes_from_shapes
+from storage.weights import (
+    PREDICTION,
+    LoadReport,
+    adapt_channels,
+    convert_command,
+    find_weights,
+    match_tensors,
+    read_config,
+    read_weights,
+    refuse_as_encoder,
+    sizes_from_shapes,
+)
 from upernet import FCNHead, Feature2Pyramid, UperNetHead
 
 LAYER_NORM_EPS = 1e-6
@@ -781,7 +791,8 @@ def read_sizes(path: str | Path) -> dict:
     record = read_config(find_weights(path))
     if record is None:
         _, state_dict = read_weights(path)
-        record = {"config": dataclasses.asdict(infer_config(state_dict, path))}
+        config = infer_config(state_dict, path)
+        record = {"config": config.as_record(decoder="decoder_embed.weight" in state_dict)}
     return record
 
 
@@ -844,57 +855,52 @@ def load_segmenter(path: str | Path) -> tuple[ViTMAEForSegmentation, dict]:
     return model, record
 
 
-MAY_BE_MISSING = ("head.", "fc_norm.")  # new in finetuning
-MAY_BE_UNEXPECTED = ("decoder_", "mask_token", "norm.", "head.")  # of pretraining, and heads for other classes
+OF_PRETRAINING = ("decoder_", "mask_token")
 
 
 def load_pretrained_encoder(model: VisionTransformer, path: str | Path) -> LoadReport:
-    """Load the encoder of a checkpoint folder or weight file into a model, position embeddings resampled to its grid.
+    """Load the encoder of a checkpoint folder or weight file into a model, into a masked autoencoder its decoder too.
 
-    Only a new head may be missing, only the decoder, the final norm and a head of other classes or another kind left
-    over; anything else raises ValueError with the names, before a weight is touched.
+    Positions are resampled to the model's grid, weights of 3 channels adapted to other channels. Only what is new in
+    finetuning may be missing, or a whole decoder; only decoder, final norm, and a head of other classes or another kind
+    left over. Anything else raises ValueError with the names, before a weight is touched.
     """
     file, state_dict = read_weights(path)
     own = model.state_dict()
-    if any(key.startswith("backbone.") for key in state_dict):
-        source, target = (shlex.quote(str(Path(path)) + ending) for ending in ("", "_encoder.pth"))
-        raise ValueError(
-            f"{path} is a segmenter, and an encoder is needed to start from; take it out with: python "
-            f"tools/convert_weights.py {source} {target} --to original --drop"
-        )
-    if any(key.endswith(BIAS_TABLE) for key in state_dict) and not any(key.endswith(BIAS_TABLE) for key in own):
-        raise ValueError(
-            f"{path} has relative positions, which a segmenter takes with --rel_pos_bias and a classifier never does"
-        )
+    tables = {key for key in own if key.endswith(BIAS_TABLE)}
+    refuse_as_encoder(path, state_dict, relative_positions=bool(tables))
     heads = [{key: value.shape for key, value in of.items() if key.startswith("head.")} for of in (state_dict, own)]
-    loaded = {
+    taken = {
         key: value
         for key, value in state_dict.items()
         if key in own and (key not in heads[0] or heads[0] == heads[1])  # a head is taken whole or not at all
     }
-    missing, unexpected = sorted(own.keys() - loaded.keys()), sorted(state_dict.keys() - loaded.keys())
-    left_over = MAY_BE_UNEXPECTED + (() if isinstance(model, ViTMAEForImageClassification) else MAY_BE_MISSING)
-    new = [key for key in missing if key.startswith(MAY_BE_MISSING) or key.endswith(BIAS_TABLE)]
-    problems = [f"missing: {key}" for key in missing if key not in new]
-    problems += [f"unexpected: {key}" for key in unexpected if not key.startswith(left_over)]
-    resampled = []
-    if "pos_embed" in loaded:
-        num_patches, record = loaded["pos_embed"].shape[1] - 1, read_config(file)
+    resampled, adapted = (
+        resample_positions(taken, file, model.config),
+        adapt_channels(taken, model.config.input_channels),
+    )
+    has_decoder = any(key.startswith(OF_PRETRAINING) for key in taken)
+    new = ("head.", "fc_norm.", *(PREDICTION if adapted else ()), *(() if has_decoder else OF_PRETRAINING))
+    left_out = ("head.", *(PREDICTION if isinstance(model, ViTMAEForPreTraining) else (*OF_PRETRAINING, "norm.")))
+    left_out += () if isinstance(model, ViTMAEForImageClassification) else ("fc_norm.",)
+    may_be_missing = [key for key in own if key.startswith(new) or key in tables]
+    report = match_tensors(file, state_dict, taken, own, may_be_missing, left_out)
+    model.load_state_dict(taken, strict=False)
+    return report._replace(resampled=resampled, adapted=adapted)
+
+
+def resample_positions(taken: dict[str, Tensor], file: Path, config: MAEConfig) -> list[str]:
+    """Resample the position tables among a file's tensors to a model's grid, in place; give their names."""
+    resampled, record = [], read_config(file)
+    for name in ("pos_embed", "decoder_pos_embed"):
+        if name not in taken or taken[name].ndim != 3:
+            continue
+        num_patches = taken[name].shape[1] - 1
         side = round(num_patches**0.5)
         old_grid = MAEConfig(**record["config"]).grid_size if record else (side, side)
         if old_grid[0] * old_grid[1] != num_patches:
-            problems.append(f"pos_embed of {num_patches} patches fits no grid of {old_grid[0]} x {old_grid[1]}")
-        elif old_grid != model.config.grid_size:
-            loaded["pos_embed"] = resample_pos_embed(loaded["pos_embed"], old_grid, model.config.grid_size)
-            resampled.append("pos_embed")
-    problems += [
-        f"{key}: {tuple(value.shape)} in the file, {tuple(own[key].shape)} in the model"
-        for key, value in loaded.items()
-        if value.shape != own[key].shape
-    ]
-    if problems:
-        shown = "".join(f"\n  {problem}" for problem in problems[:10])
-        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError(f"{file} does not fit this encoder:{shown}{more}")
-    model.load_state_dict(loaded, strict=False)
-    return LoadReport(sorted(loaded), missing, unexpected, resampled)
+            raise ValueError(f"{file}: {name} of {num_patches} patches fits no grid of {old_grid[0]} x {old_grid[1]}")
+        if old_grid != config.grid_size:
+            taken[name] = resample_pos_embed(taken[name], old_grid, config.grid_size)
+            resampled.append(name)
+    return resampled

@@ -27,7 +27,14 @@ import dataset
 import storage
 import training
 import utils
-from model import MODEL_CONFIGS, MAEConfig, ViTMAEForPreTraining, num_kept_patches
+from model import (
+    MODEL_CONFIGS,
+    MAEConfig,
+    ViTMAEForPreTraining,
+    load_pretrained_encoder,
+    num_kept_patches,
+    read_sizes,
+)
 
 # The paper's recipe (table 8), in the batches of the project's command.
 # Deviation: gradients are clipped to a norm of 1 (--max_grad_norm); the original release never clips. Reason: the
@@ -72,6 +79,7 @@ BASE = "mae_vit_base_patch16"
 NOTHING_REMOVED = "as there is nothing to learn where nothing is removed; the paper removes 0.75"
 FLAGS = {
     "masked autoencoder": [
+        ("init_from", str, "start from weights: a checkpoint or experiment folder, .safetensors or original .pth"),
         ("model", BASE, "sizes; the flags below override single ones", {"choices": MODEL_CONFIGS}),
         ("patch_size", int, "side of a patch in pixels (default: the model's)"),
         *training.size_flags(MAEConfig, ("encoder", "decoder"), "the model's"),
@@ -99,7 +107,7 @@ FLAGS = {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flags = training.Flags(__doc__, FLAGS)
     given = flags.parse(argv)
-    args = flags.complete(given, RECIPE, DEMO_RECIPE if given.get("demo") else {})
+    args = flags.complete(given, RECIPE, DEMO_RECIPE if given.get("demo") else {}, start_defaults(flags, given))
     if args.path_to_data is None and not args.demo:
         flags.error(
             "give --path_to_data FOLDER to train on your images, or --demo to draw a small data set and train on it"
@@ -115,6 +123,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             "(--per_gpu_batch_size / --gradient_accumulation_steps)"
         )
     return args
+
+
+def start_defaults(flags: training.Flags, given: dict) -> dict[str, object]:
+    """Give the sizes and statistics of the weights of --init_from; a decoder they lack is that of the named size."""
+    source = given.get("init_from")
+    if source is None:
+        return {}
+    if "model" in given:
+        flags.error(f"--model is for training from scratch; the sizes come with {source}")
+    record = read_sizes(source)
+    sizes = MAEConfig(**record["config"]).as_record(decoder="decoder_embed_dim" in record["config"])
+    named = (name for name, config in MODEL_CONFIGS.items() if config.encoder_embed_dim == sizes["encoder_embed_dim"])
+    defaults = {"model": next(named, BASE)} | flags.size_defaults(given, record, sizes, source)
+    return defaults | {name: sizes[name] for name in ("norm_pix_loss",) if name in record["config"]}
 
 
 def build_config(args: argparse.Namespace) -> MAEConfig:
@@ -213,18 +235,6 @@ def draw_reconstructions(
     return utils.draw_rows(dict(zip(titles, utils.show_values(panels, args.show_channels), strict=True)))
 
 
-def list_probe_files(accelerator: Accelerator, args: argparse.Namespace) -> list[storage.FileList]:
-    """List the labelled images of the k-NN probe: those that lend their labels, and those that are classified."""
-    root = args.path_to_probe_data or args.path_to_data
-    train_files, val_files = training.list_splits(accelerator, root, args)
-    if val_files is None:
-        raise FileNotFoundError(f"--probe_every needs {root} to hold train/ and val/, or give --path_to_probe_data")
-    storage.check_same_classes(val_files.classes, train_files.classes, val_files.root, str(train_files.root))
-    if not train_files.classes:
-        raise ValueError(f"--probe_every needs labels, but {train_files.root} has images outside class folders")
-    return [files.subsample(args.probe_images) for files in (train_files, val_files)]
-
-
 # ------------------------------------------------------------------------------------------------ training
 
 
@@ -252,7 +262,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     eval_loader = dataset.build_eval_loader(eval_data, **loading) if val_files else None
     probe_data = [
         dataset.build_eval_images(files, config.image_hw, channels=args.input_channels, values=values)
-        for files in (list_probe_files(accelerator, args) if args.probe_every else ())
+        for files in (training.list_probe_files(accelerator, args) if args.probe_every else ())
     ]
     probe_loaders = [dataset.build_eval_loader(data, **loading) for data in probe_data]
     shown = dataset.collate(dataset.pick_samples(eval_data, NUM_PICTURES))
@@ -261,11 +271,12 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     model = ViTMAEForPreTraining(config, custom_weight_init=args.custom_weight_init)
     model.global_pool = args.probe_pool
     model.activation_checkpointing = args.activation_checkpointing
+    origin = load_start(model, start.resume_from, args)
     peak = utils.scaled_lr(args.base_learning_rate, sampler.images_per_step)
     # Linear warmup from 0, then half a cosine (utils.cosine_lr); run.step counts complete optimizer steps, from 0
     warmup_steps = args.warmup_epochs * sampler.steps_per_epoch
     total_steps = args.epochs * sampler.steps_per_epoch
-    lines = describe(model, peak, sampler.images_per_step, args) | {"image decoder": args.decoder}
+    lines = {"start": origin} | describe(model, peak, sampler.images_per_step, args) | {"image decoder": args.decoder}
     training.describe_run(accelerator, args, sampler, train_files, val_files, lines)
     groups = param_groups_weight_decay(model, args.weight_decay)
     utils.decay_more(groups, model, biases=args.bias_weight_decay, norms=args.norm_weight_decay)
@@ -278,7 +289,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     record = dict(architecture="ViTMAEForPreTraining", config=sizes, image_mean=args.mean, image_std=args.std)
     record["value_range"] = args.value_range
     identity = {"data": train_files.fingerprint() + crops}
-    plan = training.Plan(sampler, train_files, args.epochs, total_steps, record, identity)
+    plan = training.Plan(sampler, train_files, args.epochs, total_steps, record, identity, "--init_from")
     figures: dict[str, float] = {}
     with training.Run(accelerator, start, args, plan, model=model) as run:
         run.bad_files.note(shown.bad_files)
@@ -329,6 +340,13 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         report(accelerator, figures, run.experiment, val_files, args)
         return figures
     return {}  # stopped by a signal
+
+
+def load_start(model: ViTMAEForPreTraining, resume_from: Path | None, args: argparse.Namespace) -> str:
+    """Load the weights of --init_from, unless the run goes on from a state, which has its own; say which it is."""
+    if resume_from is not None:
+        return f"state of {resume_from.name}" + f"; --init_from {args.init_from} is not loaded" * bool(args.init_from)
+    return load_pretrained_encoder(model, args.init_from).describe() if args.init_from else "from scratch"
 
 
 def describe(

@@ -387,13 +387,3 @@ def check_entries(file: Path, entries: Mapping[str, object], kinds: Mapping[Kind
                 raise ValueError(f"{name} in {file} has to be {kind.words}, not {reprlib.repr(entries[name])}")
             if kind is TABLE and name in entries:
                 check_entries(file, entries[name], kinds)
-
-
-def find_differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[tuple]:
-    """Give (name, old, new) of every entry that differs, of tables within tables too."""
-    for key in old.keys() | new.keys():
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from find_differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            yield f"{prefix}{key}", a, b

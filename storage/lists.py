@@ -23,6 +23,7 @@ from PIL import Image
 from storage.bands import ValuePicture, open_values
 from storage.decoding import CHANNEL_MODES, IMAGE_SUFFIXES, Picture, load_file, open_picture, read_image, to_pixels
 from storage.files import fingerprint, open_regular, optional_write, random_key, read_json, write_json, written_whole
+from storage.held_out import choose_held_out
 from storage.packs import Pack, PackedRows, is_inner_path, is_packed, open_pack
 
 LAYOUT = (
@@ -73,9 +74,17 @@ class FileList:
         """Give at most `count` images, spread evenly over the list and so over the classes."""
         if len(self) <= count:
             return self
-        kept = np.linspace(0, len(self) - 1, count).round().astype(np.int64)
-        arrays = {name: value[kept] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return self.subset(np.linspace(0, len(self) - 1, count).round().astype(np.int64))
+
+    def subset(self, indices: np.ndarray) -> "FileList":
+        """Give some of the images; classes and labels stay."""
+        arrays = {name: value[indices] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         return dataclasses.replace(self, **arrays)  # every array has an entry for each image
+
+    def split(self, fraction: float, seed: int) -> tuple["FileList", "FileList"]:
+        """Hold out a share of every class; gives the rest and what is held out, as `choose_held_out` says."""
+        held_out = choose_held_out(self.paths, self.labels, fraction, seed)
+        return self.subset(~held_out), self.subset(held_out)
 
     def describe(self) -> str:
         classes = f" in {len(self.classes):,} classes" if self.classes else ""

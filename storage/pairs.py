@@ -25,6 +25,7 @@ from storage.decoding import (
     rotation_flag,
 )
 from storage.files import escape, fingerprint, open_regular
+from storage.held_out import choose_held_out
 from storage.lists import ListCache, as_nfc, as_text, contents, name_some, scan_images
 from storage.packs import Pack, is_packed, open_pack
 
@@ -165,18 +166,29 @@ class PairList:
     def fingerprint(self) -> str:
         return fingerprint(b"\0".join([*self.images.tolist(), *self.label_maps.tolist()]))
 
+    def subset(self, indices: np.ndarray) -> "PairList":
+        """Give some of the pairs."""
+        arrays = {name: value[indices] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return dataclasses.replace(self, **arrays)  # every array has an entry for each pair
+
+    def split(self, fraction: float, seed: int) -> tuple["PairList", "PairList"]:
+        """Hold out a share of the pairs; gives the rest and what is held out, as `choose_held_out` says."""
+        held_out = choose_held_out(self.images, np.zeros(len(self), dtype=np.int32), fraction, seed)
+        return self.subset(~held_out), self.subset(held_out)
+
     def describe(self) -> str:
         return f"{len(self):,} pairs in {os.path.dirname(self.path(0))}"
 
 
 @dataclass(frozen=True)
 class PackedPairs(PairList):
-    """A `PairList` whose files lie in a pack, byte for byte: image i is record 2 i, its label map record 2 i + 1."""
+    """A `PairList` whose files lie in a pack, byte for byte: image i is record `records[i]`, its label map the next."""
 
     pack: Pack
+    records: np.ndarray
 
     def image_file(self, index: int) -> NamedBytes:
-        return self.pack.read(2 * index)
+        return self.pack.read(int(self.records[index]))
 
     def read_image(self, index: int, channels: int) -> Image.Image:
         return read_image(self.image_file(index), channels, rotate=self.rotate)
@@ -185,7 +197,7 @@ class PackedPairs(PairList):
         return open_values(self.image_file(index), channels, rotate=self.rotate)
 
     def label_file(self, index: int) -> NamedBytes:
-        return self.pack.read(2 * index + 1)
+        return self.pack.read(int(self.records[index]) + 1)
 
     def stamps(self) -> list[tuple[int, int]]:
         statuses = [os.stat(self.pack.shard_path(number)) for number in range(len(self.pack.header["shards"]))]
@@ -209,7 +221,8 @@ def list_pairs(root: str | Path, split: str) -> PairList:
         pack = open_pack(root / split, "pairs")
         if len(pack.names) % 2:
             raise ValueError(f"{pack.folder} holds {len(pack.names)} records, not pairs of them; pack the folder again")
-        return PackedPairs(pack.folder, pack.names[0::2], pack.names[1::2], pack)
+        records = np.arange(0, len(pack.names), 2)
+        return PackedPairs(pack.folder, pack.names[0::2], pack.names[1::2], pack, records)
     if not (root / "images").is_dir() and (root / "ADEChallengeData2016").is_dir():
         root = root / "ADEChallengeData2016"
     found = []

@@ -19,10 +19,12 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models import adapt_input_conv
 from torch import Tensor
 
 from storage import files
 from storage.layouts import BEIT_ONLY, BIAS_TABLE, NO_COUNTERPART, PUBLISHED_WIDTHS
+from storage.sizes import BEST_CHECKPOINT, LAST_CHECKPOINT
 
 # ------------------------------------------------------------------------------------------------ reading files
 
@@ -30,6 +32,7 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 FEW_WEIGHTS = 10**8  # which are built before anybody notices
 SMALL_TENSOR = 1 << 20  # bytes up to which a file may hold a tensor as repetitions of a part
 WRAPPERS = ("model", "state_dict", "module")
+FIRST_LAYER, PREDICTION = "patch_embed.proj.weight", ("decoder_pred.weight", "decoder_pred.bias")
 PREFIXES = ("module.", "_orig_mod.", "model.")
 # Objects of logs and arguments that trainings save beside the weights; `Inert` is built in their place.
 BESIDE_WEIGHTS = (
@@ -129,10 +132,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 def find_weights(path: str | Path, names: Sequence[str] = WEIGHT_FILES[:1]) -> Path:
     """Give the weight file of a folder, the first of these names in it, or the file itself.
 
-    FileNotFoundError says what was looked for, ValueError how to make one file of several.
+    Of an experiment's folder it is that of its best checkpoint, or of its last. FileNotFoundError says what was looked
+    for, ValueError how to make one file of several.
     """
     path = Path(path)
-    found = [path / name for name in names if (path / name).is_file()] if path.is_dir() else [path]
+    folders = [path, path / BEST_CHECKPOINT, path / LAST_CHECKPOINT]
+    found = [folder / name for folder in folders for name in names if (folder / name).is_file()]
+    found = found if path.is_dir() else [path]
     if path.name.endswith(".index.json") or (not found and any(path.glob("*.index.json"))):
         way_out = "save them as one with transformers' save_pretrained(FOLDER, max_shard_size='50GB')"
         raise ValueError(f"{path} lists several files of weights, which are not read together; {way_out}")
@@ -318,12 +324,70 @@ class LoadReport(NamedTuple):
     loaded: list[str]
     missing: list[str]
     unexpected: list[str]
-    resampled: list[str]
+    file: Path
+    resampled: Sequence[str] = ()
+    adapted: str = ""
 
     def describe(self) -> str:
-        lines = [f"{len(self.loaded)} tensors loaded"]
-        for name, keys in zip(self._fields[1:], self[1:], strict=True):
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        for what, keys in (("fresh", self.missing), ("left out", self.unexpected), ("resampled", self.resampled)):
             if keys:
                 groups = sorted({key.split(".")[0] for key in keys})
-                lines.append(f"{len(keys)} {name} ({', '.join(groups)})")
-        return ", ".join(lines)
+                parts.append(f"{len(keys)} {what} ({', '.join(groups)})")
+        return ", ".join([*parts, *([self.adapted] if self.adapted else []), f"from {self.file}"])
+
+
+def match_tensors(
+    file: Path,
+    state_dict: Mapping[str, Tensor],
+    taken: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    may_be_missing: Sequence[str],
+    may_be_left_out: tuple[str, ...],
+) -> LoadReport:
+    """Compare what is `taken` of a file's tensors with a model's `own`; ValueError names all that does not fit.
+
+    `may_be_missing` are the model's names that the file need not have, `may_be_left_out` beginnings of the file's.
+    """
+    missing, unexpected = sorted(own.keys() - taken.keys()), sorted(state_dict.keys() - taken.keys())
+    problems = [f"missing: {key}" for key in missing if key not in may_be_missing]
+    problems += [f"unexpected: {key}" for key in unexpected if not key.startswith(may_be_left_out)]
+    problems += [
+        f"{key}: {tuple(value.shape)} in the file, {tuple(own[key].shape)} in the model"
+        for key, value in taken.items()
+        if value.shape != own[key].shape
+    ]
+    if problems:
+        shown = "".join(f"\n  {problem}" for problem in problems[:10])
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError(f"{file} does not fit this model:{shown}{more}")
+    return LoadReport(sorted(taken), missing, unexpected, file)
+
+
+def adapt_channels(taken: dict[str, Tensor], channels: int) -> str:
+    """Turn a first layer of 3 channels into one of a model's, as timm does, in place; say so where it was needed.
+
+    One channel gets the sum of the three, as of a grey image given three times; more get them in turn, scaled to the
+    same total. The decoder's last layer, which predicts three channels, is taken out.
+    """
+    weight = taken.get(FIRST_LAYER)
+    if weight is None or weight.ndim != 4 or weight.shape[1] != 3 or channels == 3:
+        return ""
+    taken[FIRST_LAYER] = adapt_input_conv(channels, weight)
+    for name in PREDICTION:
+        taken.pop(name, None)
+    return f"first layer adapted from 3 channels to {channels}"
+
+
+def refuse_as_encoder(path: str | Path, state_dict: Mapping[str, Tensor], *, relative_positions: bool) -> None:
+    """Refuse weights that are no encoder alone, or have positions that a model does not; ValueError."""
+    if any(key.startswith("backbone.") for key in state_dict):
+        source, target = (shlex.quote(str(Path(path)) + ending) for ending in ("", "_encoder.pth"))
+        raise ValueError(
+            f"{path} is a segmenter, and an encoder is needed to start from; take it out with: python "
+            f"tools/convert_weights.py {source} {target} --to original --drop"
+        )
+    if any(key.endswith(BIAS_TABLE) for key in state_dict) and not relative_positions:
+        raise ValueError(
+            f"{path} has relative positions, which a segmenter takes with --rel_pos_bias and nothing else does"
+        )

@@ -628,7 +628,7 @@ def test_from_scratch_run_says_so(drawn_images, tmp_path, capsys):
         ("--img_size 30", "img_size 30 is not a multiple of patch_size 4; use 28 or 32"),
         ("--knn --eval_only", "--eval_only and --knn exclude each other; give one of them"),
         ("--eval_interval 0", "--eval_interval must be at least 1, not 0"),
-        ("--linear_probe --per_gpu_batch_size 4", "--linear_probe normalises over a forward pass, here of 1 image"),
+        ("--linear_probe --per_gpu_batch_size 1", "--linear_probe normalises over a forward pass, here of 1 image"),
         ("--finetune_blocks 4", "4 blocks cannot be trained of 3; choose 0, 0.5, or 1 to 3"),
         ("--demo --knn", "--demo compares finetuning with training from scratch"),
     ],

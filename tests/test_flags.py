@@ -24,14 +24,14 @@ from training.flags import Flags, micro_batch_size, size_flags
 SHARED = """experiment_name working_directory resume_from_checkpoint save_checkpoint_interval save_minutes
  keep_checkpoints max_nonfinite_steps deterministic timeout_minutes activation_checkpointing log_interval
  log_wandb wandb_run_name config seed demo path_to_data img_size input_channels value_range
- mean std show_channels num_workers
+ mean std show_channels num_workers val_fraction
  max_image_pixels max_bad_fraction rescan_data epochs warmup_epochs per_gpu_batch_size gradient_accumulation_steps
  weight_decay max_grad_norm pin_memory bias_weight_decay norm_weight_decay help model patch_size
  encoder_embed_dim encoder_depth encoder_num_heads encoder_mlp_ratio"""
 OWN = {
     "pretrain_mae": """decoder_embed_dim decoder_depth decoder_num_heads decoder_mlp_ratio mask_ratio norm_pix_loss
  custom_weight_init base_learning_rate min_learning_rate min_crop_scale repeated_sampling probe_every
- path_to_probe_data probe_images probe_pool""",
+ path_to_probe_data probe_images probe_pool init_from""",
     "finetune_classifier": """path_to_pretrained_mae_weights num_classes global_pool custom_weight_init eval_only
  linear_probe knn finetune_blocks recipe learning_rate base_learning_rate min_learning_rate layer_decay adam_betas
  drop_path random_aug_magnitude random_erasing mixup_alpha cutmix_alpha label_smoothing ema_decay eval_interval""",
@@ -64,6 +64,7 @@ SHARED_RANGES = {
     "max_nonfinite_steps": (1, None),
     "max_image_pixels": (1, None),
     "max_bad_fraction": (0, 1),
+    "val_fraction": (0.001, 0.5),
     "timeout_minutes": (0.01, None),
 }
 RANGES = {
@@ -558,3 +559,50 @@ def test_file_of_flags_that_is_none_is_refused_by_name(tmp_path, content, words,
         pretrain_mae.parse_args(["--path_to_data", "x", "--config", str(file)])
     said = capsys.readouterr().err
     assert words in said and said.startswith("error: ") and said.count("Traceback") == 0
+
+
+# -------------------------------------------------------------------------------- what nobody gave
+
+
+@pytest.mark.parametrize(
+    ("argv", "epochs", "warmup"),
+    [
+        ("", 10, 1.0),  # the recipe's own
+        ("--epochs 40", 40, 2.0),
+        ("--epochs 1", 1, 0.05),
+        ("--epochs 40 --warmup_epochs 3", 40, 3.0),
+        ("--epochs 10", 10, 1.0),
+    ],
+)
+def test_warmup_that_nobody_gave_is_a_twentieth_of_other_epochs(argv, epochs, warmup):
+    args = complete(argv)
+    assert (args.epochs, args.warmup_epochs) == (epochs, pytest.approx(warmup))
+
+
+def test_small_model_for_few_epochs_needs_no_warmup_flag():
+    parse_args = importlib.import_module("pretrain_mae").parse_args
+    args = parse_args(shlex.split("--path_to_data x --model mae_vit_tiny_patch16 --epochs 10"))
+    assert args.warmup_epochs == 0.5
+
+
+@pytest.mark.parametrize(("batch", "passes"), [(8, 4), (30, 3), (7, 1), (4, 2), (1, 1)])
+def test_batch_is_cut_into_forward_passes_of_two_images_or_more_where_nobody_says_how(batch, passes):
+    recipe = {"gradient_accumulation_steps": 4}
+    assert complete(f"--per_gpu_batch_size {batch}", recipe).gradient_accumulation_steps == passes
+    assert (
+        complete(f"--per_gpu_batch_size {batch} --gradient_accumulation_steps 1", recipe).gradient_accumulation_steps
+        == 1
+    )
+
+
+def test_statistics_of_weights_do_not_come_with_other_channels(finetuning, tmp_path):
+    colour = write_sizes(tmp_path / "colour", TINY, image_mean=[0.4] * 3, image_std=[0.2] * 3, value_range=[0, 9])
+    command = [*ENOUGH[finetuning.__name__], f"--{WEIGHTS_FLAG[finetuning.__name__]}", colour]
+    command = [word for word in command if word != "--from_scratch"] + ["--taps", "0", "0", "1", "2"] * (
+        "segmentation" in finetuning.__name__
+    )
+    more = ["--random_aug_magnitude", "0"] * ("classifier" in finetuning.__name__)
+    args = finetuning.parse_args([*command, *more])
+    assert (args.mean, args.std, args.value_range) == ((0.4,) * 3, (0.2,) * 3, (0.0, 9.0))
+    args = finetuning.parse_args([*command, *more, "--input_channels", "5"])
+    assert (args.mean, args.std, args.value_range) == ((0.5,) * 5, (0.5,) * 5, None)

@@ -1,12 +1,18 @@
 """Folders of images: splits, lists and their cache, subsamples, classes."""
 
 import os
+import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import load_tool
 
 import storage.lists
+from storage.held_out import choose_held_out
 from storage.lists import ListCache, check_same_classes, find_splits, list_images, scan_images
+from storage.pairs import list_pairs
 
 
 def test_find_splits_takes_either_name_of_the_validation_folder(tmp_path):
@@ -202,3 +208,65 @@ def test_names_that_differ_in_the_bytes_of_accents_alone_are_called_so(tmp_path)
     composed, apart = ("caf\u00e9", "the"), ("cafe\u0301", "the")
     with pytest.raises(ValueError, match=r"are those of training, but caf.* spell accents in other bytes"):
         check_same_classes(apart, composed, tmp_path, "training")
+
+
+# -------------------------------------------------------------------------------- images that are held out
+
+
+def names_of(paths: np.ndarray, held_out: np.ndarray) -> set[bytes]:
+    return set(paths[held_out].tolist())
+
+
+def test_a_share_of_every_class_is_held_out():
+    labels = np.repeat(np.arange(5, dtype=np.int32), [1, 2, 5, 40, 100])
+    paths = np.array([f"{label}/{i}.jpg".encode() for i, label in enumerate(labels)])
+    held_out = choose_held_out(paths, labels, 0.1, seed=0)
+    assert np.bincount(labels[held_out], minlength=5).tolist() == [0, 1, 1, 4, 10]
+    assert choose_held_out(paths, np.full(148, -1, np.int32), 0.25, seed=0).sum() == 37  # no classes
+    assert names_of(paths, held_out) != names_of(paths, choose_held_out(paths, labels, 0.1, seed=1))
+    order = np.random.default_rng(0).permutation(len(paths))
+    again = choose_held_out(paths[order], labels[order], 0.1, seed=0)
+    assert names_of(paths[order], again) == names_of(paths, held_out)
+
+
+def test_image_that_is_added_moves_at_most_one_other():
+    paths = np.array([f"a/{i}.jpg".encode() for i in range(60)])
+    before = names_of(paths, choose_held_out(paths, np.zeros(60, np.int32), 0.2, seed=3))
+    moved = set()
+    for i in range(50):
+        more = np.array([*paths.tolist(), f"a/new {i}.jpg".encode()])
+        after = names_of(more, choose_held_out(more, np.zeros(61, np.int32), 0.2, seed=3))
+        moved.add(len((before ^ after) - {more[-1]}))
+    assert moved == {0, 1}
+
+
+def test_split_lists_have_each_image_once_and_the_same_labels(image_folder):
+    files = list_images(image_folder / "train")
+    train, held_out = files.split(0.25, seed=0)
+    assert (len(train), len(held_out)) == (18, 6) and train.classes == held_out.classes == files.classes
+    assert sorted([*train.paths, *held_out.paths]) == sorted(files.paths)
+    for part in (train, held_out):
+        assert all(part.classes[part.labels[i]] in part.path(i) for i in range(len(part)))
+    moved = shutil.copytree(image_folder / "train", image_folder / "elsewhere")
+    assert list_images(moved).split(0.25, seed=0)[1].paths.tolist() == held_out.paths.tolist()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_split_pairs_keep_image_and_label_map_together(drawn_pairs, tmp_path, monkeypatch, packed):
+    root = drawn_pairs
+    if packed:
+        tool = load_tool("pack_dataset")
+        monkeypatch.setitem(sys.modules, "pack_dataset", tool)  # where its worker processes look for its functions
+        tool.main(tool.parse_args([str(drawn_pairs), "--output", str(tmp_path / "packed")]))
+        root = tmp_path / "packed"
+    pairs = list_pairs(root, "training")
+    parts = pairs.split(0.3, seed=0)
+    assert [len(part) for part in parts] == [7, 3]
+    originals = {os.path.basename(path): path for path in map(list_pairs(drawn_pairs, "training").path, range(10))}
+    for part in parts:
+        for i in range(len(part)):
+            name = os.path.basename(os.fsdecode(part.images[i]))
+            with part.image_file(i) as file:
+                assert file.read() == Path(originals[name]).read_bytes()
+            label = originals[name].replace("images", "annotations").replace(".jpg", ".png")
+            assert part.label_file(i).read() == Path(label).read_bytes()

@@ -769,6 +769,73 @@ def test_load_pretrained_encoder_names_what_does_not_fit_and_touches_nothing(tmp
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_masked_autoencoder_takes_a_whole_one_and_resamples_both_tables(tmp_path):
+    pretrained = random_model(TINY)
+    write_checkpoint(tmp_path / "checkpoint_1", pretrained)
+    model = ViTMAEForPreTraining(TINY)
+    report = load_pretrained_encoder(model, tmp_path / "checkpoint_1")
+    assert (report.missing, report.unexpected, report.adapted) == ([], [], "")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), pretrained.parameters(), strict=True))
+    larger = ViTMAEForPreTraining(dataclasses.replace(TINY, img_size=(24, 8)))
+    assert load_pretrained_encoder(larger, tmp_path / "checkpoint_1").resampled == ["pos_embed", "decoder_pos_embed"]
+    for name in ("pos_embed", "decoder_pos_embed"):
+        expected = resample_pos_embed(getattr(pretrained, name), (4, 4), (6, 2))
+        assert torch.equal(getattr(larger, name), expected)
+
+
+def test_masked_autoencoder_takes_an_encoder_and_keeps_a_fresh_decoder(tmp_path):
+    encoder = VisionTransformer(TINY)
+    torch.save({"model": encoder.state_dict()}, tmp_path / "encoder.pth")
+    model = random_model(TINY)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = load_pretrained_encoder(model, tmp_path / "encoder.pth")
+    assert {key.split("_")[0] for key in report.missing} == {"decoder", "mask"}
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in report.missing)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in encoder.state_dict().items())
+    fresh = "fresh (decoder_blocks, decoder_embed, decoder_norm, decoder_pos_embed, decoder_pred, mask_token)"
+    assert fresh in report.describe() and report.describe().endswith(f"from {tmp_path / 'encoder.pth'}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("decoder_norm.weight"), r"missing: decoder_norm\.weight"),  # half a decoder is a fault
+        (lambda w: w.update({"decoder_blocks.9.norm1.bias": torch.zeros(16)}), r"unexpected: decoder_blocks\.9"),
+        (lambda w: w.pop("norm.weight"), r"missing: norm\.weight"),
+    ],
+)
+def test_masked_autoencoder_refuses_what_is_neither_whole_nor_an_encoder(tmp_path, change, message):
+    weights = {key: value.clone() for key, value in random_model(TINY).state_dict().items()}
+    change(weights)
+    torch.save(weights, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=message):
+        load_pretrained_encoder(ViTMAEForPreTraining(TINY), tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_weights_of_three_channels_see_repeated_channels_as_before(tmp_path, channels):
+    """A grey image, given once or more often, gets the features that it had as three equal channels."""
+    pretrained = random_model(TINY)
+    write_checkpoint(tmp_path / "checkpoint_1", pretrained)
+    model = ViTMAEForPreTraining(dataclasses.replace(TINY, input_channels=channels)).eval()
+    report = load_pretrained_encoder(model, tmp_path / "checkpoint_1")
+    assert f"first layer adapted from 3 channels to {channels}" in report.describe()
+    assert report.missing == report.unexpected == ["decoder_pred.bias", "decoder_pred.weight"]
+    if channels == 2:  # which take turns: the third channel's weights are in neither
+        weight = 1.5 * pretrained.patch_embed.proj.weight[:, :2]
+        torch.testing.assert_close(model.patch_embed.proj.weight, weight)
+        return
+    grey = torch.randn(2, 1, 16, 16)
+    found, expected = (m.forward_features(grey.expand(-1, c, -1, -1)) for m, c in ((model, channels), (pretrained, 3)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_weights_of_other_channels_than_three_are_refused(tmp_path):
+    write_checkpoint(tmp_path / "checkpoint_1", random_model(dataclasses.replace(TINY, input_channels=4)))
+    with pytest.raises(ValueError, match=r"patch_embed\.proj\.weight: \(32, 4, 4, 4\) in the file, \(32, 3, 4, 4\)"):
+        load_pretrained_encoder(VisionTransformer(TINY), tmp_path / "checkpoint_1")
+
+
 # -------------------------------------------------------------------------------- weight files
 
 

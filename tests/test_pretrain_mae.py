@@ -399,7 +399,7 @@ def test_neither_data_nor_demo_is_an_error_that_names_both(capsys):
             "--per_gpu_batch_size 10 --gradient_accumulation_steps 4",
             "cannot be cut into --gradient_accumulation_steps 4",
         ),
-        ("--epochs 40", "--warmup_epochs 40 leaves nothing of --epochs 40; give both"),
+        ("--epochs 40 --warmup_epochs 40", "--warmup_epochs 40 leaves nothing of --epochs 40; give both"),
         ("--mean 0.5 0.5", "--mean has 2 values, --input_channels is 3"),
         ("--std 0", "--std must be above 0, not 0"),
         ("--max_bad_fraction 2", "--max_bad_fraction must be between 0 and 1, not 2"),

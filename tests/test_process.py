@@ -69,6 +69,7 @@ print(faults())
 
 def test_splits_are_listed_and_a_run_inside_its_images_is_refused(image_folder, tmp_path):
     accelerator, flags = Accelerator(cpu=True), argparse.Namespace(working_directory=tmp_path, rescan_data=False)
+    flags.path_to_data, flags.val_fraction = str(image_folder), None
     train_files, val_files = list_splits(accelerator, str(image_folder), flags)
     assert (len(train_files), len(val_files)) == (24, 8) and (tmp_path / "file_lists").is_dir()
     alone, none = list_splits(accelerator, str(image_folder / "train" / "cats"), flags)

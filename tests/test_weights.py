@@ -23,7 +23,7 @@ from model import (
     read_sizes,
 )
 from storage.files import read_json
-from storage.weights import SIZES, convert_command, read_config, read_state_dict
+from storage.weights import SIZES, convert_command, find_weights, read_config, read_state_dict
 
 
 def write_checkpoint(folder, model):
@@ -238,3 +238,16 @@ def test_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path, nam
     os.mkfifo(tmp_path / name)
     with pytest.raises(OSError, match="is no regular file"):
         read_json(tmp_path / name) if name == "config.json" else read_state_dict(tmp_path / name)
+
+
+def test_folder_of_an_experiment_is_its_best_checkpoint_or_its_last(tmp_path):
+    for name in ("checkpoint_1", "checkpoint_2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match="give a checkpoint folder such as checkpoint_800"):
+        find_weights(tmp_path)
+    (tmp_path / "last_checkpoint").symlink_to("checkpoint_2")
+    assert find_weights(tmp_path) == tmp_path / "last_checkpoint" / "model.safetensors"
+    (tmp_path / "best_checkpoint").mkdir()
+    (tmp_path / "best_checkpoint" / "model.safetensors").touch()
+    assert find_weights(tmp_path) == tmp_path / "best_checkpoint" / "model.safetensors"

@@ -7,7 +7,7 @@ NAMES = {
     "storage.files": "optional_write",
     "training.flags": "Flags micro_batch_size size_flags",
     "training.process": """SHARDING broadcast_buffers choose_value_range collect_features draw_demo_data gather_slices
-        list_checked_pairs list_folder list_splits prepare process_slice""",
+        list_checked_pairs list_folder list_probe_files list_splits prepare process_slice""",
     "training.records": "describe_run print_figures",
     "training.run": "Plan Run open_evaluation open_run",
     "training.states": "BEST_CHECKPOINT LAST_CHECKPOINT",

@@ -19,7 +19,6 @@ from torch import nn
 
 from storage.files import (
     checksum_of,
-    find_differences,
     optional_write,
     publish,
     read_json,
@@ -31,6 +30,7 @@ from storage.files import (
     write_json,
     written_whole,
 )
+from training.differences import refuse_differences
 from training.process import SHARDING
 from training.states import (
     BEST_CHECKPOINT,
@@ -303,6 +303,7 @@ def resume(
     *,
     average: nn.Module | None = None,
     keeps_best: bool = False,
+    start_flag: str | None = None,
 ) -> dict:
     """Load a checkpoint into everything that was prepared, and into `average`; every process calls this.
 
@@ -313,9 +314,7 @@ def resume(
     state = read_state(folder)
     saved = read_json(folder / "config.json") | {key: state.get(key) for key in identity}
     current = json.loads(json.dumps({**config, **identity}))
-    if differences := sorted(find_differences(saved, current)):
-        lines = [f"  {key}: {old!r} in the checkpoint, {new!r} now" for key, old, new in differences]
-        raise ValueError(f"cannot resume from {folder}, because this run differs:\n" + "\n".join(lines))
+    refuse_differences(folder, saved, current, start_flag)
     if not isinstance(state.get("row"), dict) or (keeps_best and not isinstance(state.get("best"), int | float)):
         raise ValueError(f"{folder / STATE_FILE} does not hold the row that waits and the best figure of a run")
     try:

@@ -41,6 +41,7 @@ FIRST_FLAGS: dict[str, Rows] = {
     ],
     "data": [
         ("path_to_data", str, "root of the data set"),
+        ("val_fraction", float, "share that is held out, of every class, where there is no val/", (0.001, 0.5)),
         ("img_size", [224], "one number, or height and width", {"metavar": "PIXELS"}),
         ("input_channels", 3, "1 grey, 3 RGB, 4 RGBA; any number of bands with --value_range", (1, None)),
         (
@@ -57,7 +58,7 @@ FIRST_FLAGS: dict[str, Rows] = {
     ],
     "optimisation": [
         ("epochs", int, "passes over the training images", (1, None)),
-        ("warmup_epochs", float, "epochs of linear warmup from 0", (0, None)),
+        ("warmup_epochs", float, "epochs of linear warmup from 0; of other --epochs a twentieth", (0, None)),
         ("per_gpu_batch_size", int, "images of an optimizer step on one process, in all forward passes", (1, None)),
         ("gradient_accumulation_steps", 1, "forward passes of an optimizer step", (1, None)),
         ("weight_decay", float, "AdamW's, not on biases and norms", (0, None)),
@@ -81,9 +82,11 @@ RARE_FLAGS: dict[str, Rows] = {
         ("norm_weight_decay", False, "also decay the weights of norms"),
     ],
 }
+WARMUP_SHARE = 1 / 20  # of the epochs, where --epochs is not the recipe's: the paper's 40 of 800
 NOT_GIVEN = object()
 RECORDED = ("config", "decoder", "statistics_given")  # in args.json, but not to be given again
-PATHS = ("path_to", "working_directory", "resume_from_checkpoint", "class_names")  # beginnings of flags that name files
+# Beginnings of flags that name files
+PATHS = ("path_to", "init_from", "working_directory", "resume_from_checkpoint", "class_names")
 FOLDERS = ("path_to_data", "path_to_probe_data", "working_directory")
 MAX_NAME_BYTES = 255  # of a file or folder, on nearly every disk
 METAVARS = {int: "N", float: "X", str: "TEXT"}
@@ -183,10 +186,15 @@ class Flags:
         if given.get("help"):
             self.parser.print_help()
             self.parser.exit()
-        args = argparse.Namespace(**vars(self.parser.parse_args([])) | dict(given))
+        recipe = self.parser.parse_args([])
+        args = argparse.Namespace(**vars(recipe) | dict(given))
         del args.help
         # Whether these are somebody's, or stand in for what nobody said
         args.statistics_given = all(any(name in table for table in (given, *defaults)) for name in ("mean", "std"))
+        if "warmup_epochs" not in given and recipe.warmup_epochs is not None and args.epochs != recipe.epochs:
+            args.warmup_epochs = WARMUP_SHARE * args.epochs
+        if "gradient_accumulation_steps" not in given and args.per_gpu_batch_size > 0:
+            args.gradient_accumulation_steps = fit_accumulation(args)
         self.check(args)
         return args
 
@@ -199,11 +207,13 @@ class Flags:
         return str(checkpoints[-1]) if checkpoints else None
 
     def size_defaults(self, given: Mapping, record: Mapping, sizes: Mapping, source: str | None) -> dict[str, object]:
-        """Give the defaults that come with weights: the sizes of their encoder, image size, channels, mean and std.
+        """Give the defaults that come with weights: the sizes that are flags, image size, channels, mean and std.
 
-        `sizes` are all of them, `record` the config.json beside the weights. A given size that differs is refused.
+        `sizes` are all of them, `record` the config.json beside the weights. A given size that differs is refused,
+        except for those of the images; with other channels the weights' mean, std and range mean nothing.
         """
-        fixed = [name for name in sizes if name.startswith("encoder") or name == "patch_size"]
+        flags = {action.dest for action in self.parser._actions}
+        fixed = [name for name in sizes if name.startswith(("encoder", "decoder", "patch_size")) and name in flags]
         for name in fixed if source else ():
             if given.get(name, sizes[name]) != sizes[name]:
                 self.error(f"--{name} {given[name]}, but {source} has {sizes[name]}; leave the flag out")
@@ -212,7 +222,7 @@ class Flags:
             img_size = sizes["img_size"]
             defaults["img_size"] = [img_size] if isinstance(img_size, int) else list(img_size)
             defaults["input_channels"] = sizes["input_channels"]
-        if "image_mean" in record:
+        if "image_mean" in record and given.get("input_channels", sizes["input_channels"]) == sizes["input_channels"]:
             defaults |= {"mean": list(record["image_mean"]), "std": list(record["image_std"])}
             defaults["value_range"] = record.get("value_range")
         return defaults
@@ -340,6 +350,12 @@ def add_flag(group, name: str, default: object, text: str, **options: object) ->
     if isinstance(default, list):
         options = {"nargs": "+", **options}
     group.add_argument(f"--{name}", default=None if isinstance(default, type) else default, help=text, **options)
+
+
+def fit_accumulation(args: argparse.Namespace) -> int:
+    """Give the most forward passes, up to the recipe's, that cut a batch into equal parts of two images or more."""
+    recipe, batch = args.gradient_accumulation_steps, args.per_gpu_batch_size
+    return max(steps for steps in range(1, recipe + 1) if batch % steps == 0 and (steps == 1 or batch // steps > 1))
 
 
 def micro_batch_size(args: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ from storage.bands import describe_depth, describe_pages, value_percentiles
 from storage.console import protect_output
 from storage.decoding import CHANNEL_MODES
 from storage.demo import write_demo_data
-from storage.lists import FileList, ListCache, find_splits, list_images, refuse_inside
+from storage.lists import FileList, ListCache, check_same_classes, find_splits, list_images, refuse_inside
 from storage.pairs import PairList, check_pairs, describe_labels, label_table, list_pairs, refuse_one_class
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -155,13 +155,64 @@ def list_folder(accelerator: Accelerator, folder: Path, args: argparse.Namespace
 
 
 def list_splits(accelerator: Accelerator, root: str, args: argparse.Namespace) -> tuple[FileList, FileList | None]:
-    """List the training and the held-out images (None without) of a data set; ValueError for a run that lies inside."""
+    """List the training and the held-out images (None without) of a data set; ValueError for a run that lies inside.
+
+    Without a validation folder --val_fraction draws them from the training images.
+    """
     train_folder, val_folder, notes = find_splits(root)
     for note in notes:
         accelerator.print(f"{'data':<16}{note}")
     refuse_inside(args.working_directory, train_folder)
+    if val_folder is not None and root == args.path_to_data:
+        refuse_second_split(val_folder, args)
     train_files = list_folder(accelerator, train_folder, args)
-    return train_files, list_folder(accelerator, val_folder, args) if val_folder else None
+    if val_folder is not None:
+        return train_files, list_folder(accelerator, val_folder, args)
+    return hold_out(accelerator, train_files, args) if args.val_fraction else (train_files, None)
+
+
+def refuse_second_split(val_folder: Path, args: argparse.Namespace) -> None:
+    if args.val_fraction:
+        raise ValueError(
+            f"--val_fraction {args.val_fraction:g} draws held-out images from the training images, but {val_folder} "
+            "holds some; leave the flag out, or move that folder away"
+        )
+
+
+def hold_out(accelerator: Accelerator, files: FileList | PairList, args: argparse.Namespace) -> tuple:
+    """Split a list by --val_fraction and --seed, the same in every process, and say so; ValueError for a single one."""
+    if len(files) < 2:
+        raise ValueError(f"--val_fraction needs two images at least, and there is one in {files.root}")
+    parts = files.split(args.val_fraction, args.seed)
+    counts, share = [len(part) for part in parts], f"--val_fraction {args.val_fraction:g}, --seed {args.seed}"
+    accelerator.print(f"{'split':<16}{counts[0]:,} for training, {counts[1]:,} held out, by their paths ({share})")
+    return parts
+
+
+def list_probe_files(accelerator: Accelerator, args: argparse.Namespace) -> list[FileList]:
+    """List the labelled images of the k-NN probe: those that lend their labels, and those that are classified."""
+    root = args.path_to_probe_data or args.path_to_data
+    train_files, val_files = list_splits(accelerator, root, args)
+    if val_files is None:
+        raise FileNotFoundError(f"--probe_every needs {root} to hold train/ and val/, or give --path_to_probe_data")
+    check_same_classes(val_files.classes, train_files.classes, val_files.root, str(train_files.root))
+    if not train_files.classes:
+        raise ValueError(f"--probe_every needs labels, but {train_files.root} has images outside class folders")
+    return [files.subsample(args.probe_images) for files in (train_files, val_files)]
+
+
+def list_pairs_of(accelerator: Accelerator, split: str, args: argparse.Namespace) -> PairList:
+    """Pair images and label maps of a split; without a validation folder --val_fraction draws it from training/."""
+    root = Path(args.path_to_data)
+    places = [root / part / "validation" for part in ("", "images", os.path.join("ADEChallengeData2016", "images"))]
+    found = next(filter(Path.is_dir, places), None)
+    if found is None and args.val_fraction:
+        return hold_out(accelerator, list_pairs(root, "training"), args)[split == "validation"]
+    if found is None and split == "validation" and any(place.with_name("training").is_dir() for place in places):
+        raise FileNotFoundError(f"{root} has no validation pairs: add them, or draw some by --val_fraction 0.1")
+    if found is not None:
+        refuse_second_split(found, args)
+    return list_pairs(root, split)
 
 
 def list_checked_pairs(
@@ -171,7 +222,7 @@ def list_checked_pairs(
 
     `rotate` tells whether label maps lie on images as turned by their rotation flags, where no pair of the split does.
     """
-    pairs = list_pairs(args.path_to_data, split)
+    pairs = list_pairs_of(accelerator, split, args)
     if split == "training":
         choose_value_range(accelerator, args, pairs)
     accelerator.print(f"{'checking':<16}{pairs.describe()}")

@@ -28,7 +28,6 @@ from storage.files import (
     append_lines,
     cut_rows,
     escape,
-    find_differences,
     no_links,
     optional_write,
     read_bytes,
@@ -43,6 +42,7 @@ from storage.files import (
 )
 from storage.lists import as_text
 from training.checkpoints import Start, advise_on_nonfinite, take_over
+from training.differences import find_differences
 from training.process import cap_workers
 
 WANDB_TIMEOUT_S = 20
@@ -120,7 +120,7 @@ def describe_run(
         workers += f" (of --num_workers {args.num_workers}, as there are no more cores)"
     common = {
         "training": files.describe(),
-        "held out": held_out.describe() if held_out else "none: no train/ with val/ or validation/ beside it",
+        "held out": held_out.describe() if held_out else "none: no train/ with val/, and no --val_fraction",
         "effective batch": f"{sampler.images_per_step} = {accelerator.num_processes} processes x "
         f"{args.gradient_accumulation_steps} forward passes x {sampler.micro_batch_size} images",
         "schedule": f"{args.epochs} epochs of {sampler.steps_per_epoch:,} steps, warmup {args.warmup_epochs} epochs",

@@ -53,7 +53,8 @@ class Plan:
 
     `sampler` gives `set_epoch`, `steps_per_epoch`, `images_per_step` and `images_of`; `files` are the training images,
     with their `path` and `fingerprint`. `config` is the config.json beside the weights. A state is only gone on from
-    where that is equal, and seed, batch, images, and what else a script puts into `identity`.
+    where that is equal, and seed, batch, images, and what else a script puts into `identity`. `start_flag` is the
+    script's flag that starts a new run from weights, which a refusal names.
     """
 
     sampler: object
@@ -62,6 +63,7 @@ class Plan:
     total_steps: int
     config: Mapping
     identity: Mapping
+    start_flag: str | None = None
 
 
 class Opened(NamedTuple):
@@ -128,11 +130,12 @@ class Run:
             "num_images": len(plan.files),
             "data": plan.files.fingerprint(),
             "seed": args.seed,
+            "val_fraction": args.val_fraction,
             **plan.identity,
         }
         state = {"epoch": 0, "step": 0, "row": {}, "best": -1.0}
         if start.resume_from is not None:
-            options = dict(average=average, keeps_best=keeps_best)
+            options = dict(average=average, keeps_best=keeps_best, start_flag=plan.start_flag)
             state |= resume(accelerator, start.resume_from, plan.config, self.identity, **options)
             if not (self.experiment / BEST_CHECKPOINT).exists():  # it goes on under another name, without the best
                 state["best"] = -1.0

@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 
 from storage.files import checksum_of, read_json
+from storage.sizes import BEST_CHECKPOINT, LAST_CHECKPOINT  # noqa: F401 - also the names that runs use
 
 CHECKPOINT_NAME = re.compile(r"checkpoint_(\d+)(?:_step_(\d+))?")  # epochs behind it, and the step within the next
-LAST_CHECKPOINT, BEST_CHECKPOINT = "last_checkpoint", "best_checkpoint"  # a link to the newest, and weights alone
 STATE_FILE, MANIFEST_FILE = "state.json", "manifest.json"
 
 
