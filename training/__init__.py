@@ -4,6 +4,23 @@
 
 from training.checkpoints import BEST_CHECKPOINT, LAST_CHECKPOINT, optional_write
 from training.flags import Flags, micro_batch_size, size_flags
+from training.metrics import (
+    EVALUATION_FILE,
+    TOP,
+    Evaluation,
+    choose_class_weights,
+    confusion_rows,
+    describe_class_weights,
+    describe_evaluation,
+    describe_test,
+    find_test_figures,
+    gather_evaluation,
+    mark_images,
+    note_selection,
+    read_class_weights,
+    write_classification,
+    write_report,
+)
 from training.process import (
     SHARDING,
     broadcast_buffers,

@@ -75,8 +75,9 @@ RARE_FLAGS: dict[str, Rows] = {
     ],
 }
 NOT_GIVEN = object()
-PATHS = ("path_to", "working_directory", "resume_from_checkpoint", "class_names")  # beginnings of flags that name files
-FOLDERS = ("path_to_data", "path_to_probe_data", "working_directory")
+# Beginnings of flags that name files
+PATHS = ("path_to", "working_directory", "resume_from_checkpoint", "class_names", "test_folder")
+FOLDERS = ("path_to_data", "path_to_probe_data", "test_folder", "working_directory")
 MAX_NAME_BYTES = 255  # of a file or folder, on nearly every disk
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
