@@ -140,12 +140,11 @@ def dice_loss(log_probs: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     """Give 1 - the mean Dice of the classes that an image's labels have; (K, H, W) and (H, W) -> (), 0 without labels.
 
     Of each class 2 sum(p g) / (sum(p^2) + sum(g^2)), p its probability and g 1 where it is, 0 elsewhere (V-Net,
-    Milletari et al. 2016, arXiv 1606.04797, section 3). Ignored pixels are in no sum.
+    Milletari et al. 2016, arXiv 1606.04797, section 3). Ignored pixels, whose label is no class, are in no sum.
     """
     counted = labels != ignore_index
     probs = log_probs.exp() * counted
     masks = labels == torch.arange(len(probs), device=labels.device)[:, None, None]  # (K, H, W)
-    masks = masks & counted
     sizes = masks.sum(dim=(1, 2))
     dice = 2 * (probs * masks).sum(dim=(1, 2)) / (probs.square().sum(dim=(1, 2)) + sizes).clamp(min=1e-12)
     there = sizes > 0
