@@ -557,6 +557,9 @@ class StepSampler(Sampler):
     arXiv 1901.09335). Epochs keep their number of samples and steps: each visits an R-th of the images, and R epochs
     from a multiple of R on visit all of them, so images seen, schedule and log stay comparable. ValueError when a
     micro-batch cannot be filled with groups of R.
+
+    With the images' `labels` each class comes equally often in an epoch, and within it each image, both up to one
+    (class-balanced sampling, Kang et al. 2020, arXiv 1910.09217). Epochs keep their number of steps.
     """
 
     def __init__(
@@ -569,7 +572,9 @@ class StepSampler(Sampler):
         world_size: int = 1,
         seed: int = 0,
         crops_per_image: int = 1,
+        labels: np.ndarray | None = None,
     ):
+        assert labels is None or crops_per_image == 1, "classes and crops are not balanced together"
         if micro_batch_size % crops_per_image:
             raise ValueError(
                 f"--repeated_sampling {crops_per_image} does not divide the {micro_batch_size} images of a forward "
@@ -581,6 +586,10 @@ class StepSampler(Sampler):
         self.images_per_step = micro_batch_size * accumulation_steps * world_size
         self.steps_per_epoch = max(1, num_images // self.images_per_step)
         self.epoch, self.first_step = 0, 0
+        self.classes: list[Tensor] = []  # the images of each class, where classes are to come equally often
+        if labels is not None:
+            order, counts = np.argsort(labels, kind="stable"), np.unique(labels, return_counts=True)[1]
+            self.classes = list(torch.from_numpy(order).split(counts.tolist()))
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Choose the epoch, and how many of its optimizer steps are already made."""
@@ -591,6 +600,8 @@ class StepSampler(Sampler):
 
         Repetitions come from a data set smaller than a step, and from several crops of an image.
         """
+        if self.classes:
+            return self.balanced_order(epoch)
         crops = self.crops_per_image
         generator = torch.Generator().manual_seed(random_key(self.seed, epoch // crops, "order"))
         needed = self.steps_per_epoch * self.images_per_step
@@ -600,6 +611,18 @@ class StepSampler(Sampler):
         first = epoch % crops * share
         images = torch.cat(shuffles)[first : first + share]
         return (images[:, None] + torch.arange(crops) * repeats * self.num_images).flatten().tolist()
+
+    def balanced_order(self, epoch: int) -> list[int]:
+        """Give an epoch's indices, every class alike: of each class as many shuffles as it takes, then all shuffled."""
+        generator = torch.Generator().manual_seed(random_key(self.seed, epoch, "balanced order"))
+        needed, num_classes = self.steps_per_epoch * self.images_per_step, len(self.classes)
+        one_more = torch.randperm(num_classes, generator=generator) < needed % num_classes  # other classes each epoch
+        drawn = []
+        for images, count in zip(self.classes, (needed // num_classes + one_more).tolist(), strict=True):
+            rounds = range(-(-count // len(images)))
+            shuffles = [images[torch.randperm(len(images), generator=generator)] + r * self.num_images for r in rounds]
+            drawn += torch.cat(shuffles)[:count].tolist() if shuffles else []
+        return [drawn[place] for place in torch.randperm(needed, generator=generator).tolist()]
 
     def images_of(self, step: int) -> list[int]:
         """Give the indices of the images of a run's optimizer step, from 1, over all processes."""

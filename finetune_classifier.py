@@ -16,16 +16,16 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import Lars, param_groups_layer_decay
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import dataset
 import storage
@@ -100,10 +100,8 @@ DEMO_RECIPE = dict(
 # From scratch, learning rates of 1e-3 and above stay at chance (10 %) after 10 epochs (benchmarks/RESULTS.md).
 DEMO_SCRATCH_RECIPE = dict(layer_decay=1.0)
 PROBE_MOMENTUM = 0.9
-TOP = 5
 NUM_PICTURES = 8
 RECIPES = ("tutorial", "paper")
-EVALUATION_FILES = ("evaluation.json", "per_class.tsv", "worst_confusions.png")
 BASE = "mae_vit_base_patch16"
 FLAGS = {
     "what to do, instead of finetuning everything": [
@@ -136,6 +134,11 @@ FLAGS = {
         ("label_smoothing", 0.1, "share of the target that all classes get alike", (0, 0.99)),
         ("ema_decay", 0.0, "also keep and evaluate a moving average of the weights; 0 not", (0, 0.999999)),
         ("eval_interval", 1, "epochs between evaluations", (1, None)),
+        ("balanced_sampling", False, "show every class equally often in an epoch, whatever its number of images"),
+        ("class_weights", str, "in the loss: balanced (inverse frequency), numbers, or a file", {"nargs": "+"}),
+    ],
+    "test": [
+        ("test_folder", str, "class folders on which the best weights are scored once, at the end"),
     ],
 }
 
@@ -189,12 +192,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.linear_probe and training.micro_batch_size(args) < 2:
         flags.error("--linear_probe normalises over a forward pass, here of 1 image: give more --per_gpu_batch_size")
+    if args.test_folder is not None and (args.eval_only or args.knn):
+        flags.error("--test_folder is scored after a training; without one give that folder as --path_to_data")
     try:
+        args.class_weights = training.read_class_weights(args.class_weights)
         config = build_config(args)
         if args.finetune_blocks is not None:
             check_trainable_blocks(args.finetune_blocks, config.encoder_depth)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         flags.error(str(error))
+    if args.balanced_sampling and args.class_weights == "balanced":
+        flags.error("--balanced_sampling and --class_weights balanced make up for the same; give one of them")
     return args
 
 
@@ -216,95 +224,39 @@ def build_config(args: argparse.Namespace) -> MAEConfig:
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
-class Evaluation(NamedTuple):
-    """Of every image of a data set, in its order, on the CPU: `losses` (M,), best classes first `top` (M, up to 5)."""
-
-    losses: Tensor
-    top: Tensor
-    labels: Tensor
-
-    def figures(self, prefix: str = "testing") -> dict[str, float]:
-        """Cross entropy, and top-1 and top-5 accuracy in percent."""
-        return {
-            f"{prefix}_loss": self.losses.double().mean().item(),
-            f"{prefix}_top1_acc": utils.accuracy(self.top, self.labels),
-            f"{prefix}_top5_acc": utils.accuracy(self.top, self.labels, TOP),
-        }
-
-
 def evaluate(
     accelerator: Accelerator,
     model: ViTMAEForImageClassification,
     batches: Iterable[dataset.Batch],
     data: dataset.ImageDataset,
     args: argparse.Namespace,
-) -> Evaluation:
-    """Classify every validation image exactly once, whatever the number of processes and the remainder."""
-    results = []
+) -> training.Evaluation:
+    """Classify every image exactly once, whatever the number of processes and the remainder.
+
+    The scores stay on the device until all are there: 200 MB for ImageNet, over all processes.
+    """
+    results = [torch.zeros(0, model.num_classes, device=accelerator.device)]  # a process may have no image at all
     with utils.evaluating(model):
         for batch in batches:
             images = dataset.normalize(batch.images.to(accelerator.device), args.mean, args.std)
             with accelerator.autocast():
-                scores = model(images).float()  #                          (N, K)
-            losses = F.cross_entropy(scores, batch.labels.to(accelerator.device), reduction="none")
-            top = scores.topk(min(TOP, scores.shape[1]), dim=1).indices  # (N, 5)
-            results.append(
-                torch.cat([losses[:, None], top.float()], dim=1)
-            )  # float32 is exact up to 16 million classes
-    empty = torch.zeros(0, 1 + min(TOP, model.num_classes), device=accelerator.device)
-    part = torch.cat([empty, *results])  # a process may have no image at all
-    table = training.gather_slices(accelerator, part, len(data)).cpu()  #       (M, 1 + 5)
-    return Evaluation(table[:, 0], table[:, 1:].long(), torch.from_numpy(data.files.labels).long())
+                results.append(model(images).float())  # (N, K)
+    return training.gather_evaluation(accelerator, torch.cat(results), torch.from_numpy(data.files.labels).long())
 
 
 def write_evaluation(
-    evaluation: Evaluation,
-    data: dataset.ImageDataset,
-    class_names: list[str],
-    folder: Path,
-    record: dict,
-    channels: list[int] | None,
+    evaluation: training.Evaluation, data: dataset.ImageDataset, *where: object, **how: str
 ) -> list[str]:
-    """Write the figures, a table with a row for each class, and a picture of the most frequent errors; name the files.
+    """Write what `training.write_classification` does, of images of a data set."""
 
-    Files of an earlier evaluation are renamed, not overwritten.
-    """
-    confusion = utils.ConfusionMatrix(len(class_names))
-    confusion.update(evaluation.labels, evaluation.top[:, 0])
-    for name in EVALUATION_FILES:
-        storage.rename_aside(folder / name)
-    figures_file, table_file, picture_file = (folder / name for name in EVALUATION_FILES)
-    storage.write_json(figures_file, record)
+    def image_of(index: int) -> Tensor:
+        return data[dataset.SampleKey(dataset.EVAL_EPOCH, index)].image
 
-    table = [["class", "name", "images", "top1", "top5", "most_often_taken_for", "times"]]
-    for index, name in enumerate(class_names):
-        there = evaluation.labels == index
-        row = confusion.counts[index].clone()
-        row[index] = 0
-        top1, top5 = (utils.accuracy(evaluation.top[there], evaluation.labels[there], k) for k in (1, TOP))
-        taken_for = class_names[int(row.argmax())] if row.max() else ""
-        scores = int(there.sum()), f"{top1:.2f}", f"{top5:.2f}"
-        table.append((name, utils.describe_class(name), *scores, taken_for, int(row.max())))
-    storage.write_rows(table_file, table)
-
-    rows = {}
-    for true, predicted, times in confusion.worst_pairs(NUM_PICTURES):
-        wrong = (evaluation.labels == true) & (evaluation.top[:, 0] == predicted)
-        pictures = [
-            data[dataset.SampleKey(dataset.EVAL_EPOCH, index)].image
-            for index in wrong.nonzero()[:NUM_PICTURES, 0].tolist()
-        ]
-        names = utils.describe_class(class_names[true]), utils.describe_class(class_names[predicted])
-        rows[f"{names[0]}, taken for {names[1]}: {times} of {int(confusion.counts[true].sum())}"] = pictures
-    if rows:
-        scale = 255 if channels is None else 1
-        panels = {title: utils.show_values([torch.stack(found) / scale], channels)[0] for title, found in rows.items()}
-        utils.draw_rows(panels).save(picture_file)
-    return [file.name for file in (figures_file, table_file, picture_file) if file.exists()]
+    return training.write_classification(evaluation, data.files.classes, image_of, *where, **how)
 
 
 def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
-    """Do what --eval_only asks for, and write three files beside the weights."""
+    """Do what --eval_only asks for, and write files beside the weights."""
     accelerator, loading = training.open_evaluation(args)
     weights = storage.find_weights(args.path_to_pretrained_mae_weights)
     model, record = load_classifier(weights)
@@ -324,18 +276,17 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
             raise ValueError(f"{weights} tells {model.num_classes} classes apart, but {what} has {number}")
     data = build_eval_data(files, args)
     accelerator.print(f"{'evaluating':<16}{weights} on {files.describe()}")
-    evaluation = evaluate(
-        accelerator, model.to(accelerator.device), dataset.build_eval_loader(data, **loading), data, args
-    )
-    figures = evaluation.figures()
+    loader = dataset.build_eval_loader(data, **loading)
+    evaluation = evaluate(accelerator, model.to(accelerator.device), loader, data, args)
+    report = evaluation.report()
     if accelerator.is_main_process:
-        places = {"weights": storage.as_text(str(weights)), "data": storage.as_text(str(folder))}
-        summary = figures | places | {"num_images": len(data)}
-        written = write_evaluation(evaluation, data, class_names, weights.parent, summary, args.show_channels)
+        summary = report | training.describe_evaluation(weights, files, record)
+        written = write_evaluation(evaluation, data, weights.parent, summary, args.show_channels)
         print(f"{'written':<16}{', '.join(written)} in {weights.parent}")
-    training.print_figures(accelerator, figures)
+    training.print_figures(accelerator, report)
+    training.note_selection(accelerator, files, record)
     accelerator.end_training()
-    return figures
+    return evaluation.figures()
 
 
 @torch.no_grad()
@@ -361,7 +312,7 @@ def run_knn(args: argparse.Namespace) -> dict[str, float]:
         features.append(training.collect_features(accelerator, loader, len(files), encode))
     (bank, bank_labels), (queries, labels) = features
     ranked = utils.knn_classify(bank, bank_labels, queries, len(splits[0].classes))
-    figures = {f"knn_top{k}_acc": utils.accuracy(ranked, labels, k) for k in (1, TOP)}
+    figures = {f"knn_top{k}_acc": utils.accuracy(ranked, labels, k) for k in (1, training.TOP)}
     accelerator.print(
         f"{'vote':<16}of the {utils.KNN_NEIGHBOURS} nearest, by cosine similarity, {model.global_pool} features"
     )
@@ -392,6 +343,17 @@ def list_labelled_splits(
         )
     training.choose_value_range(accelerator, args, train_files)
     return train_files, val_files
+
+
+def list_test(accelerator: Accelerator, others: tuple[storage.FileList, ...], args: argparse.Namespace):
+    """List the images of --test_folder, None without; it is none of the other splits, and has their classes."""
+    if args.test_folder is None:
+        return None
+    files = training.list_folder(accelerator, Path(args.test_folder), args)
+    storage.check_same_classes(files.classes, others[0].classes, files.root, str(others[0].root))
+    if files.root in [other.root for other in others]:
+        raise ValueError(f"--test_folder {files.root} is in use by the training; give another split")
+    return files
 
 
 def build_eval_data(files: storage.FileList, args: argparse.Namespace) -> dataset.ImageDataset:
@@ -483,13 +445,16 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         args.path_to_data = str(training.draw_demo_data(accelerator, args.working_directory) / "imagefolder")
 
     # Data and model: augmentation, mixing and drop path are functions of (seed, epoch, index)
-    train_files, val_files = list_labelled_splits(accelerator, args)
+    train_files, val_files = splits = list_labelled_splits(accelerator, args)
+    test_files = list_test(accelerator, splits, args)
     model, origin = build_model(len(train_files.classes), args)
     train_data, mixing = build_training_data(train_files, model, args)
     eval_data = build_eval_data(val_files, args)
-    sampler = dataset.StepSampler(len(train_data), **stepping)
+    labels = train_files.labels if args.balanced_sampling else None
+    sampler = dataset.StepSampler(len(train_data), labels=labels, **stepping)
     loader = dataset.build_training_loader(train_data, sampler, collate_fn=mixing, **workers)
     eval_loader = dataset.build_eval_loader(eval_data, **loading)
+    test_loaders = [dataset.build_eval_loader(build_eval_data(test_files, args), **loading)] if test_files else []
 
     # Optimizer
     peak = args.learning_rate
@@ -497,25 +462,32 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         peak = utils.scaled_lr(args.base_learning_rate, sampler.images_per_step)
     warmup_steps = args.warmup_epochs * sampler.steps_per_epoch
     total_steps = args.epochs * sampler.steps_per_epoch
+    counts = np.bincount(train_files.labels, minlength=len(train_files.classes))
+    class_weights = training.choose_class_weights(args.class_weights, counts)
     lines = {"start": origin, **describe(model, peak, sampler, args)}
+    if class_weights is not None:
+        lines["class weights"] = training.describe_class_weights(class_weights, train_files.classes)
     training.describe_run(accelerator, args, sampler, train_files, val_files, lines)
     optimizer = build_optimizer(model, peak, args)
     average = ModelEmaV3(model.to(device), decay=args.ema_decay) if args.ema_decay else None
     model, optimizer, bare_model = training.prepare(accelerator, model, optimizer)
     candidates = {"testing": bare_model} | ({} if average is None else {"ema_testing": average.module})
-    compute_loss = SoftTargetCrossEntropy()
+    compute_loss = build_loss(class_weights).to(device)
 
-    # Decode every validation image now: a broken file should stop the run at its start, not at its first evaluation
-    if start.resume_from is None:
-        for _ in eval_loader:
+    # Decode every held-out image now: a broken file should stop the run at its start, not at its first evaluation
+    for held_out in (eval_loader, *test_loaders) if start.resume_from is None else ():
+        for _ in held_out:
             pass
 
     # Loop
     record = build_record(bare_model, train_files, args)
     identity = {name: getattr(args, name) for name in ("linear_probe", "finetune_blocks", "ema_decay")}
+    identity["balanced_sampling"] = args.balanced_sampling or None  # as in states from before there was the flag
     plan = training.Plan(sampler, train_files, args.epochs, total_steps, record, identity)
     figures: dict[str, float] = {}
+    selection = {"chosen_on": training.mark_images(val_files)}
     averaged = average and average.module
+    best = start.experiment / training.BEST_CHECKPOINT
     with training.Run(accelerator, start, args, plan, model=model, average=averaged, keeps_best=True) as run:
         model.train()
         for epoch in run.epochs():
@@ -546,28 +518,61 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             evaluates, saves = run.is_due(args.eval_interval), run.is_due(args.save_checkpoint_interval)
             if evaluates:
                 run.check_weights()
-                figures = {}
+                figures, evaluations = {}, {}
                 for prefix, candidate in candidates.items():
                     training.broadcast_buffers(accelerator, candidate)
-                    evaluation = evaluate(accelerator, candidate, run.watch(eval_loader), eval_data, args)
-                    figures |= evaluation.figures(prefix)
+                    evaluations[prefix] = evaluate(accelerator, candidate, run.watch(eval_loader), eval_data, args)
+                    figures |= evaluations[prefix].figures(prefix)
                 for prefix, candidate in candidates.items():
-                    kept = {key: figures[f"{prefix}_{key}"] for key in ("loss", "top1_acc", "top5_acc")}
-                    scored = {"epoch": epoch + 1, "moving_average": prefix != "testing", "testing": kept}
-                    run.keep_best(candidate, kept["top1_acc"], scored)
+                    kept = {key: figures[f"{prefix}_{key}"] for key in ("loss", "top1_acc", "top5_acc", "macro_f1")}
+                    scored = {"epoch": epoch + 1, "moving_average": prefix != "testing", "testing": kept} | selection
+                    if run.keep_best(candidate, kept["top1_acc"], scored) and accelerator.is_main_process:
+                        summary = training.describe_evaluation(best / "model.safetensors", val_files, scored)
+                        summary |= evaluations[prefix].report()
+                        with training.optional_write(best / training.EVALUATION_FILE):
+                            write_evaluation(evaluations[prefix], eval_data, best, summary, args.show_channels)
             if saves:
                 run.keep_picture("predictions", draw_predictions(accelerator, bare_model, eval_data, args))
             run.finish_epoch(figures if evaluates else {}, save=evaluates or saves, for_good=saves)
         run.finish()
         if not figures:  # a finished run that was started again
             figures = evaluate(accelerator, bare_model, eval_loader, eval_data, args).figures()
-        best, last = run.experiment / training.BEST_CHECKPOINT, run.experiment / training.LAST_CHECKPOINT
+        last = run.experiment / training.LAST_CHECKPOINT
         accelerator.print(f"{'checkpoints':<16}{best} (top-1 {run.best:.2f} %), {last}")
+        training.note_selection(accelerator, val_files, selection)
         training.print_figures(accelerator, figures)
+        for test_loader in test_loaders:
+            test_figures = score_test(accelerator, best, test_loader, args)
+            training.print_figures(accelerator, test_figures)
+            figures = figures | test_figures
         if not args.demo:  # the demo trains a second model in these processes
             accelerator.end_training()
         return figures
     return {}  # stopped by a signal
+
+
+def build_loss(class_weights: Tensor | None) -> nn.Module:
+    """Give the loss of scores and targets t (N, K): the mean over images of -sum_k w_k t_k log p_k.
+
+    Without weights w is 1. The mean is over images and not over their weights, so that it is the same however a step
+    is cut into passes and processes: for one class a target, torch divides the sum by sum(w) instead.
+    """
+    return SoftTargetCrossEntropy() if class_weights is None else nn.CrossEntropyLoss(weight=class_weights)
+
+
+def score_test(accelerator: Accelerator, best: Path, loader: DataLoader, args: argparse.Namespace) -> dict[str, float]:
+    """Score the best weights on --test_folder and add that to what lies beside them; a score that is there stays."""
+    data, files = loader.dataset, loader.dataset.files
+    figures = training.find_test_figures(accelerator, best, files)
+    if figures is None:
+        model, _ = load_classifier(best)
+        evaluation = evaluate(accelerator, model.to(accelerator.device), loader, data, args)
+        figures = evaluation.report("test") | {"test_num_images": len(files)}
+        if accelerator.is_main_process:
+            summary = figures | training.describe_test(files)
+            with training.optional_write(best / training.EVALUATION_FILE):
+                write_evaluation(evaluation, data, best, summary, args.show_channels, prefix="test_")
+    return figures
 
 
 def build_record(
@@ -625,6 +630,8 @@ def describe(
         "augmentation": "crops and flips alone" if args.linear_probe else augmentation,
         "image decoder": "Pillow",
     }
+    if args.balanced_sampling:
+        lines["sampling"] = f"each of {model.num_classes} classes equally often in an epoch"
     if sampler.micro_batch_size == 1 and args.mixup_alpha + args.cutmix_alpha > 0:
         lines["mixing"] = "none, because a forward pass is of one image"
     return lines

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from PIL import Image
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import dataset
 import storage
@@ -37,7 +38,8 @@ from model import (
     read_sizes,
 )
 from storage import IGNORE_INDEX, LABEL_COLOURS
-from upernet import NORMS, fit_within, predict, resized_cross_entropy
+from storage.pairs import count_classes
+from upernet import NORMS, fit_within, predict, resize_matrix, resized_cross_entropy
 
 # MMSegmentation's recipe for MAE and UperNet on ADE20K, which is the paper's.
 RECIPE = dict(
@@ -73,6 +75,8 @@ EVALUATIONS = 10  # in a run, where --eval_interval does not say otherwise
 MODEL_FLAGS = ("taps", "channels", "norm", "rel_pos_bias")
 SEGMENTER_FLAGS = (*MODEL_FLAGS, "num_classes")  # what a segmenter is, beside its encoder's sizes
 BASE = "mae_vit_base_patch16"
+LOSSES = ("cross_entropy", "dice", "focal", "cross_entropy+dice", "focal+dice")
+FOCAL_GAMMA = 2.0  # Lin et al. 2017, section 5.1
 ONE_CLASS = "for one class before a background give 2, with --no-ignore_zero where the background is 0"
 FLAGS = {
     "model": [
@@ -105,6 +109,8 @@ FLAGS = {
         ("drop_path", 0.1, "rate of the last block, rising linearly from 0, as MMSegmentation", (0, 0.99)),
         ("auxiliary_weight", 0.4, "of the auxiliary head's loss, as MMSegmentation", (0, 10)),
         ("eval_interval", int, "epochs between evaluations (default: a tenth of the run)", (1, None)),
+        ("loss", "cross_entropy", "of both heads; of two, the sum", {"choices": LOSSES}),
+        ("class_weights", str, "in the loss: balanced (inverse frequency), numbers, or a file", {"nargs": "+"}),
     ],
     "test": [
         ("eval_only", False, "evaluate a segmenter and stop"),
@@ -112,6 +118,7 @@ FLAGS = {
         ("multi_scale", False, "average over six sizes, 0.5 to 1.75"),
         ("flip", False, "average over the image and its mirror image"),
         ("window_batch_size", 16, "windows, or whole images, scored at once", (1, None)),
+        ("test_split", str, "folder beside training/ and validation/ on which the best weights are scored at the end"),
     ],
 }
 
@@ -163,7 +170,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             "batch norm over a map pooled to one cell needs two images in a forward pass, and there is one: raise "
             "--per_gpu_batch_size, lower --gradient_accumulation_steps, or take --norm group"
         )
+    if args.test_split in ("training", "validation") or (args.test_split and args.eval_only):
+        flags.error(f"--test_split {args.test_split}: after a training, another split than training and validation")
+    if args.class_weights is not None and args.loss == "dice":
+        flags.error("--class_weights are of cross_entropy and focal; dice counts every class alike: leave them out")
     try:
+        args.class_weights = training.read_class_weights(args.class_weights)
         config = build_config(args)
         if min(config.grid_size) < 2:
             raise ValueError(f"--img_size {args.img_size} is less than two patches of {config.patch_size} a side")
@@ -240,17 +252,14 @@ def evaluate(
     return confusion
 
 
-def write_table(confusion: utils.ConfusionMatrix, names: list[str], file: Path) -> None:
-    """Write a row for each class: its share of the pixels and its scores in percent."""
-    storage.rename_aside(file)
+def build_tables(confusion: utils.ConfusionMatrix, names: list[str]) -> dict[str, list]:
+    """Give per_class.tsv, with each class's share of the pixels and its scores in percent, and the confusion matrix."""
     counts, scores = confusion.counts.cpu(), confusion.per_class()
     shares = 100 * counts.sum(dim=1).double() / counts.sum()
-    table = [["class", "name", "pixels_percent", "iou", "acc", "dice"]]
+    table = [["class", "name", "pixels_percent", *scores]]
     for index, name in enumerate(names):
-        cells = [f"{values[index].item():.2f}" for values in (shares, *scores.values())]
-        table.append([index, name, *cells])
-    with training.optional_write(file):
-        storage.write_rows(file, table)
+        table.append([index, name, *(f"{values[index].item():.2f}" for values in (shares, *scores.values()))])
+    return {"per_class.tsv": table, "confusion.tsv": training.confusion_rows(counts, names)}
 
 
 def draw_predictions(
@@ -298,27 +307,25 @@ def draw_predictions(
 
 
 def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
-    """Do what --eval_only asks for, and write two files beside the weights."""
+    """Do what --eval_only asks for, and write files beside the weights."""
     accelerator, loading = training.open_evaluation(args)
     weights = storage.find_weights(args.path_to_backbone_checkpoint)
-    model, _ = load_segmenter(weights)
+    model, record = load_segmenter(weights)
     if not os.access(weights.parent, os.W_OK):
         raise PermissionError(f"the figures are written beside the weights, but {weights.parent} cannot be written to")
-    pairs = training.list_checked_pairs(accelerator, "validation", args)
+    pairs = training.list_checked_pairs(accelerator, "validation", args).pairs
     data = build_data(pairs, args)
     loader = dataset.build_eval_loader(data, collate_fn=dataset.collate_lists, **loading)
     accelerator.print(f"{'evaluating':<16}{weights} on {pairs.describe()}")
     confusion = evaluate(accelerator, model.to(accelerator.device), loader, args)
     figures = confusion.figures()
     if accelerator.is_main_process:
-        files = [weights.parent / name for name in ("evaluation.json", "per_class.tsv")]
         how = {name: getattr(args, name) for name in ("slide", "multi_scale", "flip", "resize_to")}
-        how |= {"path_to_data": storage.as_text(args.path_to_data), "weights": storage.as_text(str(weights))}
-        how |= {"num_images": len(data), "precision": accelerator.mixed_precision}
-        storage.rename_aside(files[0])
-        storage.write_json(files[0], figures | how)
-        write_table(confusion, args.class_names, files[1])
-        print(f"{'written':<16}{', '.join(file.name for file in files)} in {weights.parent}")
+        how |= training.describe_evaluation(weights, pairs, record)
+        how |= {"path_to_data": storage.as_text(args.path_to_data), "precision": accelerator.mixed_precision}
+        written = training.write_report(weights.parent, figures | how, build_tables(confusion, args.class_names))
+        print(f"{'written':<16}{', '.join(written)} in {weights.parent}")
+    training.note_selection(accelerator, pairs, record)
     training.print_figures(accelerator, figures)
     accelerator.end_training()
     return figures
@@ -340,13 +347,33 @@ def build_data(
     return dataset.ADE20KDataset(pairs, augment, table, noise_size=model.noise_size, **common)
 
 
-def compute_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy at the labels' size, (N, K, h, w) and (N, H, W): the sum over labelled pixels / all pixels.
+def compute_loss(
+    scores: Tensor, labels: Tensor, kind: str = "cross_entropy", class_weights: Tensor | None = None
+) -> Tensor:
+    """Give a loss at the labels' size, (N, K, h, w) and (N, H, W): the sum over labelled pixels / all pixels.
 
-    As in MMSegmentation, whose mean is over all pixels. So a crop without a label is 0 and not 0/0, and accumulated
-    passes add up to the loss of the whole batch.
+    As MMSegmentation's cross entropy, whose mean is over all pixels. So a crop without a label is 0 and not 0/0, and
+    accumulated passes add up to the loss of the whole batch. For the same reason weights of classes do not divide the
+    sum, and Dice is of each image, with the mean over images.
     """
-    return resized_cross_entropy(scores, labels, IGNORE_INDEX) / labels.numel()
+    if kind == "cross_entropy" and class_weights is None:
+        return resized_cross_entropy(scores, labels, IGNORE_INDEX) / labels.numel()
+    first, *dice = kind.split("+")
+
+    def of_image(scores: Tensor, labels: Tensor) -> Tensor:
+        options = dict(device=scores.device, dtype=scores.dtype)
+        rows, columns = (resize_matrix(*sides, **options) for sides in zip(scores.shape[1:], labels.shape, strict=True))
+        log_probs = (rows @ scores @ columns.T).log_softmax(dim=0)  #  (K, H, W)
+        if first == "dice":
+            return utils.dice_loss(log_probs, labels, IGNORE_INDEX)
+        gamma = FOCAL_GAMMA if first == "focal" else 0.0
+        loss = utils.pixel_loss(log_probs, labels, IGNORE_INDEX, weights=class_weights, gamma=gamma) / labels.numel()
+        return loss + utils.dice_loss(log_probs, labels, IGNORE_INDEX) if dice else loss
+
+    # Computed again in the backward pass, so that only one image's scores at the labels' size are in memory
+    once = functools.partial(checkpoint, of_image, use_reentrant=False, preserve_rng_state=False)
+    images = zip(scores.float() if scores.dtype != torch.float64 else scores, labels, strict=True)
+    return torch.stack([once(*image) for image in images]).mean()
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
@@ -367,8 +394,11 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         origin = f"{loaded.describe()}, from {args.path_to_backbone_checkpoint}"
 
     # Data: augmentation, drop path and dropout are functions of (seed, epoch, index)
-    train_pairs = training.list_checked_pairs(accelerator, "training", args)
-    val_pairs = training.list_checked_pairs(accelerator, "validation", args, rotate=train_pairs.rotate)
+    train_pairs, train_pixels, _ = training.list_checked_pairs(accelerator, "training", args)
+    splits = ["validation"] + ([args.test_split] if args.test_split else [])
+    rotate = train_pairs.rotate
+    surveys = [training.list_checked_pairs(accelerator, split, args, rotate=rotate) for split in splits]
+    val_pairs, test_pairs = surveys[0].pairs, [survey.pairs for survey in surveys[1:]]
     train_data, val_data = build_data(train_pairs, args, model), build_data(val_pairs, args)
     sampler = dataset.StepSampler(len(train_data), **stepping)
     loader = dataset.build_training_loader(train_data, sampler, **workers)
@@ -379,13 +409,19 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     eval_interval = args.eval_interval or max(1, num_epochs // EVALUATIONS)
     save_interval = args.save_checkpoint_interval or max(1, num_epochs // EVALUATIONS)
 
-    # Optimizer
+    # Loss and optimizer
+    counts = count_classes(train_pixels, storage.label_table(args.num_classes, args.ignore_zero), args.num_classes)
+    class_weights = training.choose_class_weights(args.class_weights, counts)
+    on_device = None if class_weights is None else class_weights.to(device)
+    loss_of = functools.partial(compute_loss, kind=args.loss, class_weights=on_device)
     groups = param_groups_layer_decay(
         model, args.weight_decay, no_weight_decay_list=model.no_weight_decay(), layer_decay=args.layer_decay
     )
     utils.decay_more(groups, model, biases=args.bias_weight_decay, norms=args.norm_weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=ADAM_BETAS, fused=True)
     lines = {"start": origin, **describe(model, sampler, args)}
+    if class_weights is not None:
+        lines["class weights"] = training.describe_class_weights(class_weights, args.class_names)
     lines["schedule"] = f"{total_steps:,} steps, {sampler.steps_per_epoch:,} an epoch, warmup {warmup_steps:,}"
     lines["every"] = f"{eval_interval} of {num_epochs:,} epochs evaluated, every {save_interval} kept as a checkpoint"
     training.describe_run(accelerator, args, sampler, train_pairs, val_pairs, lines)
@@ -401,6 +437,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     identity = {"total_steps": total_steps, "warmup_steps": warmup_steps}
     plan = training.Plan(sampler, train_pairs, num_epochs, total_steps, build_record(args), identity)
     figures: dict[str, float] = {}
+    selection = {"chosen_on": training.mark_images(val_pairs)}
+    best, last = start.experiment / training.BEST_CHECKPOINT, start.experiment / training.LAST_CHECKPOINT
     with training.Run(accelerator, start, args, plan, model=model, keeps_best=True) as run:
         model.train()
         for epoch in run.epochs():
@@ -414,7 +452,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                 utils.set_learning_rate(optimizer, learning_rate)
                 with accelerator.accumulate(model):
                     logits, auxiliary = model(images, noise)
-                    loss, auxiliary_loss = compute_loss(logits, labels), compute_loss(auxiliary, labels)
+                    loss, auxiliary_loss = loss_of(logits, labels), loss_of(auxiliary, labels)
                     accelerator.backward(utils.nan_guard(loss + args.auxiliary_weight * auxiliary_loss))
                     if accelerator.sync_gradients:
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
@@ -433,21 +471,48 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                 confusion = evaluate(accelerator, bare_model, run.watch(val_loader), args)
                 figures = confusion.figures()
                 run.keep_picture("predictions", draw_predictions(accelerator, bare_model, val_data, args))
-                tables = [run.experiment / "predictions" / f"epoch_{epoch + 1}.tsv"]
-                if run.keep_best(bare_model, figures["testing_miou"], {"epoch": epoch + 1, "testing": figures}):
-                    tables.append(run.experiment / training.BEST_CHECKPOINT / "per_class.tsv")
-                for file in tables if accelerator.is_main_process else ():
-                    write_table(confusion, args.class_names, file)
+                tables = build_tables(confusion, args.class_names) if accelerator.is_main_process else {}
+                scored = {"epoch": epoch + 1, "testing": figures} | selection
+                if run.keep_best(bare_model, figures["testing_miou"], scored) and accelerator.is_main_process:
+                    how = training.describe_evaluation(best / "model.safetensors", val_pairs, scored)
+                    with training.optional_write(best / training.EVALUATION_FILE):
+                        training.write_report(best, figures | how, tables)
+                if accelerator.is_main_process:
+                    file = run.experiment / "predictions" / f"epoch_{epoch + 1}.tsv"
+                    storage.rename_aside(file)
+                    with training.optional_write(file):
+                        storage.write_rows(file, tables["per_class.tsv"])
             run.finish_epoch(figures if evaluates else {}, save=evaluates or saves, for_good=saves)
         run.finish()
         if not figures:  # a finished run that was started again
             figures = evaluate(accelerator, bare_model, val_loader, args).figures()
-        best, last = run.experiment / training.BEST_CHECKPOINT, run.experiment / training.LAST_CHECKPOINT
         accelerator.print(f"{'checkpoints':<16}{best} (mIoU {run.best:.2f} %), {last}")
+        training.note_selection(accelerator, val_pairs, selection)
         training.print_figures(accelerator, figures)
+        for pairs in test_pairs:
+            test_figures = score_test(accelerator, best, pairs, loading, args)
+            training.print_figures(accelerator, test_figures)
+            figures = figures | test_figures
         accelerator.end_training()
         return figures
     return {}  # stopped by a signal
+
+
+def score_test(
+    accelerator: Accelerator, best: Path, pairs: storage.PairList, loading: dict[str, float], args: argparse.Namespace
+) -> dict[str, float]:
+    """Score the best weights on --test_split and add that to what lies beside them; a score that is there stays."""
+    figures = training.find_test_figures(accelerator, best, pairs)
+    if figures is None:
+        model, _ = load_segmenter(best)
+        loader = dataset.build_eval_loader(build_data(pairs, args), collate_fn=dataset.collate_lists, **loading)
+        confusion = evaluate(accelerator, model.to(accelerator.device), loader, args)
+        figures = confusion.figures("test") | {"test_num_images": len(pairs)}
+        if accelerator.is_main_process:
+            tables, record = build_tables(confusion, args.class_names), figures | training.describe_test(pairs)
+            with training.optional_write(best / training.EVALUATION_FILE):
+                training.write_report(best, record, tables, prefix="test_")
+    return figures
 
 
 def choose_warmup(args: argparse.Namespace, steps_per_epoch: int, total_steps: int) -> int:

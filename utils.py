@@ -114,6 +114,43 @@ def skip_nonfinite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tenso
     return skipped
 
 
+# ------------------------------------------------------------------------------------------------ losses of pixels
+
+
+def pixel_loss(
+    log_probs: Tensor, labels: Tensor, ignore_index: int, *, weights: Tensor | None = None, gamma: float = 0.0
+) -> Tensor:
+    """Sum -w (1 - p)^gamma log p over the pixels that are not ignored; (K, H, W) and (H, W) -> ().
+
+    p is the probability of the pixel's own class and w that class's weight. With gamma 0 this is cross entropy, else
+    the focal loss, of which w is the alpha (Lin et al. 2017, arXiv 1708.02002, equation 5, here of a softmax).
+    """
+    counted = labels != ignore_index
+    place = labels.where(counted, 0)
+    log_p = log_probs.gather(0, place[None])[0]  #                          (H, W)
+    losses = -log_p * counted
+    if gamma:
+        losses = losses * (1 - log_p.exp()) ** gamma
+    if weights is not None:
+        losses = losses * weights[place]
+    return losses.sum()
+
+
+def dice_loss(log_probs: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """Give 1 - the mean Dice of the classes that an image's labels have; (K, H, W) and (H, W) -> (), 0 without labels.
+
+    Of each class 2 sum(p g) / (sum(p^2) + sum(g^2)), p its probability and g 1 where it is, 0 elsewhere (V-Net,
+    Milletari et al. 2016, arXiv 1606.04797, section 3). Ignored pixels, whose label is no class, are in no sum.
+    """
+    counted = labels != ignore_index
+    probs = log_probs.exp() * counted
+    masks = labels == torch.arange(len(probs), device=labels.device)[:, None, None]  # (K, H, W)
+    sizes = masks.sum(dim=(1, 2))
+    dice = 2 * (probs * masks).sum(dim=(1, 2)) / (probs.square().sum(dim=(1, 2)) + sizes).clamp(min=1e-12)
+    there = sizes > 0
+    return ((1 - dice) * there).sum() / there.sum().clamp(min=1)
+
+
 # ------------------------------------------------------------------------------------------------ metrics
 
 
@@ -134,6 +171,21 @@ def describe_class(name: str) -> str:
     if re.fullmatch(r"n\d{8}", name):
         return imagenet_names().get(name, name)
     return "".join("?" if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") else letter for letter in name)
+
+
+def class_scores(hit: Tensor, true: Tensor, predicted: Tensor) -> dict[str, Tensor]:
+    """Give IoU, accuracy, Dice and precision of each class in percent, (K,); nan for classes that no label has.
+
+    From how many of its samples were found, how many there are, and how many answers name it. Accuracy is recall, and
+    Dice is F1. The precision of a class that occurs and that no answer names is 0, as scikit-learn's.
+    """
+    scores = {
+        "iou": hit / (true + predicted - hit),
+        "acc": hit / true,
+        "dice": 2 * hit / (true + predicted),
+        "precision": hit / predicted.clamp(min=1),
+    }
+    return {name: (100 * score).where(true > 0, torch.nan) for name, score in scores.items()}
 
 
 class ConfusionMatrix:
@@ -167,22 +219,13 @@ class ConfusionMatrix:
         """Add up what all processes counted; every process calls it, once."""
         self.counts = accelerator.reduce(self.counts, "sum")
 
-    def worst_pairs(self, count: int) -> list[tuple[int, int, int]]:
-        """Give the most frequent errors as (true class, predicted class, times), most frequent first."""
-        wrong = self.counts.clone().fill_diagonal_(0).flatten()
-        times, places = wrong.sort(descending=True, stable=True)
-        pairs = zip(places[:count].tolist(), times[:count].tolist(), strict=True)
-        return [(*divmod(place, len(self.counts)), n) for place, n in pairs if n]
-
     def per_class(self) -> dict[str, Tensor]:
-        """Give IoU, accuracy and Dice of each class in percent, (K,) float64; nan for classes that no label has."""
+        """Give the `class_scores`, (K,) float64 each."""
         counts = self.counts.double().cpu()
-        hit, true, predicted = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
-        scores = {"iou": hit / (true + predicted - hit), "acc": hit / true, "dice": 2 * hit / (true + predicted)}
-        return {name: (100 * score).where(true > 0, torch.nan) for name, score in scores.items()}
+        return class_scores(counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0))
 
     def figures(self, prefix: str = "testing") -> dict[str, float]:
-        """Give mIoU, mean accuracy and mean Dice over the classes that occur, the accuracy of all pixels, in percent.
+        """Give means of the `class_scores` over the classes that occur, and the accuracy of all pixels, in percent.
 
         Last comes over how many classes the means are.
 

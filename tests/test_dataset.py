@@ -249,6 +249,70 @@ def test_step_sampler_fills_one_step_from_a_small_data_set():
     assert len(set(step)) == 24 and counts.min() >= 2 and counts.max() <= 3
 
 
+IMBALANCED = np.array([0] * 30 + [1] * 13 + [2] * 5 + [3] * 2)  # 50 images: 48 fill the steps of an epoch
+
+
+def balanced_epoch(epoch, micro_batch_size=12, first_step=0, **options):
+    sampler = StepSampler(50, micro_batch_size, seed=3, labels=IMBALANCED, **options)
+    sampler.set_epoch(epoch, first_step)
+    batches = [[key.index for key in batch] for batch in sampler]
+    assert len(batches) == len(sampler)
+    return batches
+
+
+def test_balanced_sampling_shows_each_class_and_within_it_each_image_equally_often():
+    seen = np.zeros(50, dtype=int)
+    for epoch in range(40):
+        batches = balanced_epoch(epoch)
+        order = np.concatenate(batches)
+        assert len(batches) == 4 and len(set(order)) == 48  # as many steps as without; repetitions have other crops
+        counts = np.bincount(order % 50, minlength=50)
+        images = np.bincount(IMBALANCED, counts)
+        assert images.tolist() == [12] * 4
+        for k in range(4):
+            assert np.ptp(counts[k == IMBALANCED]) <= 1
+        seen += counts
+    assert seen.min() > 0  # of a large class each epoch has another part
+    assert balanced_epoch(0) != balanced_epoch(1) and balanced_epoch(5) == balanced_epoch(5)
+
+
+def test_balanced_sampling_gives_an_epochs_remainder_to_other_classes_each_time():
+    labels = np.array([0] * 7 + [1] * 2 + [2])  # 10 images over three classes
+    found = set()
+    for epoch in range(30):
+        sampler = StepSampler(10, 5, seed=0, labels=labels)
+        counts = np.bincount(labels[[index % 10 for index in sampler.order(epoch)]], minlength=3)
+        assert sorted(counts) == [3, 3, 4]
+        found.add(int(counts.argmax()))
+    assert found == {0, 1, 2}
+
+
+def test_balanced_sampling_of_fewer_images_than_classes_takes_no_class_twice():
+    labels = np.arange(9)
+    order = StepSampler(9, 4, seed=0, labels=labels).order(0)
+    assert len(order) == 8 and len(set(order)) == 8
+
+
+@pytest.mark.parametrize(("accumulation_steps", "world_size"), [(3, 1), (1, 2), (2, 3)])
+def test_balanced_sampling_fills_the_same_steps_on_any_number_of_processes(accumulation_steps, world_size):
+    whole = [sorted(batch) for batch in balanced_epoch(7)]
+    options = dict(accumulation_steps=accumulation_steps, world_size=world_size)
+    parts = [
+        balanced_epoch(7, 12 // accumulation_steps // world_size, rank=rank, **options) for rank in range(world_size)
+    ]
+    steps = [
+        sorted(index for part in parts for batch in part[i : i + accumulation_steps] for index in batch)
+        for i in range(0, len(parts[0]), accumulation_steps)
+    ]
+    assert steps == whole
+
+
+def test_balanced_sampling_goes_on_within_an_epoch_and_names_the_images_of_a_step():
+    assert balanced_epoch(7, first_step=3) == balanced_epoch(7)[3:]
+    sampler = StepSampler(50, 12, seed=3, labels=IMBALANCED)
+    assert sampler.images_of(4 * 7 + 2) == [index % 50 for index in balanced_epoch(7)[1]]
+
+
 def test_eval_loaders_of_all_processes_give_every_image_once(image_folder):
     files = list_images(image_folder / "val")
     data = ImageDataset(files, ResizeCenterCrop((16, 16)), seed=0, noise_size=16)

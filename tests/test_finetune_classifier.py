@@ -25,7 +25,7 @@ import model as model_module
 import pretrain_mae
 from dataset import IMAGENET_MEAN, IMAGENET_STD, ResizeCenterCrop, SampleKey, StepSampler, normalize
 from finetune_classifier import (
-    Evaluation,
+    build_loss,
     build_model,
     build_optimizer,
     build_training_data,
@@ -37,7 +37,7 @@ from model import MAEConfig, ViTMAEForImageClassification, ViTMAEForPreTraining,
 from storage.decoding import read_image
 from storage.demo import write_demo_data
 from storage.lists import list_images
-from training import process
+from training import Evaluation, process
 
 RUN_FLAGS = """--experiment_name run --epochs 4 --warmup_epochs 1 --per_gpu_batch_size 8 --learning_rate 0.01
  --save_checkpoint_interval 2 --num_workers 0 --log_interval 2"""
@@ -148,7 +148,7 @@ def test_best_checkpoint_may_be_the_moving_average(drawn_images, pretrained, tmp
     answers = itertools.cycle([1 - labels, labels])
 
     def score(*_):
-        return Evaluation(torch.ones(8), next(answers)[:, None], labels)
+        return Evaluation(torch.ones(8), next(answers)[:, None], labels, auc=torch.full((2,), 50.0).double())
 
     monkeypatch.setattr(finetune_classifier, "evaluate", score)
     experiment = train(drawn_images, tmp_path, pretrained, "--ema_decay 0.9 --save_checkpoint_interval 1")
@@ -404,6 +404,179 @@ def test_knn_equals_brute_force_and_the_online_view(drawn_images, pretrained, tm
     assert figures["knn_top1_acc"] == 100 * hits / 8
 
 
+def test_evaluation_in_the_run_is_what_eval_only_says_of_the_best_weights(finished, drawn_images, tmp_path):
+    best = shutil.copytree(finished / "best_checkpoint", tmp_path / "best")
+    main(parse_args(flags(drawn_images, tmp_path, best, "--eval_only")))
+    first, again = json.loads((best / "evaluation_1.json").read_text()), evaluation_of(best)
+    assert first.pop("weights") != again.pop("weights")
+    assert first == again
+    kinds = {f"testing_macro_{name}" for name in ("precision", "recall", "f1", "auc")} | {"testing_classes"}
+    assert kinds <= first.keys() and first["testing_classes"] == 2
+    for name in ("per_class", "confusion"):
+        assert (best / f"{name}.tsv").read_text() == (best / f"{name}_1.tsv").read_text()
+    matrix = [line.split("\t") for line in (best / "confusion.tsv").read_text().splitlines()]
+    assert [row[0] for row in matrix[1:]] == matrix[0][1:] == ["cats", "dogs"]
+    counts = np.array([row[1:] for row in matrix[1:]], dtype=int)
+    assert counts.sum(axis=1).tolist() == [4, 4] and 100 * counts.trace() / 8 == first["testing_top1_acc"]
+    hit, true, named = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
+    assert first["testing_macro_f1"] == pytest.approx(100 * (2 * hit / (true + named)).mean())
+
+
+def test_score_on_the_set_that_chose_the_weights_says_so(finished, drawn_images, image_folder, tmp_path, capsys):
+    """The very weights on the same images elsewhere, on others, and weights that were not chosen."""
+    assert evaluation_of(finished / "best_checkpoint")["chose_best_checkpoint"] is True
+    best = shutil.copytree(finished / "best_checkpoint", tmp_path / "best")
+    last = shutil.copytree(finished / "last_checkpoint", tmp_path / "last")
+    shutil.copytree(image_folder / "val", tmp_path / "test")
+    cases = ((best, image_folder, True), (best, tmp_path / "test", False), (last, drawn_images, False))
+    for checkpoint, data, chose in cases:
+        main(parse_args(flags(data, tmp_path, checkpoint, "--eval_only")))
+        assert evaluation_of(checkpoint)["chose_best_checkpoint"] is chose
+        assert ("best_checkpoint was chosen by its score on 8 images" in capsys.readouterr().out) is chose
+
+
+# -------------------------------------------------------------------------------- another split, scored once
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory) -> Path:
+    """Nine images, which two processes cannot share alike."""
+    folder = tmp_path_factory.mktemp("held_out") / "test"
+    for index, (name, count) in enumerate((("cats", 5), ("dogs", 4))):
+        draw_images(folder / name, count, seed=20 + index)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tested(drawn_images, held_out, pretrained, tmp_path_factory) -> Path:
+    """A run with a test, not to be changed."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    more = f"--epochs 2 --test_folder {held_out}"
+    experiment = train(drawn_images, tmp_path_factory.mktemp("work"), pretrained, more)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return experiment
+
+
+def figures_of_test(experiment: Path) -> dict:
+    record = evaluation_of(experiment / "best_checkpoint")
+    return {key: value for key, value in record.items() if key.startswith("test_") and isinstance(value, int | float)}
+
+
+def test_best_weights_are_scored_on_the_test_folder_as_eval_only_does(tested, held_out, tmp_path):
+    best, found = tested / "best_checkpoint", figures_of_test(tested)
+    copy = shutil.copytree(best, tmp_path / "copy")
+    main(parse_args(flags(held_out, tmp_path, copy, "--eval_only")))
+    alone = {k.replace("testing_", "test_"): v for k, v in evaluation_of(copy).items() if k.startswith("testing_")}
+    assert found == alone | {"test_num_images": 9} and evaluation_of(best)["test_data"] == str(held_out)
+    for name in ("per_class", "confusion"):
+        assert (best / f"test_{name}.tsv").read_text() == (copy / f"{name}.tsv").read_text()
+    assert {"testing_top1_acc", "testing_macro_auc", "chose_best_checkpoint"} <= evaluation_of(best).keys()
+
+
+def test_finished_run_keeps_its_test_score(tested, drawn_images, held_out, pretrained, tmp_path):
+    """The figures are those of the file, even where the images have changed under their names."""
+    best = shutil.copytree(tested, tmp_path / "run", symlinks=True) / "best_checkpoint"
+    folder = shutil.copytree(held_out, tmp_path / "test")
+    for path in folder.rglob("*.jpg"):
+        Image.new("RGB", (20, 20), (9, 99, 200)).save(path)
+    before = {path.name: path.read_bytes() for path in best.iterdir()}
+    more = f"--epochs 2 --test_folder {folder} --resume_from_checkpoint latest"
+    figures = main(parse_args(flags(drawn_images, tmp_path, pretrained, more)))
+    assert {k: v for k, v in figures.items() if k.startswith("test_")} == figures_of_test(tested)
+    assert before == {path.name: path.read_bytes() for path in best.iterdir()}
+
+
+def test_run_that_ended_before_its_test_is_tested_by_two_processes_alike(
+    tested, fork, drawn_images, held_out, pretrained, tmp_path
+):
+    best = shutil.copytree(tested, tmp_path / "run", symlinks=True) / "best_checkpoint"
+    for file in best.glob("test_*"):
+        file.unlink()
+    record = {k: v for k, v in evaluation_of(best).items() if not k.startswith("test_")}
+    (best / "evaluation.json").write_text(json.dumps(record))
+    more = f"--epochs 2 --test_folder {held_out} --resume_from_checkpoint latest --per_gpu_batch_size 4"
+    fork("finetune_classifier.py", flags(drawn_images, tmp_path, pretrained, more), num_processes=2)
+    ours, whole = figures_of_test(tmp_path / "run"), figures_of_test(tested)
+    assert ours.pop("test_loss") == pytest.approx(whole.pop("test_loss"), abs=1e-6) and ours == whole
+    assert evaluation_of(best) == evaluation_of(best) | record
+    for name in ("per_class", "confusion"):
+        assert (best / f"test_{name}.tsv").read_text() == (tested / "best_checkpoint" / f"test_{name}.tsv").read_text()
+
+
+def test_test_folder_needs_the_same_classes_and_images_of_its_own(image_folder, pretrained, tmp_path):
+    for split in ("val", "train"):
+        with pytest.raises(ValueError, match=rf"--test_folder .*{split} is in use by the training; give another split"):
+            train(image_folder, tmp_path, pretrained, f"--test_folder {image_folder / split}")
+    folder = shutil.copytree(image_folder / "val", tmp_path / "test")
+    (folder / "cats" / "000.jpg").write_text("no picture")
+    with pytest.raises(ValueError, match=r"cannot decode .*test/cats/000\.jpg"):
+        train(image_folder, tmp_path, pretrained, f"--test_folder {folder}")
+    (folder / "dogs").rename(folder / "doges")
+    with pytest.raises(ValueError, match="it lacks dogs; it adds doges"):
+        train(image_folder, tmp_path, pretrained, f"--test_folder {folder}")
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+# -------------------------------------------------------------------------------- imbalance
+
+
+@pytest.fixture
+def few_dogs(image_folder) -> Path:
+    """12 cats and 3 dogs: one step of 8 images an epoch."""
+    for index in range(3, 12):
+        (image_folder / "train" / "dogs" / f"{index:03d}.jpg").unlink()
+    return image_folder
+
+
+def test_balanced_run_is_the_same_resumed_accumulated_and_spread(few_dogs, pretrained, fork, tmp_path):
+    more = "--balanced_sampling --drop_path 0.5 --class_weights 1 2.5 --save_checkpoint_interval 1"
+    works = [tmp_path / name for name in ("whole", "resumed", "accumulated", "spread")]
+    whole = train(few_dogs, works[0], pretrained, more)
+    shutil.copytree(whole / "checkpoint_2", works[1] / "run" / "checkpoint_2")
+    resumed = train(few_dogs, works[1], pretrained, f"{more} --resume_from_checkpoint latest --num_workers 1")
+    assert_close(weights(resumed / "checkpoint_4"), weights(whole / "checkpoint_4"), atol=0)
+    train(few_dogs, works[2], pretrained, f"{more} --gradient_accumulation_steps 2")
+    halves = flags(few_dogs, works[3], pretrained, f"{more} --per_gpu_batch_size 4")
+    fork("finetune_classifier.py", halves, num_processes=2)
+    for work in works[2:]:  # sums in another order: up to a two-thousandth of a step
+        assert_close(weights(work / "run" / "checkpoint_4"), weights(whole / "checkpoint_4"), atol=5e-6)
+    assert [row["step"] for row in rows(whole)] == [1, 2, 3, 4]  # as without
+    with pytest.raises(ValueError, match="balanced_sampling: True in the checkpoint, None now"):
+        train(few_dogs, works[1], pretrained, "--resume_from_checkpoint latest --epochs 5")
+
+
+def test_weighted_loss_of_soft_targets_is_the_formula_by_hand():
+    """Mixup's targets, three images: the mean of -sum_k w_k t_k log p_k, whatever the images' own weights are."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(3, 4, generator=generator)
+    targets = torch.tensor([[1, 0, 0, 0], [0.3, 0.7, 0, 0], [0.025, 0.025, 0.925, 0.025]])
+    class_weights = torch.tensor([0.5, 2.0, 1.0, 0.0])
+    log_p = scores.numpy() - np.log(np.exp(scores.numpy()).sum(axis=1, keepdims=True))
+    by_hand = [-(class_weights.numpy() * t * p).sum() for t, p in zip(targets.numpy(), log_p, strict=True)]
+    loss, oracle = build_loss(class_weights), torch.nn.CrossEntropyLoss(weight=class_weights)
+    assert loss(scores, targets).item() == pytest.approx(np.mean(by_hand), rel=1e-5)
+    assert loss(scores, targets).item() == pytest.approx(oracle(scores, targets).item(), rel=1e-6)
+    parts = [loss(scores[i : i + 1], targets[i : i + 1]).item() for i in range(3)]
+    assert np.mean(parts) == pytest.approx(np.mean(by_hand), rel=1e-5)  # accumulated passes add up
+    plain, ones = build_loss(None), build_loss(torch.ones(4))
+    assert plain(scores, targets).item() == pytest.approx(ones(scores, targets).item(), rel=1e-6)
+
+
+def test_class_weights_of_the_flag_reach_the_loss(few_dogs, pretrained, tmp_path, capsys):
+    """In the first step all have the same weights and images: of twice the class weights the loss is twice as high."""
+    losses = {}
+    for given in ("none", "1 1", "2 2", "balanced"):
+        experiment = train(few_dogs, tmp_path / given, pretrained, f"--epochs 2 --class_weights {given}")
+        losses[given] = rows(experiment)[0]["training_loss"]
+        printed = capsys.readouterr().out
+        assert ("class weights   0.625 (cats) to 2.5 (dogs)" in printed) == (given == "balanced")
+    assert losses["1 1"] == pytest.approx(losses["none"], rel=1e-6)
+    assert losses["2 2"] == pytest.approx(2 * losses["none"], rel=1e-6)
+    assert losses["balanced"] != losses["none"]
+
+
 # -------------------------------------------------------------------------------- frozen encoders
 
 
@@ -630,6 +803,9 @@ def test_from_scratch_run_says_so(drawn_images, tmp_path, capsys):
         ("--eval_interval 0", "--eval_interval must be at least 1, not 0"),
         ("--linear_probe --per_gpu_batch_size 1", "--linear_probe normalises over a forward pass, here of 1 image"),
         ("--finetune_blocks 4", "4 blocks cannot be trained of 3; choose 0, 0.5, or 1 to 3"),
+        ("--class_weights balance", "--class_weights balance: give none, balanced, a number for each class, or a file"),
+        ("--balanced_sampling --class_weights balanced", "make up for the same; give one of them"),
+        ("--eval_only --test_folder .", "--test_folder is scored after a training"),
         ("--demo --knn", "--demo compares finetuning with training from scratch"),
     ],
 )

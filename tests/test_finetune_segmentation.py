@@ -614,3 +614,161 @@ def test_class_names_are_read_with_and_without_a_byte_order_mark(tmp_path, encod
     (tmp_path / "names.txt").write_text("background\nStraße\n", encoding=encoding)
     args = argparse.Namespace(class_names=str(tmp_path / "names.txt"), num_classes=2)
     assert read_class_names(args) == ["background", "Straße"]
+
+
+# -------------------------------------------------------------------------------- other losses, weights of classes
+
+
+def drawn_maps() -> tuple[torch.Tensor, torch.Tensor]:
+    """Coarse scores of 4 classes and labels of 3 of them for two images, a part of one and all of no row ignored."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, 4, 5, 6, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 3, (2, 15, 18), generator=generator)
+    labels[0, :4] = IGNORE_INDEX
+    return scores, labels
+
+
+def loss_by_hand(scores: torch.Tensor, labels: torch.Tensor, kind: str, class_weights: list[float] | None) -> float:
+    """Numpy, pixel by pixel: sums over labelled pixels / all pixels; Dice of each image, then the mean."""
+    large = F.interpolate(scores, labels.shape[-2:], mode="bilinear", align_corners=False).numpy()
+    total, dice = 0.0, []
+    for image, truth in zip(large, labels.numpy(), strict=True):
+        p = np.exp(image) / np.exp(image).sum(axis=0)
+        for y, x in np.argwhere(truth != IGNORE_INDEX):
+            own, k = p[truth[y, x], y, x], truth[y, x]
+            factor = (1 - own) ** 2 if "focal" in kind else 1
+            total -= factor * np.log(own) * (class_weights[k] if class_weights else 1)
+        counted, found = truth != IGNORE_INDEX, []
+        for k in np.unique(truth[counted]):
+            a, b = p[k][counted], (truth[counted] == k).astype(float)
+            found.append(2 * (a * b).sum() / ((a**2).sum() + (b**2).sum()))
+        dice.append(1 - np.mean(found))
+    pixels = 0 if kind == "dice" else total / labels.numel()
+    return pixels + (np.mean(dice) if "dice" in kind else 0)
+
+
+@pytest.mark.parametrize("class_weights", [None, [0.5, 2.0, 0.0, 1.0]])
+@pytest.mark.parametrize("kind", finetune_segmentation.LOSSES)
+def test_losses_equal_numpy_by_hand_and_accumulated_passes_add_up(kind, class_weights):
+    scores, labels = drawn_maps()
+    given = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float64)
+    loss = compute_loss(scores, labels, kind, given)
+    assert loss.item() == pytest.approx(loss_by_hand(scores, labels, kind, class_weights), rel=1e-9)
+    halves = [compute_loss(scores[i : i + 1], labels[i : i + 1], kind, given).item() for i in range(2)]
+    assert sum(halves) / 2 == pytest.approx(loss.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", finetune_segmentation.LOSSES)
+def test_losses_have_the_gradients_of_finite_differences_and_none_without_labels(kind):
+    scores, labels = drawn_maps()
+    scores, weights_of = scores[:, :, :2, :2].clone().requires_grad_(), torch.tensor([0.5, 2.0, 0.3, 1.0]).double()
+    assert torch.autograd.gradcheck(lambda x: compute_loss(x, labels[:, :6, :6], kind, weights_of), scores)
+    empty = torch.full_like(labels, IGNORE_INDEX)
+    loss = compute_loss(scores, empty, kind, weights_of)
+    loss.backward()
+    assert loss.item() == 0 and not scores.grad.any()
+
+
+def test_run_with_dice_and_weights_from_the_label_maps_is_the_same_resumed_and_on_two_processes(
+    fork, drawn_pairs, pretrained, tmp_path, capsys
+):
+    more = "--loss cross_entropy+dice --class_weights balanced --epochs 2 --save_checkpoint_interval 1 --channels 64"
+    whole = train(drawn_pairs, tmp_path / "whole", pretrained, more)
+    pixels = np.zeros(4)
+    for index in range(10):
+        labels = read_label_map(drawn_pairs / "annotations" / "training" / f"{index}.png", label_table(4, True))
+        pixels += np.bincount(labels.ravel(), minlength=256)[:4]
+    balanced = pixels.sum() / (4 * pixels)
+    ends = [f"{balanced[k]:.3g} (class {k})" for k in (balanced.argmin(), balanced.argmax())]
+    assert f"class weights   {' to '.join(ends)}" in capsys.readouterr().out
+    shutil.copytree(whole / "checkpoint_1", tmp_path / "resumed" / "run" / "checkpoint_1")
+    resumed = train(drawn_pairs, tmp_path / "resumed", pretrained, f"{more} --resume_from_checkpoint latest")
+    assert_close(weights(resumed / "checkpoint_2"), weights(whole / "checkpoint_2"), atol=0)
+    halves = flags(drawn_pairs, tmp_path / "spread", pretrained, f"{more} --per_gpu_batch_size 2")
+    fork("finetune_segmentation.py", halves, num_processes=2)
+    losses = [[row["training_loss"] for row in rows(run)] for run in (tmp_path / "spread" / "run", whole)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--loss dice --class_weights balanced", "dice counts every class alike: leave them out"),
+        ("--class_weights 1 2 x 3", "--class_weights 1 2 x 3: give none, balanced, a number for each class"),
+        ("--test_split validation", "--test_split validation: after a training, another split than"),
+        ("--eval_only --test_split test", "--test_split test: after a training, another split than"),
+    ],
+)
+def test_impossible_losses_and_splits_are_refused_before_any_work(finished, more, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(flags(finished, finished, finished / "last_checkpoint", more))
+    assert message in capsys.readouterr().err
+
+
+def test_number_of_class_weights_is_checked_before_training(drawn_pairs, pretrained, tmp_path):
+    with pytest.raises(ValueError, match="--class_weights has 3 numbers, but there are 4 classes; give as many"):
+        train(drawn_pairs, tmp_path, pretrained, "--class_weights 1 2 3")
+    assert not (tmp_path / "run").exists()
+
+
+# -------------------------------------------------------------------------------- what is said of the best weights
+
+
+def evaluation_of(folder: Path) -> dict:
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def test_evaluation_in_the_run_is_what_eval_only_says_of_the_best_weights(finished, drawn_pairs, tmp_path, capsys):
+    best = shutil.copytree(finished / "best_checkpoint", tmp_path / "best")
+    figures = main(parse_args(flags(drawn_pairs, tmp_path, best, "--eval_only")))
+    first, again = json.loads((best / "evaluation_1.json").read_text()), evaluation_of(best)
+    assert first == {k: again[k] for k in first} | {"weights": first["weights"]}
+    assert first["chose_best_checkpoint"] is True and figures.items() <= again.items()
+    assert "best_checkpoint was chosen by its score on 5 pairs in" in capsys.readouterr().out
+    for name in ("per_class", "confusion"):
+        assert (best / f"{name}.tsv").read_text() == (best / f"{name}_1.tsv").read_text()
+    matrix = [line.split("\t") for line in (best / "confusion.tsv").read_text().splitlines()]
+    table = [line.split("\t") for line in (best / "per_class.tsv").read_text().splitlines()]
+    counts = np.array([row[1:] for row in matrix[1:]], dtype=float)
+    hit, true, named = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
+    scores = {"iou": hit / (true + named - hit), "acc": hit / true, "dice": 2 * hit / (true + named)}
+    scores["precision"] = hit / np.maximum(named, 1)
+    for name, values in scores.items():
+        column = [float(row[table[0].index(name)]) for row in table[1:]]
+        assert column == pytest.approx(100 * values, abs=0.01)
+        assert figures[f"testing_m{name}"] == pytest.approx(100 * values.mean())
+    last = shutil.copytree(finished / "last_checkpoint", tmp_path / "last")
+    main(parse_args(flags(drawn_pairs, tmp_path, last, "--eval_only")))
+    assert evaluation_of(last)["chose_best_checkpoint"] is False
+
+
+def test_best_weights_are_scored_once_on_a_split_of_their_own(fork, drawn_pairs, pretrained, tmp_path):
+    """As eval_only scores these pairs; again by two processes, where the first end came before the test."""
+    data = shutil.copytree(drawn_pairs, tmp_path / "data")
+    for kind in ("images", "annotations"):
+        (data / kind / "test").mkdir()
+        for index in (0, 3, 7):
+            name = f"{index}.{'jpg' if kind == 'images' else 'png'}"
+            shutil.copy(drawn_pairs / kind / "training" / name, data / kind / "test" / name)
+    more = "--epochs 1 --warmup_iterations 0 --test_split test"
+    figures = main(parse_args(flags(data, tmp_path, pretrained, more)))
+    best = tmp_path / "run" / "best_checkpoint"
+    found = {k: v for k, v in evaluation_of(best).items() if k.startswith("test_") and isinstance(v, int | float)}
+    assert found.items() <= figures.items() and found["test_num_images"] == 3
+    alone = tmp_path / "alone"
+    for kind in ("images", "annotations"):
+        shutil.copytree(data / kind / "test", alone / kind / "validation")
+    copy = shutil.copytree(best, tmp_path / "copy")
+    again = main(parse_args(flags(alone, tmp_path, copy, "--eval_only")))
+    assert found == {k.replace("testing_", "test_"): v for k, v in again.items()} | {"test_num_images": 3}
+    assert (best / "test_confusion.tsv").read_text() == (copy / "confusion.tsv").read_text()
+    assert evaluation_of(copy)["chose_best_checkpoint"] is False
+
+    before = (best / "evaluation.json").read_bytes()
+    resumed = flags(data, tmp_path, pretrained, f"{more} --resume_from_checkpoint latest --per_gpu_batch_size 2")
+    fork("finetune_segmentation.py", resumed, num_processes=2)
+    assert (best / "evaluation.json").read_bytes() == before and not (best / "test_confusion_1.tsv").exists()
+    without_test = {k: v for k, v in evaluation_of(best).items() if not k.startswith("test_")}
+    (best / "evaluation.json").write_text(json.dumps(without_test))
+    fork("finetune_segmentation.py", resumed, num_processes=2)
+    assert evaluation_of(best) == json.loads(before)

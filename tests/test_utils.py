@@ -7,9 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchmetrics
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
+from torchvision.ops import sigmoid_focal_loss
 
 import utils
 from utils import (
@@ -18,9 +20,11 @@ from utils import (
     cosine_lr,
     decay_more,
     describe_class,
+    dice_loss,
     draw_rows,
     knn_classify,
     nan_guard,
+    pixel_loss,
     poly_lr,
     reconstruction_titles,
     scaled_lr,
@@ -165,12 +169,11 @@ def test_accuracy_of_a_hand_made_case():
     assert [accuracy(predictions, labels, k) for k in (1, 2, 3)] == [25.0, 75.0, 100.0]
 
 
-def test_confusion_matrix_counts_and_finds_the_worst_pairs():
+def test_confusion_matrix_counts_rows_true_and_columns_predicted():
     confusion = ConfusionMatrix(3)
     confusion.update(torch.tensor([0, 0, 1]), torch.tensor([0, 2, 2]))
     confusion.update(torch.tensor([[1, 2]]), torch.tensor([[2, 0]]))
     assert confusion.counts.tolist() == [[1, 0, 1], [0, 0, 2], [1, 0, 0]]
-    assert confusion.worst_pairs(2) == [(1, 2, 2), (0, 2, 1)] and len(confusion.worst_pairs(9)) == 3
 
 
 def test_confusion_matrix_refuses_what_it_would_miscount():
@@ -190,9 +193,11 @@ def test_segmentation_scores_of_a_hand_made_case():
     assert scores["iou"][:2].tolist() == pytest.approx([200 / 3, 100 / 3])
     assert scores["acc"][:2].tolist() == pytest.approx([200 / 3, 50])
     assert scores["dice"][:2].tolist() == pytest.approx([80, 50])
+    assert scores["precision"][:2].tolist() == pytest.approx([100, 50])
     assert all(score[2:].isnan().all() for score in scores.values())  # 3 was predicted, but no label has it
     assert confusion.figures() == pytest.approx(
-        {"testing_miou": 50, "testing_macc": 175 / 3, "testing_mdice": 65, "testing_aacc": 60, "testing_classes": 2}
+        {"testing_miou": 50, "testing_macc": 175 / 3, "testing_mdice": 65, "testing_mprecision": 75}
+        | {"testing_aacc": 60, "testing_classes": 2}
     )
 
 
@@ -210,6 +215,86 @@ def test_segmentation_scores_equal_torchmetrics():
     figures = confusion.figures()
     assert figures["testing_miou"] == pytest.approx(100 * iou.item(), abs=1e-4)
     assert figures["testing_aacc"] == pytest.approx(100 * micro.item(), abs=1e-4)
+    precision = torchmetrics.classification.MulticlassPrecision(average=None, **options)(answers, labels)
+    f1 = torchmetrics.classification.MulticlassF1Score(average=None, **options)(answers, labels)
+    scores, there = confusion.per_class(), torch.bincount(labels.flatten(), minlength=256)[:12] > 0
+    for name, expected in (("precision", precision), ("dice", f1)):
+        torch.testing.assert_close(scores[name][there], 100 * expected[there].double(), rtol=0, atol=1e-4)
+        assert scores[name][~there].isnan().all() and there.sum() == figures["testing_classes"] == 9
+        assert figures[f"testing_m{name}"] == pytest.approx(100 * expected[there].mean().item(), abs=1e-4)
+
+
+def test_class_that_no_answer_names_has_precision_zero():
+    confusion = ConfusionMatrix(3)
+    confusion.update(torch.tensor([0, 1, 1]), torch.tensor([1, 1, 1]))
+    assert confusion.per_class()["precision"].tolist()[:2] == [0, pytest.approx(200 / 3)]
+    assert confusion.per_class()["dice"].tolist()[:2] == [0, pytest.approx(80)]
+
+
+# -------------------------------------------------------------------------------- losses of pixels
+
+
+def drawn_pixels(num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores (K, 6, 7) and labels of all classes but the last, a tenth of them ignored; seeded, float64."""
+    generator = torch.Generator().manual_seed(num_classes)
+    scores = 2 * torch.randn(num_classes, 6, 7, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, max(2, num_classes - 1), (6, 7), generator=generator)
+    return scores, labels.where(torch.rand(6, 7, generator=generator) > 0.1, 255)
+
+
+def test_pixel_loss_is_torchs_weighted_cross_entropy():
+    scores, labels = drawn_pixels(5)
+    weights = torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0], dtype=torch.float64)
+    for w in (None, weights):
+        expected = F.cross_entropy(scores[None], labels[None], weight=w, ignore_index=255, reduction="sum")
+        torch.testing.assert_close(pixel_loss(scores.log_softmax(0), labels, 255, weights=w), expected)
+
+
+def test_focal_loss_of_two_classes_is_torchvisions():
+    """A softmax over scores 0 and x is a sigmoid of x; alpha is the weight of class 1, and 1 - alpha of class 0."""
+    scores, labels = drawn_pixels(2)
+    counted, x = labels != 255, scores[1] - scores[0]
+    for alpha in (-1, 0.25):
+        weights = None if alpha < 0 else torch.tensor([1 - alpha, alpha], dtype=torch.float64)
+        ours = pixel_loss(scores.log_softmax(0), labels, 255, weights=weights, gamma=2.0)
+        theirs = sigmoid_focal_loss(x[counted], labels[counted].double(), alpha=alpha, gamma=2.0, reduction="sum")
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_focal_loss_of_a_hand_made_case():
+    log_probs = torch.tensor([[[0.9, 0.5, 0.2]], [[0.1, 0.5, 0.8]]], dtype=torch.float64).log()
+    loss = pixel_loss(log_probs, torch.tensor([[0, 1, 255]]), 255, gamma=2.0)
+    assert loss.item() == pytest.approx(-(0.01 * math.log(0.9) + 0.25 * math.log(0.5)))
+
+
+def test_dice_loss_of_a_hand_made_case():
+    """Class 0 has one pixel of 0.75, class 1 one of 0.5; class 2 none, and the last pixel counts nowhere."""
+    probs = torch.tensor([[[0.75, 0.5, 0.1]], [[0.25, 0.5, 0.1]], [[0.0, 0.0, 0.8]]], dtype=torch.float64)
+    first, second = 2 * 0.75 / (0.75**2 + 0.5**2 + 1), 2 * 0.5 / (0.25**2 + 0.5**2 + 1)
+    loss = dice_loss(probs.log(), torch.tensor([[0, 1, 255]]), 255)
+    assert loss.item() == pytest.approx(1 - (first + second) / 2)
+
+
+def test_dice_loss_equals_numpy_and_its_gradient_leaves_ignored_pixels_alone():
+    scores, labels = drawn_pixels(5)
+    scores.requires_grad_()
+    loss = dice_loss(scores.log_softmax(0), labels, 255)
+    p = np.exp(scores.detach().numpy())
+    p, g, found = p / p.sum(axis=0), labels.numpy(), []
+    for k in np.unique(g[g != 255]):
+        a, b = p[k][g != 255], (g[g != 255] == k).astype(float)
+        found.append(2 * (a * b).sum() / ((a**2).sum() + (b**2).sum()))
+    assert loss.item() == pytest.approx(1 - np.mean(found)) and len(found) == 4
+    loss.backward()
+    moved = scores.grad.abs().sum(dim=0)
+    assert not moved[labels == 255].any() and moved[labels != 255].all()
+
+
+def test_dice_loss_is_zero_without_a_label_and_where_all_is_right():
+    scores, labels = drawn_pixels(3)
+    assert dice_loss(scores.log_softmax(0), torch.full_like(labels, 255), 255).item() == 0
+    labels = scores.argmax(dim=0)
+    assert dice_loss((100 * scores).log_softmax(0), labels, 255).item() < 0.05
 
 
 def test_knn_vote_equals_brute_force(monkeypatch):

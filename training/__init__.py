@@ -6,6 +6,9 @@ import importlib
 NAMES = {
     "storage.files": "optional_write",
     "training.flags": "Flags micro_batch_size size_flags",
+    "training.metrics": """EVALUATION_FILE TOP Evaluation choose_class_weights confusion_rows describe_class_weights
+        describe_evaluation describe_test find_test_figures gather_evaluation mark_images note_selection
+        read_class_weights write_classification write_report""",
     "training.process": """SHARDING broadcast_buffers choose_value_range collect_features draw_demo_data gather_slices
         list_checked_pairs list_folder list_probe_files list_splits prepare process_slice""",
     "training.records": "describe_run print_figures",

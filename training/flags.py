@@ -86,8 +86,8 @@ WARMUP_SHARE = 1 / 20  # of the epochs, where --epochs is not the recipe's: the 
 NOT_GIVEN = object()
 RECORDED = ("config", "decoder", "statistics_given")  # in args.json, but not to be given again
 # Beginnings of flags that name files
-PATHS = ("path_to", "init_from", "working_directory", "resume_from_checkpoint", "class_names")
-FOLDERS = ("path_to_data", "path_to_probe_data", "working_directory")
+PATHS = ("path_to", "init_from", "working_directory", "resume_from_checkpoint", "class_names", "test_folder")
+FOLDERS = ("path_to_data", "path_to_probe_data", "test_folder", "working_directory")
 MAX_NAME_BYTES = 255  # of a file or folder, on nearly every disk
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 

@@ -23,7 +23,7 @@ from storage.console import protect_output
 from storage.decoding import CHANNEL_MODES
 from storage.demo import write_demo_data
 from storage.lists import FileList, ListCache, check_same_classes, find_splits, list_images, refuse_inside
-from storage.pairs import PairList, check_pairs, describe_labels, label_table, list_pairs, refuse_one_class
+from storage.pairs import PairList, PairSurvey, check_pairs, describe_labels, label_table, list_pairs, refuse_one_class
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends, however that ends
@@ -217,8 +217,8 @@ def list_pairs_of(accelerator: Accelerator, split: str, args: argparse.Namespace
 
 def list_checked_pairs(
     accelerator: Accelerator, split: str, args: argparse.Namespace, *, rotate: bool = True
-) -> PairList:
-    """Pair the images and label maps of a split, "training" or "validation", check that all can be used, and say so.
+) -> PairSurvey:
+    """Pair the images and label maps of a split, "training" or another, check that all can be used, and say so.
 
     `rotate` tells whether label maps lie on images as turned by their rotation flags, where no pair of the split does.
     """
@@ -227,7 +227,7 @@ def list_checked_pairs(
         choose_value_range(accelerator, args, pairs)
     accelerator.print(f"{'checking':<16}{pairs.describe()}")
     table, num_threads = label_table(args.num_classes, args.ignore_zero), cap_workers(args.num_workers)
-    decode = split == "validation"  # where an image that cannot be decoded is not replaced by another
+    decode = split != "training"  # where an image that cannot be decoded is not replaced by another
     how = dict(decode=decode, rotate=rotate, channels=args.input_channels, own_units=args.value_range is not None)
     with accelerator.local_main_process_first():
         survey = check_pairs(pairs, table, num_threads, list_cache(accelerator, args), **how)
@@ -235,7 +235,7 @@ def list_checked_pairs(
         refuse_one_class(survey.pixels, table, args.num_classes, os.path.dirname(pairs.label_path(0)))
     lines = {"labels": describe_labels(survey.pixels, table, args.class_names)}
     print_lines(accelerator, lines | ({"rotation": survey.note} if survey.note else {}))
-    return survey.pairs
+    return survey
 
 
 def choose_value_range(accelerator: Accelerator, args: argparse.Namespace, files: FileList | PairList) -> None:
