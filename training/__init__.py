@@ -20,3 +20,4 @@ from training.process import (
 )
 from training.records import describe_run, print_figures
 from training.run import Plan, Run, open_evaluation, open_run
+from training.schedule import Span, settle
