@@ -681,7 +681,7 @@ RECIPES = {
     #                               768         1024   1280      768      1024
     "epochs":                      (100,        50,    50,       300,     200,    90,     100),
     "warmup_epochs":               (5,          5,     5,        20,      20,     10,     5),
-    "per_gpu_batch_size":          (128,        128,   128,      512,     512,    2048,   256),
+    "per_gpu_batch_size":          (128,        128,   128,      512,     512,    None,   256),
     "gradient_accumulation_steps": (1,          1,     1,        1,       1,      4,      1),
     "learning_rate":               (None,       None,  None,     None,    None,   None,   0.002),
     "base_learning_rate":          (5e-4,       1e-3,  1e-3,     1e-4,    1e-4,   0.1,    None),

@@ -1,5 +1,6 @@
 """Starting with one's own data: from weights, without a validation folder, with more images than before."""
 
+import argparse
 import json
 import os
 import re
@@ -11,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, assert_close, draw_images, rows, weights
+from safetensors.torch import save_file
 
+import finetune_classifier
 import finetune_segmentation
 import pretrain_mae
 from model import ViTMAEForPreTraining
+from training.schedule import Span, fit_batch, settle
 
 PRETRAIN = """--experiment_name run --epochs 2 --warmup_epochs 1 --per_gpu_batch_size 8 --num_workers 0
  --gradient_accumulation_steps 1 --base_learning_rate 0.01 --save_checkpoint_interval 2 --log_interval 2"""
@@ -49,8 +53,6 @@ def experiment(tmp_path) -> Path:
     model = ViTMAEForPreTraining(TINY)
     folder = tmp_path / "published" / "last_checkpoint"
     folder.mkdir(parents=True)
-    from safetensors.torch import save_file
-
     save_file(model.state_dict(), folder / "model.safetensors")
     record = {"architecture": "ViTMAEForPreTraining", "config": model.config.as_record(decoder=True)}
     record |= {"image_mean": [0.4] * 3, "image_std": [0.3] * 3}
@@ -195,3 +197,73 @@ def test_segmenter_without_validation_pairs_names_the_flag_and_splits_with_it(fo
     printed = fork("finetune_segmentation", [*command, "--val_fraction", "0.3"])
     assert "split           7 for training, 3 held out" in printed and "held out        3 pairs" in printed
     assert "testing_miou" in rows(tmp_path / "run")[-1]
+
+
+# -------------------------------------------------------------------------------- recipes for few images
+
+
+@pytest.mark.parametrize(
+    ("num_images", "processes", "batch"),
+    [(1, 1, 64), (500, 1, 64), (500, 4, 64), (2_000, 1, 64), (2_048, 1, 128), (5_000, 2, 256), (10**6, 1, 256)],
+)
+def test_open_batch_leaves_an_epoch_its_steps_on_any_number_of_processes(num_images, processes, batch):
+    assert fit_batch(num_images, pretrain_mae.SMALL, processes) == batch
+
+
+def test_what_a_recipe_leaves_open_follows_from_the_images():
+    accelerator = argparse.Namespace(num_processes=2, print=lambda text: None)
+    args = argparse.Namespace(
+        per_gpu_batch_size=None, epochs=None, warmup_epochs=None, save_checkpoint_interval=None,
+        gradient_accumulation_steps=4,
+    )  # fmt: skip
+    stepping, loading = {"micro_batch_size": 32, "seed": 0}, {"batch_size": 32}
+    settle(accelerator, args, Span(2_000, 64, 256), 1_000, stepping, loading)
+    assert (args.per_gpu_batch_size, args.epochs, args.save_checkpoint_interval) == (32, 134, 14)  # 15 steps an epoch
+    assert args.warmup_epochs == pytest.approx(6.7)
+    assert (stepping, loading) == ({"micro_batch_size": 8, "seed": 0}, {"batch_size": 8})
+    given = argparse.Namespace(**vars(args) | {"epochs": 3, "warmup_epochs": 1.0, "per_gpu_batch_size": 8})
+    settle(accelerator, given, Span(2_000, 64, 256), 1_000, stepping, loading)
+    assert (given.per_gpu_batch_size, given.epochs, given.warmup_epochs) == (8, 3, 1.0)
+
+
+def test_small_recipe_pretrains_and_resumes_as_it_was(flat, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain_mae, "SMALL", Span(steps=3, lowest_batch=4, highest_batch_per_process=256))
+    command = [*shlex.split(f"--recipe small {SIZES} --experiment_name run --num_workers 0 --path_to_data {flat}")]
+    for work in ("whole", "part"):
+        pretrain_mae.main(pretrain_mae.parse_args([*command, "--working_directory", str(tmp_path / work)]))
+    assert "recipe          --per_gpu_batch_size 4, --epochs 1, as fits 20 training images\n" in capsys.readouterr().out
+    draw_images(flat / "more", 60, seed=1)  # the same recipe is now another run
+    with pytest.raises(ValueError, match="data: 60 images more than before"):
+        again = ["--working_directory", str(tmp_path / "part"), "--resume_from_checkpoint", "latest"]
+        pretrain_mae.main(pretrain_mae.parse_args([*command, *again]))
+    shutil.rmtree(flat / "more")
+    pretrain_mae.main(pretrain_mae.parse_args([*command, *again]))  # done, and the same
+    assert rows(tmp_path / "part" / "run")[-1]["step"] == rows(tmp_path / "whole" / "run")[-1]["step"] == 5
+
+
+def test_small_recipes_choose_a_small_model_and_flags_win(tmp_path):
+    command = shlex.split("--path_to_data x --recipe small")
+    args = pretrain_mae.parse_args(command)
+    assert (pretrain_mae.build_config(args).encoder_embed_dim, args.epochs, args.per_gpu_batch_size) == (
+        192,
+        None,
+        None,
+    )
+    args = pretrain_mae.parse_args([*command, *shlex.split("--model mae_vit_small_patch16 --epochs 40")])
+    assert (pretrain_mae.build_config(args).encoder_embed_dim, args.epochs) == (384, 40)
+    args = finetune_classifier.parse_args(command)
+    assert (args.encoder_embed_dim, args.epochs, args.layer_decay, args.learning_rate) == (192, None, 1.0, 5e-4)
+    args = finetune_classifier.parse_args([*command, "--base_learning_rate", "1e-3"])
+    assert (args.learning_rate, args.base_learning_rate) == (None, 1e-3)
+    args = finetune_segmentation.parse_args([*command, "--from_scratch"])
+    assert (args.encoder_embed_dim, args.img_size, args.iterations, args.per_gpu_batch_size) == (192, 256, 5_000, 8)
+
+
+@pytest.mark.parametrize("more", ["--recipe small --epochs 2", "--linear_probe --epochs 2 --global_pool avg"])
+def test_classifier_fits_its_batch_to_few_images(fork: Callable, experiment, image_folder, tmp_path, more):
+    command = f"""--path_to_data {image_folder} --path_to_pretrained_mae_weights {experiment} --experiment_name run
+ --working_directory {tmp_path} --num_workers 0 {more}"""
+    printed = fork("finetune_classifier", shlex.split(command))
+    batch = "32" if "small" in more else "64"
+    assert f"recipe          --per_gpu_batch_size {batch}, as fits 24 training images\n" in printed
+    assert "warmup 0.1 epochs" in printed and "testing_top1_acc" in rows(tmp_path / "run")[-1]

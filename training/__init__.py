@@ -13,6 +13,7 @@ NAMES = {
         list_checked_pairs list_folder list_probe_files list_splits prepare process_slice""",
     "training.records": "describe_run print_figures",
     "training.run": "Plan Run open_evaluation open_run",
+    "training.schedule": "Span settle",
     "training.states": "BEST_CHECKPOINT LAST_CHECKPOINT",
 }
 HOMES = {name: module for module, names in NAMES.items() for name in names.split()}

@@ -83,6 +83,7 @@ RARE_FLAGS: dict[str, Rows] = {
     ],
 }
 WARMUP_SHARE = 1 / 20  # of the epochs, where --epochs is not the recipe's: the paper's 40 of 800
+OPEN_BATCH = 32  # images of an evaluation where the batch is left open, as only a training settles it
 NOT_GIVEN = object()
 RECORDED = ("config", "decoder", "statistics_given")  # in args.json, but not to be given again
 # Beginnings of flags that name files
@@ -193,7 +194,7 @@ class Flags:
         args.statistics_given = all(any(name in table for table in (given, *defaults)) for name in ("mean", "std"))
         if "warmup_epochs" not in given and recipe.warmup_epochs is not None and args.epochs != recipe.epochs:
             args.warmup_epochs = WARMUP_SHARE * args.epochs
-        if "gradient_accumulation_steps" not in given and args.per_gpu_batch_size > 0:
+        if "gradient_accumulation_steps" not in given and (args.per_gpu_batch_size or 0) > 0:
             args.gradient_accumulation_steps = fit_accumulation(args)
         self.check(args)
         return args
@@ -235,7 +236,7 @@ class Flags:
                 f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}; give both, the "
                 "paper's share is a twentieth"
             )
-        if args.per_gpu_batch_size % args.gradient_accumulation_steps:
+        if (args.per_gpu_batch_size or 0) % args.gradient_accumulation_steps:
             self.error(
                 f"--per_gpu_batch_size {args.per_gpu_batch_size} cannot be cut into --gradient_accumulation_steps "
                 f"{args.gradient_accumulation_steps} equal forward passes; choose a multiple of it"
@@ -359,5 +360,5 @@ def fit_accumulation(args: argparse.Namespace) -> int:
 
 
 def micro_batch_size(args: argparse.Namespace) -> int:
-    """Count the images of one forward pass on one process."""
-    return args.per_gpu_batch_size // args.gradient_accumulation_steps
+    """Count the images of one forward pass on one process; OPEN_BATCH where a recipe has left the batch open."""
+    return (args.per_gpu_batch_size or OPEN_BATCH) // args.gradient_accumulation_steps
