@@ -1,18 +1,15 @@
 """The networks: the ViT encoder, once, and on top of it the masked autoencoder, the classifier and the segmenter.
 
-Masking, decoder, pixel loss, initialisation, sizes and loading live here; layers come from timm; how weight files are
-read lives in storage/weights.py, what happens to images before they are a tensor in dataset.py. State-dict keys are
+Masking, decoder, pixel loss, initialisation and loading live here; layers come from timm. Sizes lie in
+storage/sizes.py, weight files are read in storage/weights.py, images become tensors in dataset.py. State-dict keys are
 those of the original release, so that its files, and timm's, load by name.
 
 Shapes   N batch   L patches   D width   P patch size   C channels   H W image   h w patch grid   K classes
 Masks    1 = removed, 0 = kept
 """
 
-import argparse
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from storage.layouts import BIAS_TABLE
+from storage.sizes import MODEL_CONFIGS, MAEConfig, num_kept_patches
 from storage.weights import (
     PREDICTION,
     LoadReport,
@@ -41,103 +39,6 @@ from upernet import FCNHead, Feature2Pyramid, UperNetHead
 
 LAYER_NORM_EPS = 1e-6
 NORM_PIX_EPS = 1e-6
-
-
-# ------------------------------------------------------------------------------------------------ sizes
-
-
-@dataclass(frozen=True)
-class MAEConfig:
-    """Give the sizes of a masked autoencoder; the defaults are ViT-B/16 (paper, section 4 and appendix A.1).
-
-    `img_size` is one number, or (height, width). A size that cannot be built raises ValueError.
-    """
-
-    img_size: int | tuple[int, int] = 224
-    patch_size: int = 16
-    input_channels: int = 3
-    encoder_embed_dim: int = 768
-    encoder_depth: int = 12
-    encoder_num_heads: int = 12
-    encoder_mlp_ratio: float = 4.0
-    decoder_embed_dim: int = 512
-    decoder_depth: int = 8
-    decoder_num_heads: int = 16
-    decoder_mlp_ratio: float = 4.0
-    norm_pix_loss: bool = True
-
-    def __post_init__(self):
-        if not isinstance(self.img_size, int):
-            if len(self.img_size) != 2:
-                raise ValueError(f"img_size takes one number or (height, width), not {self.img_size!r}")
-            height, width = (int(side) for side in self.img_size)
-            object.__setattr__(self, "img_size", height if height == width else (height, width))
-        for name in ("patch_size", "input_channels", "encoder_depth", "decoder_depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for side in self.image_hw:
-            if side < 1 or side % self.patch_size:
-                below = side // self.patch_size * self.patch_size
-                choices = " or ".join(str(s) for s in (below, below + self.patch_size) if s > 0)
-                raise ValueError(f"img_size {side} is not a multiple of patch_size {self.patch_size}; use {choices}")
-        for part in ("encoder", "decoder"):
-            dim, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_num_heads")
-            if heads < 1 or dim < 1 or dim % heads:
-                raise ValueError(f"{part}_embed_dim {dim} is not a multiple of {part}_num_heads {heads}")
-            if dim % 4:  # two axes, a sine and a cosine each
-                raise ValueError(f"{part}_embed_dim {dim} is not a multiple of 4, as 2-D sin-cos positions need")
-        if self.norm_pix_loss and self.patch_dim < 2:
-            raise ValueError("norm_pix_loss needs at least two values in a patch; a 1x1 patch of one channel has one")
-
-    @classmethod
-    def from_flags(cls, args: argparse.Namespace, base: "MAEConfig | None" = None) -> "MAEConfig":
-        """Build the sizes that were given as flags, which are named like the fields; the rest is as in `base`."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        given = {name: value for name, value in vars(args).items() if name in names and value is not None}
-        return dataclasses.replace(base or cls(), **given)
-
-    def as_record(self, *, decoder: bool) -> dict:
-        """Give the sizes as config.json holds them; what has no decoder leaves out the decoder's."""
-        sizes = dataclasses.asdict(self)
-        return sizes if decoder else without_decoder(sizes)
-
-    @property
-    def image_hw(self) -> tuple[int, int]:
-        return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        height, width = self.image_hw
-        return height // self.patch_size, width // self.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid_size[0] * self.grid_size[1]
-
-    @property
-    def patch_dim(self) -> int:
-        return self.patch_size**2 * self.input_channels
-
-
-def without_decoder(sizes: dict) -> dict:
-    """Leave out the fields of MAEConfig that only pretraining needs."""
-    return {name: value for name, value in sizes.items() if not name.startswith(("decoder", "norm_pix"))}
-
-
-# B, L and H are the paper's, with its one decoder for all. Tiny and small are ViT-Ti and ViT-S of DeiT.
-# Deviation: their decoders, sizes that the original release does not have, are narrow and shallow. Reason: the paper's
-# finetuned accuracy hardly depends on either (tables 1a, 1b). Effect: cheaper steps; accuracy not measured.
-MODEL_CONFIGS = {
-    "mae_vit_tiny_patch16": MAEConfig(
-        encoder_embed_dim=192, encoder_num_heads=3, decoder_embed_dim=128, decoder_depth=4, decoder_num_heads=4
-    ),
-    "mae_vit_small_patch16": MAEConfig(
-        encoder_embed_dim=384, encoder_num_heads=6, decoder_embed_dim=256, decoder_depth=4, decoder_num_heads=8
-    ),
-    "mae_vit_base_patch16": MAEConfig(),
-    "mae_vit_large_patch16": MAEConfig(encoder_embed_dim=1024, encoder_depth=24, encoder_num_heads=16),
-    "mae_vit_huge_patch14": MAEConfig(patch_size=14, encoder_embed_dim=1280, encoder_depth=32, encoder_num_heads=16),
-}
 
 
 # ------------------------------------------------------------------------------------------------ positions
@@ -431,16 +332,6 @@ class Reconstruction(NamedTuple):
     masked: Tensor
     reconstructed: Tensor
     pasted: Tensor
-
-
-def num_kept_patches(num_patches: int, mask_ratio: float) -> int:
-    """Count the patches that stay, truncated as in the original release: 0.9 of 196 keeps 19."""
-    kept = int(num_patches * (1 - mask_ratio))
-    if not 0 <= mask_ratio < 1 or kept < 1:
-        raise ValueError(
-            f"mask_ratio {mask_ratio} keeps {max(kept, 0)} of {num_patches} patches; it must lie in [0, 1) and keep one"
-        )
-    return kept
 
 
 class ViTMAEForPreTraining(VisionTransformer):

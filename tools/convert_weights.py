@@ -33,6 +33,7 @@ from dataset import IMAGENET_MEAN, IMAGENET_STD
 from storage import files, layouts, weights
 from storage.layouts import LAYOUTS, NOT_OF_THE_ENCODER, describe_names, their_names
 from storage.pairs import ADE20K_CLASS_NAMES, ADE20K_NUM_CLASSES, LABEL_COLOURS
+from storage.sizes import without_decoder
 from storage.sources import Source, add_backbone, describe_shapes, rename, simplify
 
 # What a source can be, and our class for it
@@ -425,7 +426,7 @@ def inspect(path: str, args: argparse.Namespace) -> None:
     source, sizes = open_source(path, args)
     num_values = sum(value.numel() for name, value in source.tensors.items() if not name.endswith(layouts.BUFFERS))
     has_decoder = source.kind == "masked autoencoder"
-    shown = sizes if has_decoder else model.without_decoder(sizes)
+    shown = sizes if has_decoder else without_decoder(sizes)
     say("layout", f"{source.title} {source.kind}")
     say("sizes", ", ".join(f"{name} {value}" for name, value in shown.items()))
     say("parameters", f"{num_values:,} in {len(source.tensors)} tensors")
