@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from storage import protect_output, packs
+from storage import packs, protect_output
 from storage.bands import has_8_bits
 from storage.decoding import DECODE_ERRORS, NamedBytes, is_plain_jpeg, load_file, open_image, read_image
 from storage.files import read_json, recover, user_path, write_json, written_whole

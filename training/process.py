@@ -19,12 +19,14 @@ from accelerate.utils import DistributedType, DynamoBackend, broadcast
 from torch import Tensor, nn
 
 from storage.bands import describe_depth, describe_pages, value_percentiles
+from storage.console import protect_output
 from storage.decoding import CHANNEL_MODES
 from storage.demo import write_demo_data
+from storage.labels import describe_labels, has_colours, label_table, refuse_one_class
 from storage.lists import FileList, ListCache, find_splits, list_images, refuse_inside
-from storage.pairs import PairList, check_pairs, describe_labels, label_table, list_pairs, refuse_one_class
+from storage.pair_folders import PairLayout
+from storage.pairs import PairList, check_values, choose_ignore_zero, list_pairs, survey_pairs
 from storage.values import IMAGENET_MEAN, IMAGENET_STD
-from storage.console import protect_output
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends, however that ends
@@ -171,19 +173,29 @@ def list_checked_pairs(
     """Pair the images and label maps of a split, "training" or "validation", check that all can be used, and say so.
 
     `rotate` tells whether label maps lie on images as turned by their rotation flags, where no pair of the split does.
+    Where nobody says whether 0 is ignored, the values of the training label maps decide (args.ignore_zero).
     """
-    pairs = list_pairs(args.path_to_data, split)
+    layout = PairLayout(args.image_folder, args.label_folder, args.image_suffix, args.label_suffix)
+    pairs = list_pairs(args.path_to_data, split, layout)
     if split == "training":
         choose_value_range(accelerator, args, pairs)
     accelerator.print(f"{'checking':<16}{pairs.describe()}")
-    table, num_threads = label_table(args.num_classes, args.ignore_zero), cap_workers(args.num_workers)
+    for note in pairs.notes:
+        accelerator.print(f"{'left out':<16}{note}")
     decode = split == "validation"  # where an image that cannot be decoded is not replaced by another
     how = dict(decode=decode, rotate=rotate, channels=args.input_channels, own_units=args.value_range is not None)
+    table = label_table(args.num_classes, bool(args.ignore_zero), args.label_values)
+    how |= dict(colours=has_colours(table))
     with accelerator.local_main_process_first():
-        survey = check_pairs(pairs, table, num_threads, list_cache(accelerator, args), **how)
+        survey = survey_pairs(pairs, cap_workers(args.num_workers), list_cache(accelerator, args), **how)
+    lines = {}
+    if args.ignore_zero is None:
+        args.ignore_zero, lines["label value 0"] = choose_ignore_zero(survey, args.num_classes)
+        table = label_table(args.num_classes, args.ignore_zero)
+    check_values(survey, table)
     if split == "training":
-        refuse_one_class(survey.pixels, table, args.num_classes, os.path.dirname(pairs.label_path(0)))
-    lines = {"labels": describe_labels(survey.pixels, table, args.class_names)}
+        refuse_one_class(survey.pixels, table, args.num_classes, pairs.folder_of(pairs.label_maps))
+    lines["labels"] = describe_labels(survey.pixels, table, args.class_names)
     print_lines(accelerator, lines | ({"rotation": survey.note} if survey.note else {}))
     return survey.pairs
 
