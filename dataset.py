@@ -30,8 +30,9 @@ from torchvision.transforms.v2 import functional as tvf
 from storage.console import DataError
 from storage.decoding import CHANNEL_MODES, DECODE_ERRORS, Area, Picture, to_pixels
 from storage.files import random_key
+from storage.labels import IGNORE_INDEX, read_label_map
 from storage.lists import FileList, PackedImages
-from storage.pairs import IGNORE_INDEX, PairList, read_label_map
+from storage.pairs import PairList
 from storage.values import (  # noqa: F401 - also names that scripts use as of here
     IMAGENET_MEAN,
     IMAGENET_STD,

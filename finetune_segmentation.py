@@ -38,7 +38,7 @@ from model import (
     read_sizes,
 )
 from storage import IGNORE_INDEX, LABEL_COLOURS
-from storage.pairs import count_classes
+from storage.labels import count_classes
 from upernet import NORMS, fit_within, predict, resize_matrix, resized_cross_entropy
 
 # MMSegmentation's recipe for MAE and UperNet on ADE20K, which is the paper's.
@@ -68,6 +68,7 @@ DEMO_RECIPE = dict(
     img_size=[64],
     resize_to=[128, 80],
     num_classes=len(storage.DEMO_LABEL_NAMES) - 1,
+    ignore_zero=True,
     channels=48,
     epochs=6,
     eval_interval=2,
@@ -108,9 +109,32 @@ FLAGS = {
             "that a pixel can be of",
             (2, 255, ONE_CLASS),
         ),
-        ("ignore_zero", True, "0 in a label map is no class, and 1 is the first, as in ADE20K"),
+        (
+            "ignore_zero",
+            bool,
+            "0 in a label map is no class, 1 is the first (default: with ADE20K; else by the values)",
+        ),
+        (
+            "label_values",
+            str,
+            "classes by value or colour: 0=background,255=cell or #rrggbb=NAME,...; or a file",
+        ),
         ("class_names", str, "file with a name on every line (default: ADE20K's for its 150)"),
         ("resize_to", int, "long and short side that images fit into (default: 4 and 1 --img_size)", {"nargs": 2}),
+    ],
+    "layout": [
+        ("image_folder", str, "of images, below the root; {split} in it is train, val, ... (default: as documented)"),
+        ("label_folder", str, "of label maps, likewise (default: that of the images, with --label_suffix)"),
+        (
+            "image_suffix",
+            "",
+            "what names of images end in beside those of label maps, such as _img (default: nothing)",
+        ),
+        (
+            "label_suffix",
+            "",
+            "what names of label maps end in, likewise, such as _mask or .png (default: nothing)",
+        ),
     ],
     "recipe": [
         ("recipe", "paper", "whose defaults; small is for 500 to 5,000 images", {"choices": ("paper", "small")}),
@@ -155,6 +179,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if record.get("architecture") != ViTMAEForSegmentation.__name__:
             flags.error(f"--eval_only judges a segmenter, and {source} is none; give a checkpoint of this script")
         sizes |= {name: record[name] for name in (*SEGMENTER_FLAGS, "ignore_zero", "resize_to", "class_names")}
+        sizes["label_values"] = None if "ignore_zero" in given else record.get("label_values")
+    sizes |= read_label_flags(flags, given, record.get("class_names") if evaluates else None)
     demo = DEMO_RECIPE if given.get("demo") else {}
     args = flags.complete(given, RECIPE, small, demo, {"path_to_backbone_checkpoint": source}, sizes)
 
@@ -166,6 +192,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.path_to_data is None and not args.demo:
         flags.error("give --path_to_data FOLDER with images/ and annotations/, each with training/ and validation/")
+    if args.label_folder is not None and args.image_folder is None:
+        flags.error(f"--label_folder {args.label_folder} says where label maps lie; give --image_folder, too")
+    if args.image_folder is not None and not (args.label_folder or args.label_suffix or args.image_suffix):
+        flags.error(
+            f"--image_folder {args.image_folder} says where images lie; give --label_folder, too, or --label_suffix "
+            "for label maps beside them"
+        )
     if source is None and not args.from_scratch:
         flags.error("give --path_to_backbone_checkpoint CHECKPOINT to start from, or --from_scratch to do without")
     if args.eval_only and args.from_scratch:
@@ -194,7 +227,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise ValueError(f"--img_size {args.img_size} is less than two patches of {config.patch_size} a side")
         if args.taps is None:
             args.taps = default_taps(config.encoder_depth)
-        storage.label_table(args.num_classes, args.ignore_zero)
+        if args.ignore_zero is None and args.num_classes == storage.ADE20K_NUM_CLASSES:
+            args.ignore_zero = True  # else the label maps decide, when they are read
+        storage.label_table(args.num_classes, bool(args.ignore_zero), args.label_values)
         args.class_names = read_class_names(args)
         with torch.device("meta"):
             build_model(args)
@@ -203,6 +238,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resize_to is None:
         args.resize_to = [4 * max(config.image_hw), min(config.image_hw)]
     return args
+
+
+def read_label_flags(flags: training.Flags, given: dict, names: list[str] | None) -> dict[str, object]:
+    """Read --label_values in `given`, and give what follows from it; refuse it for a segmenter of other `names`."""
+    if "label_values" not in given:
+        return {}
+    try:
+        given["label_values"] = storage.parse_label_values(given["label_values"])
+    except ValueError as error:
+        flags.error(str(error))
+    found = storage.class_names_of(given["label_values"])
+    for name in ("ignore_zero", "class_names"):
+        if name in given:
+            flags.error(f"--label_values says which value is which class, and its name; leave --{name} out")
+    if given.get("num_classes", len(found)) != len(found):
+        flags.error(
+            f"--num_classes {given['num_classes']}, but --label_values names {len(found)} classes: {', '.join(found)}. "
+            "Leave --num_classes out"
+        )
+    if names is not None and found != names:
+        flags.error(
+            f"--label_values names the classes {', '.join(found)}; the segmenter has {', '.join(names)}. Give the same "
+            "names in the same order"
+        )
+    return {"num_classes": len(found), "class_names": found, "ignore_zero": False}
 
 
 def read_class_names(args: argparse.Namespace) -> list[str]:
@@ -351,7 +411,7 @@ def build_data(
     pairs: storage.PairList, args: argparse.Namespace, model: ViTMAEForSegmentation | None = None
 ) -> dataset.ADE20KDataset:
     """Give the pairs augmented, to train a model, or without one as they are, to be validated on at their own size."""
-    table = storage.label_table(args.num_classes, args.ignore_zero)
+    table = storage.label_table(args.num_classes, args.ignore_zero, args.label_values)
     values = dataset.build_values(args.value_range, args.mean, args.std)
     common = dict(seed=args.seed, channels=args.input_channels, values=values)
     if model is None:
@@ -407,7 +467,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         origin = f"{loaded.describe()}, from {args.path_to_backbone_checkpoint}"
 
     # Data: augmentation, drop path and dropout are functions of (seed, epoch, index)
-    train_pairs, train_pixels, _ = training.list_checked_pairs(accelerator, "training", args)
+    survey = training.list_checked_pairs(accelerator, "training", args)
+    train_pairs = survey.pairs
     splits = ["validation"] + ([args.test_split] if args.test_split else [])
     rotate = train_pairs.rotate
     surveys = [training.list_checked_pairs(accelerator, split, args, rotate=rotate) for split in splits]
@@ -423,7 +484,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     save_interval = args.save_checkpoint_interval or max(1, num_epochs // EVALUATIONS)
 
     # Loss and optimizer
-    counts = count_classes(train_pixels, storage.label_table(args.num_classes, args.ignore_zero), args.num_classes)
+    table = storage.label_table(args.num_classes, args.ignore_zero, args.label_values)
+    counts = count_classes(survey.pixels, table, args.num_classes)
     class_weights = training.choose_class_weights(args.class_weights, counts)
     on_device = None if class_weights is None else class_weights.to(device)
     loss_of = functools.partial(compute_loss, kind=args.loss, class_weights=on_device)
@@ -551,6 +613,7 @@ def build_record(args: argparse.Namespace) -> dict[str, object]:
         "num_classes": args.num_classes,
         "ignore_zero": args.ignore_zero,
         "class_names": args.class_names,
+        **({"label_values": args.label_values} if args.label_values else {}),  # earlier checkpoints have none
         "resize_to": args.resize_to,
         "image_mean": args.mean,
         "image_std": args.std,
@@ -570,6 +633,7 @@ def describe(model: ViTMAEForSegmentation, sampler: dataset.StepSampler, args: a
         "parameters": " + ".join(f"{name} {count}" for name, count in counts.items()) + f" = {total}",
         "taps": f"outputs of blocks {', '.join(map(str, model.taps))} of {config.encoder_depth}, from 0",
         "labels": f"{args.num_classes} classes, 0 is " + ("ignored" if args.ignore_zero else "the first"),
+        **({"labels": " ".join(f"{k}={name}" for k, name in args.label_values.items())} if args.label_values else {}),
         "learning rate": f"{args.learning_rate:.2e}{decays}",
         "images": f"fit into {args.resize_to[0]} x {args.resize_to[1]}, cropped to "
         f"{config.image_hw[0]} x {config.image_hw[1]}",

@@ -25,11 +25,13 @@ from storage.decoding import CHANNEL_MODES, IMAGE_SUFFIXES, Picture, load_file, 
 from storage.files import fingerprint, open_regular, optional_write, random_key, read_json, write_json, written_whole
 from storage.held_out import choose_held_out
 from storage.packs import Pack, PackedRows, is_inner_path, is_packed, open_pack
+from storage.pair_folders import SPLIT_NAMES, list_pair_folders
 
 LAYOUT = (
     """expected one of
   <path_to_data>/train/<class>/*.jpg  and  <path_to_data>/val/<class>/*.jpg   (or validation/; ImageNet's layout)
   <path_to_data>/any/folders/*.jpg                                           (pretraining only: no classes needed)
+  <path_to_data>/images/{training,validation}  beside  annotations/                   (likewise: the images alone)
 with files ending in """
     + " ".join(IMAGE_SUFFIXES)
     + ", or in .npy alone"
@@ -139,12 +141,19 @@ class Splits(NamedTuple):
 def find_splits(path_to_data: str | Path) -> Splits:
     """Find the training and the validation folder of a data root; without train/ the whole root is for training.
 
-    A folder named train is a class like others where folders of images that are no splits lie beside it.
+    A folder named train is a class like others where folders of images that are no splits lie beside it. Of images with
+    label maps it is the folders of the images.
     """
     root = Path(path_to_data)
     if not root.is_dir():
         there = contents(root.parent)
         raise FileNotFoundError(f"--path_to_data {root} is not a folder; {LAYOUT}\nin {root.parent}: {there}")
+    if not (root / "train").is_dir() or (root / "train" / "images").is_dir():  # else train/ is what is meant
+        of_pairs = [{pair.root / pair.images for pair in list_pair_folders(root, split)} for split in SPLIT_NAMES]
+        if len(of_pairs[0]) == 1 and len(of_pairs[1]) < 2:
+            train, val = *of_pairs[0], next(iter(of_pairs[1]), None)
+            note = f"training images are those in {train} alone" + (f", held-out images those in {val}" if val else "")
+            return Splits(train, val, (f"{note}; the label maps beside them are not used",))
     val, others = None, []
     if (root / "train").is_dir():
         val = find_validation(root)

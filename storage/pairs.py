@@ -1,11 +1,13 @@
-"""Images with label maps: their pairing, checking and reading, and ADE20K's names and colours.
+"""Images with label maps: their pairing, and the check that all can be used.
 
-Lists of images alone, and the cache that remembers what was checked, live in lists.py.
+What a label map holds lives in labels.py, where pairs lie in pair_folders.py, lists of images alone, and the cache that
+remembers what was checked, in lists.py.
 """
 
 import dataclasses
 import os
-import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,116 +17,26 @@ import numpy as np
 from PIL import Image
 
 from storage.bands import ValuePicture, open_values
-from storage.decoding import (
-    DECODE_ERRORS,
-    NamedBytes,
-    load_file,
-    open_image,
-    read_image,
-    read_layout,
-    rotation_flag,
-)
-from storage.files import escape, fingerprint, open_regular
+from storage.decoding import DECODE_ERRORS, NamedBytes, load_file, open_image, read_image, rotation_flag
+from storage.files import fingerprint, open_regular
 from storage.held_out import choose_held_out
+from storage.labels import (
+    IGNORE_INDEX,
+    IGNORED_NAME,
+    NUM_VALUES,
+    count_values,
+    has_colours,
+    name_table,
+    read_raw_labels,
+    show_value,
+)
 from storage.lists import ListCache, as_nfc, as_text, contents, name_some, scan_images
 from storage.packs import Pack, is_packed, open_pack
+from storage.pair_folders import AS_KNOWN, EXPECTED, PairLayout, describe_missing, find_pair_folders
 
-ADE20K_NUM_CLASSES = 150
-IGNORE_INDEX = 255  # in a label map as this project uses it: counts neither in training nor in a metric
-
-# Names and colours of the 150 classes, in the order of the label values (CSAILVision/sceneparsing, BSD-3).
-ADE20K_NAMES = """
-    wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door,
-    table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field,
-    armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard, chest
-    of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case, pool
-    table, pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill,
-    bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus,
-    towel, light, truck, tower, chandelier, awning, streetlight, booth, television, airplane, dirt track, apparel,
-    pole, land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, fountain, conveyer belt,
-    canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven,
-    ball, food, step, tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture,
-    hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower,
-    radiator, glass, clock, flag
-"""
-ADE20K_CLASS_NAMES = tuple(" ".join(name.split()) for name in ADE20K_NAMES.split(","))
-ADE20K_COLOURS = """
-    787878 b47878 06e6e6 503232 04c803 787850 8c8c8c cc05ff e6e6e6 04fa07 e005ff ebff07 96053d 787846 08ff33 ff0652
-    8fff8c ccff04 ff3307 cc4603 0066c8 3de6fa ff0633 0b66ff ff0747 ff09e0 0907e6 dcdcdc ff095c 7009ff 08ffd6 07ffe0
-    ffb806 0aff47 ff290a 07ffff e0ff08 6608ff ff3d06 ffc207 ff7a08 00ff14 ff0829 ff0599 0633ff eb0cff a09614 00a3ff
-    8c8c8c fa0a0f 14ff00 1fff00 ff1f00 ffe000 99ff00 0000ff ff4700 00ebff 00adff 1f00ff 0bc8c8 ff5200 00fff5 003dff
-    00ff70 00ff85 ff0000 ffa300 ff6600 c2ff00 008fff 33ff00 0052ff 00ff29 00ffad 0a00ff adff00 00ff99 ff5c00 ff00ff
-    ff00f5 ff0066 ffad00 ff0014 ffb8b8 001fff 00ff3d 0047ff ff00cc 00ffc2 00ff52 000aff 0070ff 3300ff 00c2ff 007aff
-    00ffa3 ff9900 00ff0a ff7000 8fff00 5200ff a3ff00 ffeb00 08b8aa 8500ff 00ff5c b800ff ff001f 00b8ff 00d6ff ff0070
-    5cff00 00e0ff 70e0ff 46b8a0 a300ff 9900ff 47ff00 ff00a3 ffcc00 ff008f 00ffeb 85ff00 ff00eb f500ff ff007a fff500
-    0abed4 d6ff00 00ccff 1400ff ffff00 0099ff 0029ff 00ffcc 2900ff 29ff00 ad00ff 00f5ff 4700ff 7a00ff 00ffb8 005cff
-    b8ff00 0085ff ffd600 19c2c2 66ff00 5c00ff
-"""
-ADE20K_PALETTE = np.frombuffer(bytes.fromhex(ADE20K_COLOURS), dtype=np.uint8).reshape(-1, 3)
-LABEL_COLOURS = np.resize(ADE20K_PALETTE, (IGNORE_INDEX, 3))  # of any data set; from the 151st class on they repeat
-
-LABEL_FORMATS = ("PNG", "BMP", "TIFF", "GIF")  # a JPEG's compression makes up class ids
-# How Pillow calls one channel of up to 8 bits: of 1, 2, 4 or 8, I where white is 0, R where bits come in reverse
-RAW_MODE = re.compile(r"(?:(?P<one>1)|[LP])(?:;(?P<bits>[124])?(?P<inverted>I)?R?)?")
-LOSSY = ("jpeg", "webp", "jp2k")  # parts of the names of a TIFF's compressions
 SWAPPING = (5, 6, 7, 8)  # rotation flags that swap height and width
-LABEL_LAYOUT = """expected
-  <root>/images/{training,validation}/*.jpg  and  <root>/annotations/{training,validation}/*.png  (ADEChallengeData2016)
-with a label map of the same name and size for every image"""
-
-
-def label_table(num_classes: int, ignore_zero: bool) -> np.ndarray:
-    """Give the class of each of the 256 raw values of a label map; IGNORE_INDEX, or -1 where no such value may be.
-
-    ADE20K: 0 is "other" and ignored, 1 to 150 are the classes 0 to 149. Without `ignore_zero` raw values are classes.
-    255 is ignored either way. A table, because subtracting one from uint8 would wrap 0 around.
-    """
-    first = int(ignore_zero)
-    if not 1 <= num_classes <= IGNORE_INDEX - first:
-        raise ValueError(f"num_classes must lie between 1 and {IGNORE_INDEX - first}, not {num_classes}")
-    table = np.full(256, -1, dtype=np.int16)
-    table[[0, IGNORE_INDEX]] = IGNORE_INDEX
-    table[first : first + num_classes] = np.arange(num_classes)
-    return table
-
-
-def read_raw_labels(source: str | Path | BinaryIO) -> np.ndarray:
-    """Read the samples of a label map as they lie in the file, uint8 (H, W); ValueError where it is no label map.
-
-    Pillow spreads greys of 1, 2 and 4 bits over 0 to 255, and inverts those of a TIFF whose white is 0.
-    """
-    file = load_file(source) if isinstance(source, str | Path) else source
-    with open_image(file, LABEL_FORMATS) as image:
-        if image.format == "TIFF" and any(name in str(image.info.get("compression")) for name in LOSSY):
-            raise ValueError(f"{source} is compressed as {image.info['compression']}, which makes up class numbers")
-        if image.format == "TIFF" and read_layout(image).kind == "i":
-            raise ValueError(f"{source} has signed samples; a label map has one 8-bit channel of class numbers")
-        arguments = image.tile[0].args if image.tile and image.format != "GIF" else "P"
-        form = RAW_MODE.fullmatch(arguments if isinstance(arguments, str) else str(arguments[0]))
-        if image.mode not in ("1", "L", "P") or form is None:
-            raise ValueError(f"{source} is of mode {image.mode}; a label map has one 8-bit channel of class numbers")
-        raw = np.asarray(image).astype(np.uint8)
-    bits = 1 if form["one"] else int(form["bits"] or 8)
-    if image.mode == "P":
-        return raw
-    white = 1 if image.mode == "1" else 255
-    return (white - raw if form["inverted"] else raw) // (white // (2**bits - 1))
-
-
-def read_label_map(source: str | Path | BinaryIO, table: np.ndarray) -> np.ndarray:
-    """Read a label map as classes, uint8 (H, W); ValueError names the file and what is wrong with it."""
-    return map_labels(read_raw_labels(source), table, source)
-
-
-def map_labels(raw: np.ndarray, table: np.ndarray, source: object) -> np.ndarray:
-    """Turn raw label values into classes, uint8 (H, W); ValueError names `source` and values that are none."""
-    classes = table[raw]
-    if classes.min() < 0:
-        unknown = np.unique(raw[classes < 0])
-        raise ValueError(
-            f"{source} has the label values {', '.join(map(str, unknown[:10]))}, which are no classes here"
-        )
-    return classes.astype(np.uint8)
+EXAMPLES = 3  # label maps that are named for a value
+WAY_OUT = f"say what each value is: --label_values VALUE=NAME,..., where the name {IGNORED_NAME} leaves a value out"
 
 
 @dataclass(frozen=True)
@@ -135,6 +47,7 @@ class PairList:
     images: np.ndarray
     label_maps: np.ndarray
     rotate: bool = dataclasses.field(default=True, kw_only=True)  # label maps lie on images turned by their flags
+    notes: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)  # what was left out
 
     def __len__(self) -> int:
         return len(self.images)
@@ -176,8 +89,14 @@ class PairList:
         held_out = choose_held_out(self.images, np.zeros(len(self), dtype=np.int32), fraction, seed)
         return self.subset(~held_out), self.subset(held_out)
 
+    def folder_of(self, paths: np.ndarray) -> str:
+        """Give the folder that all images, or all label maps, lie in or below."""
+        folders = {os.path.dirname(os.path.join(self.root, os.fsdecode(path))) for path in paths}
+        return os.path.commonpath(folders)
+
     def describe(self) -> str:
-        return f"{len(self):,} pairs in {os.path.dirname(self.path(0))}"
+        images, label_maps = self.folder_of(self.images), self.folder_of(self.label_maps)
+        return f"{len(self):,} pairs in {images}" + f", label maps in {label_maps}" * (images != label_maps)
 
 
 @dataclass(frozen=True)
@@ -210,62 +129,107 @@ class PackedPairs(PairList):
         return f"{len(self):,} pairs in {self.root}, packed"
 
 
-def list_pairs(root: str | Path, split: str) -> PairList:
+def list_pairs(root: str | Path, split: str, layout: PairLayout = AS_KNOWN) -> PairList:
     """Pair the images of a split, "training" or "validation", with their label maps by file name.
 
-    `root` holds images/ and annotations/, or is the folder above, or what tools/pack_dataset.py made of it.
+    `root` holds the folders of `layout`, or is the folder above ADE20K's, or what tools/pack_dataset.py made of it.
     FileNotFoundError names what has no partner.
     """
     root = Path(root).resolve()
     if is_packed(root / split):
         pack = open_pack(root / split, "pairs")
+        if layout != AS_KNOWN:
+            raise ValueError(f"{pack.folder} is packed, so its pairs are known; leave --image_* and --label_* out")
         if len(pack.names) % 2:
             raise ValueError(f"{pack.folder} holds {len(pack.names)} records, not pairs of them; pack the folder again")
         records = np.arange(0, len(pack.names), 2)
-        return PackedPairs(pack.folder, pack.names[0::2], pack.names[1::2], pack, records)
-    if not (root / "images").is_dir() and (root / "ADEChallengeData2016").is_dir():
-        root = root / "ADEChallengeData2016"
-    found = []
-    for kind in ("images", "annotations"):
-        folder = root / kind / split
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is not there; {LABEL_LAYOUT}\nin {root}: {contents(root)}")
-        by_stem = {}
-        for file in scan_images(folder).files:
-            stem = as_nfc(as_text(os.path.splitext(file)[0]))
-            if stem in by_stem:
-                raise ValueError(f"{folder} has both {by_stem[stem]} and {file}; keep one")
-            by_stem[stem] = file
-        found.append(by_stem)
+        return PackedPairs(pack.folder, pack.names[0::2], pack.names[1::2], pack=pack, records=records)
+    folders = find_pair_folders(root, split, layout)
+    if folders is None:
+        raise FileNotFoundError(f"{describe_missing(root, split, layout)}; {EXPECTED}\nin {root}: {contents(root)}")
+    root, *kinds = folders
+    suffixes = (layout.image_suffix, layout.label_suffix)
+    if kinds[0] == kinds[1] and suffixes[0] == suffixes[1]:
+        raise ValueError(
+            f"images and label maps both lie in {root / kinds[0]}: give --label_suffix, what the names of label maps "
+            "alone end in, such as _mask or .png"
+        )
+    found, notes = [], ()
+    for kind, suffix, other in zip(kinds, suffixes, suffixes[::-1], strict=True):
+        by_name, left_out = {}, []
+        for file in scan_images(root / kind).files:
+            name, names_other = name_without(file, suffix), name_without(file, other) is not None
+            if kinds[0] == kinds[1] and names_other and (name is None or len(other) > len(suffix)):
+                continue  # it is the other of a pair
+            if name is None:
+                left_out.append(file)
+            elif name in by_name:
+                raise ValueError(f"{root / kind} has both {by_name[name]} and {file}; keep one")
+            else:
+                by_name[name] = os.path.normpath(os.path.join(kind, file))
+        if left_out:
+            notes += (f"{len(left_out):,} files do not end in {suffix}: {name_some(left_out)}",)
+        found.append(by_name)
     images, label_maps = found
+    alone = []
     for one, other, what in ((images, label_maps, "no label map"), (label_maps, images, "no image")):
-        alone = sorted(one.keys() - other.keys())
-        if alone:
-            names = name_some([one[stem] for stem in alone])
-            raise FileNotFoundError(f"{root}, {split}: {what} for {names}; {LABEL_LAYOUT}")
+        names = [os.path.basename(one[name]) for name in sorted(one.keys() - other.keys())]
+        if names:
+            alone.append(f"{what} for {name_some(names)}")
+    if alone:
+        pairs = f"{len(images.keys() & label_maps.keys()):,} pairs found"
+        raise FileNotFoundError(f"{root}, {split}: {'; '.join(alone)}; {pairs}; {EXPECTED}")
     if not images:
-        raise FileNotFoundError(f"no images in {root / 'images' / split}; {LABEL_LAYOUT}")
-    paths = [
-        np.array([os.fsencode(os.path.join(kind, split, files[stem])) for stem in sorted(images)])
-        for kind, files in (("images", images), ("annotations", label_maps))
-    ]
-    return PairList(root, *paths)
+        endings = "".join(f" that end in {suffix}" for suffix in suffixes[:1] if suffix)
+        raise FileNotFoundError(f"no images{endings} in {root / kinds[0]}; {EXPECTED}")
+    paths = [np.array([os.fsencode(files[name]) for name in sorted(images)]) for files in found]
+    return PairList(root, *paths, notes=notes)
+
+
+def name_without(file: str, suffix: str) -> str | None:
+    """Give the name that a pair has in common: without its ending and suffix (or suffix with ending); None without."""
+    stem, suffix = as_nfc(as_text(os.path.splitext(file)[0])), as_nfc(suffix)
+    for name in (stem, as_nfc(as_text(file))):
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return None
 
 
 class PairSurvey(NamedTuple):
-    """What was found in a split: its pairs, and how many pixels have each raw label value, int64 (256,)."""
+    """What was found in a split, whatever the classes: its pairs, and how many pixels have each raw label value."""
 
     pairs: PairList
-    pixels: np.ndarray
+    pixels: dict[int, int]
+    examples: dict[int, list[int]]  # the first pairs that have a value
     note: str  # on rotation flags; empty where no image has one
+
+    def describe_values(self, values: Iterable[int], colours: bool = False) -> str:
+        """Say on how many pixels values are, and in which files, a line each, the commonest first."""
+        lines, total = [], sum(self.pixels.values())
+        for value in sorted(values, key=lambda value: -self.pixels[value]):
+            files = name_some([os.path.basename(self.pairs.label_path(index)) for index in self.examples[value]])
+            count = self.pixels[value]
+            lines.append(
+                f"  {show_value(value, colours)} on {count:,} pixels ({count / total:.2%}), such as in {files}"
+            )
+        return name_some(lines, 10, "\n")
 
 
 def check_pairs(
+    pairs: PairList, table: np.ndarray, num_threads: int, cache: ListCache | None = None, **options: bool | int
+) -> PairSurvey:
+    """Survey pairs, as `survey_pairs` with these options, and refuse label values that `table` does not have."""
+    survey = survey_pairs(pairs, num_threads, cache, colours=has_colours(table), **options)
+    check_values(survey, table)
+    return survey
+
+
+def survey_pairs(
     pairs: PairList,
-    table: np.ndarray,
     num_threads: int,
     cache: ListCache | None = None,
     *,
+    colours: bool = False,
     decode: bool = False,
     rotate: bool = True,
     channels: int = 3,
@@ -274,55 +238,102 @@ def check_pairs(
     """Read every label map, and the head of every image (`decode`: all of it), and give what was found.
 
     The images of the split are all turned by their rotation flags, or none is: what the shapes of those that tell
-    say, and `rotate` where none does. `own_units` tells that images are not read as 8-bit pictures.
-    ValueError names what cannot be used. Minutes for ADE20K, so `cache` remembers
-    a check by the names, sizes and times of all files.
+    say, and `rotate` where none does. `own_units` tells that images are not read as 8-bit pictures, `colours` that
+    label maps are read as colours. ValueError names what cannot be used. Minutes for ADE20K, so `cache` remembers
+    a survey by the names, sizes and times of all files. It does not hang on the classes, so these may change.
     """
-    question = ("survey", pairs.fingerprint(), str(pairs.root), table.tolist(), pairs.stamps(), decode, rotate)
+    question = ("label values", pairs.fingerprint(), str(pairs.root), pairs.stamps(), colours, decode, rotate)
     question += (channels, own_units)
     answer = cache.recall(*question) if cache is not None else None
     if answer is None:
         with ThreadPoolExecutor(max(1, num_threads)) as pool:
             found = list(
-                pool.map(lambda i: check_pair(pairs, i, table, decode, channels, own_units), range(len(pairs)))
+                pool.map(lambda i: check_pair(pairs, i, colours, decode, channels, own_units), range(len(pairs)))
             )
         problems = [check.problem for check in found if check.problem]
         if problems:
             raise ValueError("label maps or images that cannot be used:\n  " + name_some(problems, 10, "\n  "))
         turned, note = choose_rotation(pairs, found, rotate)
-        answer = {"rotate": turned, "note": note, "pixels": sum(check.pixels for check in found).tolist()}
-        if not any(answer["pixels"][raw] for raw in np.flatnonzero(table != IGNORE_INDEX)):
-            raise ValueError(f"not one pixel has a label in {os.path.dirname(pairs.label_path(0))}: all are ignored")
+        pixels, examples = Counter(), {}
+        for index, check in enumerate(found):
+            pixels.update(check.pixels)
+            for value in check.pixels:
+                if len(examples.setdefault(value, [])) < EXAMPLES:
+                    examples[value].append(index)
+            if len(pixels) > NUM_VALUES:
+                raise ValueError(
+                    f"{pairs.label_path(index)} and those before it have more than {NUM_VALUES:,} colours, so they are "
+                    "no label maps, or were blurred by resizing or compression"
+                )
+        values = [[value, count, examples[value]] for value, count in sorted(pixels.items())]
+        answer = {"rotate": turned, "note": note, "values": values}
         if cache is not None:
             cache.remember(answer, *question)
-    pixels = np.array(answer["pixels"], dtype=np.int64)
-    return PairSurvey(dataclasses.replace(pairs, rotate=answer["rotate"]), pixels, answer["note"])
+    counts, examples = ({value: row[k] for value, *row in answer["values"]} for k in (0, 1))
+    return PairSurvey(dataclasses.replace(pairs, rotate=answer["rotate"]), counts, examples, answer["note"])
+
+
+def check_values(survey: PairSurvey, table: np.ndarray) -> None:
+    """Refuse label values that `table` does not have, and labels that are all ignored; ValueError names the way out."""
+    folder, colours = survey.pairs.folder_of(survey.pairs.label_maps), has_colours(table)
+    unknown = [value for value in survey.pixels if table[value] < 0]
+    if unknown:
+        listed = ",".join(f"{show_value(value, colours)}={IGNORED_NAME}" for value in unknown[:3])
+        raise ValueError(
+            f"label maps in {folder} have values that are no classes here; allowed are {name_table(table)}. Found:\n"
+            f"{survey.describe_values(unknown, colours)}\nCorrect these files, or {WAY_OUT}: '...,{listed}'"
+        )
+    if not any(table[value] != IGNORE_INDEX for value in survey.pixels):
+        listed = ",".join(f"{show_value(value, colours)}=NAME" for value in survey.pixels)
+        raise ValueError(
+            f"not one pixel has a label in {folder}, as all values are ignored:\n"
+            f"{survey.describe_values(survey.pixels, colours)}\nIf they are classes, give --label_values '{listed}'"
+        )
+
+
+def choose_ignore_zero(survey: PairSurvey, num_classes: int) -> tuple[bool, str]:
+    """Decide by the values that occur whether 0 is ignored, and say why; ValueError where they allow neither.
+
+    Values below `num_classes` are the classes themselves. Where one reaches it the classes count from 1.
+    """
+    pixels = survey.pixels
+    beyond = [value for value in pixels if value > num_classes and value != IGNORE_INDEX]
+    highest = max((value for value in pixels if value != IGNORE_INDEX), default=0)
+    zero = f"covers {pixels[0] / sum(pixels.values()):.1%} of the pixels" if 0 in pixels else "does not occur"
+    if beyond:
+        folder = survey.pairs.folder_of(survey.pairs.label_maps)
+        raise ValueError(
+            f"label values in {folder} do not fit --num_classes {num_classes}, whose classes are 0 to "
+            f"{num_classes - 1}, or 1 to {num_classes} where 0 is ignored; {IGNORE_INDEX} is always ignored. "
+            f"0 {zero}. Beyond it:\n{survey.describe_values(beyond)}\n"
+            f"Give the right --num_classes, correct these files, or {WAY_OUT}"
+        )
+    if highest == num_classes:
+        return True, f"0 {zero} and is ignored, because values reach {highest}: 1 to {highest} are the classes"
+    return False, f"0 {zero} and is a class, because no value reaches {num_classes}; --ignore_zero leaves it out"
 
 
 class PairCheck(NamedTuple):
-    """What is wrong with a pair, if anything; the pixels of each raw value (256,); the image's rotation flag.
+    """What is wrong with a pair, if anything; the pixels of each raw value; the image's rotation flag.
 
     `fits` tells whether the label map has the shape of the image as stored, and as its flag turns it.
     """
 
     problem: str | None
-    pixels: np.ndarray | int = 0
+    pixels: Mapping[int, int] = {}
     flag: int = 1
     fits: tuple[bool, bool] = (True, True)
 
 
-def check_pair(
-    pairs: PairList, index: int, table: np.ndarray, decode: bool, channels: int, own_units: bool
-) -> PairCheck:
+def check_pair(pairs: PairList, index: int, colours: bool, decode: bool, channels: int, own_units: bool) -> PairCheck:
     """Look at a pair. Images that cannot be decoded are training's to skip, and a problem only with `decode`."""
     label_path, image_path = pairs.label_path(index), pairs.path(index)
     try:
-        raw = read_raw_labels(pairs.label_file(index))
-        labels = map_labels(raw, table, label_path)
+        labels = read_raw_labels(pairs.label_file(index), colours=colours)
     except DECODE_ERRORS as error:
         reason = str(error)
         return PairCheck(reason if reason.startswith(label_path) else f"{label_path}: {reason}")
-    pixels = np.bincount(raw.ravel(), minlength=256)
+    pixels = count_values(labels)
     try:
         if own_units:
             picture = dataclasses.replace(pairs, rotate=False).open_values(index, channels)
@@ -363,38 +374,3 @@ def choose_rotation(pairs: PairList, found: list[PairCheck], otherwise: bool) ->
     basis = f"the shapes of {len(stored or turned)} pairs tell" if stored or turned else "no pair tells by its shape"
     how = "turned by them, as a person sees the image" if rotate else "not turned by them, as the labels are drawn"
     return rotate, f"{flagged:,} of {len(found):,} images have a rotation flag: all are {how}; {basis}"
-
-
-def describe_labels(pixels: np.ndarray, table: np.ndarray, names: list[str]) -> str:
-    """Say how many pixels are ignored, which classes they are of, and which classes never occur."""
-    counts, names = count_classes(pixels, table, len(names)), [escape(name, also_bytes=True) for name in names]
-    order = sorted(np.flatnonzero(counts).tolist(), key=lambda k: -counts[k])
-    shares = [f"{names[k]} {counts[k] / counts.sum():.1%}" for k in order]
-    text = f"{len(order)} of {len(names)} classes occur: {name_some(shares, 10)}"
-    absent = [names[k] for k in np.flatnonzero(counts == 0)]
-    if absent:
-        text += f"; never: {name_some(absent, 10)}"
-    return f"{text}; {1 - counts.sum() / pixels.sum():.1%} of the pixels are ignored"
-
-
-def count_classes(pixels: np.ndarray, table: np.ndarray, num_classes: int) -> np.ndarray:
-    """Turn pixels of each raw value (256,) into pixels of each class, int64 (K,)."""
-    classes = (table >= 0) & (table != IGNORE_INDEX)
-    return np.bincount(table[classes], pixels[classes], minlength=num_classes).astype(np.int64)
-
-
-def refuse_one_class(pixels: np.ndarray, table: np.ndarray, num_classes: int, folder: str) -> None:
-    """Refuse labels of fewer than two classes: every answer would be right; ValueError says what may be wrong."""
-    counts = count_classes(pixels, table, num_classes)
-    if (counts > 0).sum() > 1:
-        return
-    values = ", ".join(f"{raw} on {pixels[raw] / pixels.sum():.1%}" for raw in np.flatnonzero(pixels))
-    ignored = [str(raw) for raw in np.flatnonzero(pixels) if table[raw] == IGNORE_INDEX]
-    message = f"only one of --num_classes {num_classes} occurs in {folder}. Raw label values: {values} of the pixels"
-    if ignored:
-        message += f"; {' and '.join(ignored)} {'is' if len(ignored) == 1 else 'are'} ignored"
-    if pixels[IGNORE_INDEX]:
-        message += ". If 255 is a class, write the label maps anew with 1 in its place: labels[labels == 255] = 1"
-    elif pixels[0] and table[0] == IGNORE_INDEX:
-        message += ". If 0 is a class, give --no-ignore_zero"
-    raise ValueError(message)

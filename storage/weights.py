@@ -171,6 +171,12 @@ def is_value_range(given: object) -> bool:
     return given in (None, "own") or (files.NUMBERS.check(given) and len(given) == 2 and given[0] < given[1])
 
 
+def is_label_values(given: object) -> bool:
+    """Tell whether an entry says what the values of label maps are: null, or a table such as {"255": "cell"}."""
+    is_table = isinstance(given, dict) and all(map(files.is_text, given.values()))
+    return given is None or (is_table and all(re.fullmatch("[0-9]{1,5}|#[0-9a-f]{6}", value) for value in given))
+
+
 # What the sizes under "config" in config.json have to be, which are the fields of MAEConfig
 SIZES = {
     files.ONE_OR_TWO: "img_size",
@@ -189,6 +195,7 @@ ENTRIES = {
     files.TRUE_OR_FALSE: "norm_pix_loss rel_pos_bias ignore_zero",
     files.TEXT: "architecture global_pool norm",
     files.TEXTS: "class_names",
+    files.Kind("null, or names by label value or colour", lambda given: is_label_values(given)): "label_values",
     files.NUMBERS: "image_mean image_std mean std",
     files.Kind("own, null or two numbers, the higher one last", lambda given: is_value_range(given)): "value_range",
     files.INDICES: "taps resize_to",

@@ -39,8 +39,8 @@ from model import (
     load_segmenter,
     read_sizes,
 )
+from storage.labels import ADE20K_CLASS_NAMES
 from storage.layouts import detect_layout
-from storage.pairs import ADE20K_CLASS_NAMES
 from storage.weights import WEIGHT_FILES, find_weights, read_file, unwrap
 
 tool = load_tool("convert_weights")

@@ -50,13 +50,9 @@ from dataset import (
 from storage import files
 from storage.decoding import read_image
 from storage.demo import draw_demo_scene
+from storage.labels import IGNORE_INDEX, label_table
 from storage.lists import list_images
-from storage.pairs import (
-    IGNORE_INDEX,
-    check_pairs,
-    label_table,
-    list_pairs,
-)
+from storage.pairs import check_pairs, list_pairs
 
 
 def read_manifest(photographs):

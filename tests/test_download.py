@@ -32,8 +32,9 @@ from PIL import Image
 from torchvision.datasets import Imagenette, OxfordIIITPet
 
 from storage import transfer
+from storage.labels import IGNORE_INDEX, label_table, read_label_map
 from storage.lists import find_splits, list_images
-from storage.pairs import IGNORE_INDEX, check_pairs, label_table, list_pairs, read_label_map
+from storage.pairs import check_pairs, list_pairs
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 

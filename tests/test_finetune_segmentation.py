@@ -43,7 +43,8 @@ from finetune_segmentation import (
 )
 from model import MAEConfig, ViTMAEForPreTraining, ViTMAEForSegmentation, load_segmenter
 from storage.demo import write_demo_data
-from storage.pairs import IGNORE_INDEX, label_table, list_pairs, read_label_map
+from storage.labels import IGNORE_INDEX, label_table, read_label_map
+from storage.pairs import list_pairs
 from training import process
 from utils import ConfusionMatrix
 
@@ -546,8 +547,10 @@ def test_label_maps_are_checked_before_training(drawn_pairs, pretrained, tmp_pat
     labels = np.array(Image.open(root / "annotations" / "training" / "3.png"))
     labels[0, 0] = 9
     Image.fromarray(labels).save(root / "annotations" / "training" / "3.png")
-    with pytest.raises(ValueError, match=r"3\.png has the label values 9, which are no classes here"):
+    with pytest.raises(ValueError, match=r"(?s)do not fit --num_classes 4.*  9 on 1 pixels .*, such as in 3\.png"):
         train(root, tmp_path, pretrained)
+    with pytest.raises(ValueError, match=r"(?s)allowed are 0 to 4, 255.*  9 on 1 pixels .*, such as in 3\.png"):
+        train(root, tmp_path, pretrained, "--ignore_zero")
     assert not (tmp_path / "run").exists()
 
 
@@ -570,6 +573,134 @@ def test_demo_in_small(tmp_path, monkeypatch):
     assert figures["testing_aacc"] > 0
     names = (tmp_path / "demo_segmentation" / "best_checkpoint" / "per_class.tsv").read_text()
     assert all(name in names for name in itertools.islice(["background", "circle", "tree", "clutter"], 4))
+
+
+# -------------------------------------------------------------------------------- labels as people have them
+
+SMALL = "--img_size 16 --patch_size 4 --encoder_embed_dim 16 --encoder_depth 4 --encoder_num_heads 2 --channels 8"
+SHORT = f"{SMALL} --norm batch --epochs 1 --warmup_iterations 0 --eval_interval 1"
+
+
+def draw_cells(root: Path, values: list, *, folders: tuple[str, str] = ("images", "masks"), suffix: str = "") -> None:
+    """Draw bright cells on a dark ground, and their masks, whose values or colours are (background, cell)."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 3)):
+        image_folder, label_folder = (root / folder / split for folder in folders)
+        for folder in (image_folder, label_folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            cells = np.kron(generator.integers(0, 2, (3, 4)), np.ones((8, 8), dtype=int))
+            noise = generator.integers(0, 60, (*cells.shape, 3))
+            Image.fromarray((150 * cells[..., None] + noise).astype(np.uint8)).save(image_folder / f"{index}.png")
+            Image.fromarray(np.array(values, dtype=np.uint8)[cells]).save(label_folder / f"{index}{suffix}.png")
+
+
+def without_classes(arguments: list[str]) -> list[str]:
+    return without(arguments, "--num_classes")
+
+
+@pytest.mark.parametrize(
+    ("values", "given"),
+    [([0, 255], "0=background,255=cell"), ([[9, 0, 0], [0, 255, 0]], "#090000=background,#00ff00=cell")],
+)
+def test_masks_as_they_are_give_a_true_miou_and_the_names_to_all_tools(tmp_path, capsys, values, given):
+    draw_cells(tmp_path / "data", values)
+    arguments = without_classes(flags(tmp_path / "data", tmp_path, None, f"{SHORT} --label_values {given}"))
+    figures = main(parse_args(arguments))
+    printed = capsys.readouterr().out
+    assert f"labels          {given.replace(',', ' ')}" in printed and "2 of 2 classes occur" in printed
+    best = tmp_path / "run" / "best_checkpoint"
+    record = json.loads((best / "config.json").read_text())
+    assert record["class_names"] == ["background", "cell"] and record["num_classes"] == 2
+    assert record["label_values"] == dict(part.split("=") for part in given.split(","))
+
+    # The same figures from the label PNGs that tools/segment.py writes, which have the masks' own values
+    tool, out = load_tool("segment"), tmp_path / "out"
+    images = tmp_path / "data" / "images" / "val"
+    tool.main(tool.parse_args(["--checkpoint", str(best), str(images), "--output", str(out)]))
+    assert {line.split("%")[1].strip() for line in capsys.readouterr().out.splitlines() if "%" in line} <= {
+        "background", "cell",
+    }  # fmt: skip
+    hit, union = np.zeros(2), np.zeros(2)
+    for index in range(3):
+        truth = np.array(Image.open(tmp_path / "data" / "masks" / "val" / f"{index}.png"))
+        answer = np.array(Image.open(out / f"{index}_labels.png"))
+        assert truth.shape == answer.shape
+        for k, value in enumerate(values):
+            a, b = ((x == value) if x.ndim == 2 else (x == value).all(axis=2) for x in (answer, truth))
+            hit[k], union[k] = hit[k] + (a & b).sum(), union[k] + (a | b).sum()
+    assert figures["testing_miou"] == pytest.approx(100 * (hit / union).mean(), abs=1e-9)
+
+    evaluation = ["--eval_only", "--path_to_backbone_checkpoint", str(best), "--path_to_data", str(tmp_path / "data")]
+    evaluation += ["--working_directory", str(tmp_path), "--num_workers", "0"]
+    assert main(parse_args(evaluation)) == figures
+    with pytest.raises(SystemExit):
+        parse_args([*evaluation, "--label_values", "255=cell,0=background"])
+    assert "the segmenter has background, cell. Give the same names in the same order" in capsys.readouterr().err
+
+
+def test_choice_for_0_is_made_from_the_values_printed_and_kept_with_the_run(tmp_path, capsys):
+    draw_cells(tmp_path / "data", [0, 1])
+    arguments = flags(tmp_path / "data", tmp_path, None, f"{SHORT} --num_classes 2")
+    main(parse_args(arguments))
+    masks = [np.array(Image.open(path)) for path in (tmp_path / "data" / "masks" / "train").iterdir()]
+    share = 1 - np.mean(masks)
+    words = "and is a class, because no value reaches 2; --ignore_zero leaves it out"
+    assert f"label value 0   0 covers {share:.1%} of the pixels {words}" in capsys.readouterr().out
+    best = tmp_path / "run" / "best_checkpoint"
+    record = json.loads((best / "config.json").read_text())
+    assert record["ignore_zero"] is False and "label_values" not in record
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["ignore_zero"] is False
+    assert (
+        parse_args(["--eval_only", "--path_to_backbone_checkpoint", str(best), "--path_to_data", "x"]).ignore_zero
+        is False
+    )
+    with pytest.raises(ValueError, match="only one of --num_classes 2 occurs"):  # although the survey is remembered
+        main(parse_args([*arguments, "--experiment_name", "other", "--ignore_zero"]))
+    draw_cells(tmp_path / "data", [1, 2])
+    with pytest.raises(ValueError, match="ignore_zero: False in the checkpoint, True now"):
+        main(parse_args([*arguments, "--resume_from_checkpoint", "latest"]))
+    assert "0 does not occur and is ignored, because values reach 2: 1 to 2 are the classes" in capsys.readouterr().out
+
+
+def test_values_that_are_not_listed_stop_the_run_before_it_begins(tmp_path, capsys):
+    draw_cells(tmp_path / "data", [0, 255])
+    arguments = without_classes(flags(tmp_path / "data", tmp_path, None, SHORT))
+    with pytest.raises(ValueError, match=r"(?s)allowed are 0 to 1\. Found:\n  255 on .*255=ignore"):
+        main(parse_args([*arguments, "--label_values", "0=background,1=cell"]))
+    with pytest.raises(ValueError, match=r"255 is ignored\. .* give --label_values 0=NAME,255=NAME"):
+        main(parse_args([*arguments, "--num_classes", "2"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_layouts_are_found_by_flags(tmp_path, capsys):
+    draw_cells(tmp_path / "data", [0, 255], folders=("photos", "cells"), suffix="_mask")
+    layout = "--image_folder photos --label_folder cells --label_suffix _mask --label_values 0=background,255=cell"
+    main(parse_args(without_classes(flags(tmp_path / "data", tmp_path, None, f"{SHORT} {layout}"))))
+    data = tmp_path / "data"
+    assert (
+        f"checking        6 pairs in {data}/photos/train, label maps in {data}/cells/train" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--label_values 0=a,1=b --num_classes 3", "--num_classes 3, but --label_values names 2 classes: a, b. Leave"),
+        (
+            "--label_values 0=a,1=b --no-ignore_zero",
+            "which value is which class, and its name; leave --ignore_zero out",
+        ),
+        ("--label_values 0=a,1=b --class_names README.md", "leave --class_names out"),
+        ("--label_values 0=a,1=", "--label_values has '1=', which is no VALUE=NAME"),
+        ("--label_folder masks", "--label_folder masks says where label maps lie; give --image_folder, too"),
+        ("--image_folder photos", "--image_folder photos says where images lie; give --label_folder, too, or --label"),
+    ],
+)
+def test_label_flags_that_contradict_each_other_are_refused(pretrained, more, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--path_to_data", "x", "--path_to_backbone_checkpoint", str(pretrained), *shlex.split(more)])
+    assert message in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------- tools

@@ -38,7 +38,8 @@ OWN = {
  balanced_sampling class_weights test_folder""",
     "finetune_segmentation": """path_to_backbone_checkpoint from_scratch taps channels norm rel_pos_bias num_classes
  ignore_zero class_names resize_to iterations warmup_iterations learning_rate layer_decay drop_path auxiliary_weight
-eval_interval recipe eval_only slide multi_scale window_batch_size flip loss class_weights test_split""",
+eval_interval recipe eval_only slide multi_scale window_batch_size flip loss class_weights test_split
+ label_values image_folder label_folder image_suffix label_suffix""",
 }
 SWITCHES = """deterministic activation_checkpointing log_wandb demo rescan_data pin_memory bias_weight_decay
  norm_weight_decay norm_pix_loss custom_weight_init eval_only linear_probe knn from_scratch rel_pos_bias ignore_zero

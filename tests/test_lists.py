@@ -32,6 +32,46 @@ def test_find_splits_takes_a_tree_without_splits_as_training_images(tmp_path):
         find_splits(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("names", "train", "val"),
+    [
+        (("images/training/1.jpg", "images/validation/2.jpg", "annotations/training/1.png"), "images/training", None),
+        (
+            [f"{kind}/{split}/1.png" for kind in ("images", "annotations") for split in ("training", "validation")],
+            "images/training",
+            "images/validation",
+        ),
+        (
+            [f"{kind}/{split}/1.png" for kind in ("img_dir", "ann_dir") for split in ("train", "val")],
+            "img_dir/train",
+            "img_dir/val",
+        ),
+        (["train/images/1.png", "train/masks/1.png"], "train/images", None),
+        (["images/train/1.png", "masks/train/1.png", "labels/train/1.png"], "images/train", None),
+        (["images/1.png", "masks/1.png"], "images", None),
+    ],
+)
+def test_find_splits_takes_the_images_of_a_folder_with_label_maps_alone(tmp_path, names, train, val):
+    touch(*(tmp_path / name for name in names))
+    found = find_splits(tmp_path)
+    assert (found.train, found.val) == (tmp_path / train, tmp_path / val if val else None)
+    held_out = f", held-out images those in {tmp_path / val}" if val else ""
+    said = f"training images are those in {tmp_path / train} alone{held_out}; the label maps beside them are not used"
+    assert found.notes == (said,)
+
+
+def test_find_splits_finds_ade20k_from_the_folder_above(tmp_path):
+    root = tmp_path / "ADEChallengeData2016"
+    touch(root / "images" / "training" / "1.jpg", root / "annotations" / "training" / "1.png")
+    assert find_splits(tmp_path).train == root / "images" / "training"
+
+
+def test_find_splits_prefers_train_to_images_with_label_maps(tmp_path):
+    touch(*(tmp_path / name for name in ("train/cat/1.jpg", "val/cat/2.jpg", "images/training/1.jpg")))
+    touch(tmp_path / "annotations" / "training" / "1.png")
+    assert find_splits(tmp_path)[:2] == (tmp_path / "train", tmp_path / "val")
+
+
 def touch(*paths) -> None:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)

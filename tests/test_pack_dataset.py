@@ -30,8 +30,9 @@ from dataset import (
 )
 from model import ViTMAEForPreTraining
 from storage.decoding import Area, read_image
+from storage.labels import label_table
 from storage.lists import ListCache, list_images
-from storage.pairs import check_pairs, label_table, list_pairs
+from storage.pairs import check_pairs, list_pairs
 
 pack_dataset = load_tool("pack_dataset")
 sys.modules["pack_dataset"] = pack_dataset  # where its worker processes look for its functions

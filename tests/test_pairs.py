@@ -1,11 +1,8 @@
 """Images with label maps: rules of label values, pairing, checks and their memory."""
 
-import csv
 import os
-import struct
 from pathlib import Path
 
-import cv2
 import numpy as np
 import png
 import pytest
@@ -13,45 +10,17 @@ import tifffile
 from PIL import Image
 
 import storage.pairs
-from storage.decoding import read_image
-from storage.lists import ListCache
-from storage.pairs import (
-    ADE20K_CLASS_NAMES,
-    ADE20K_NUM_CLASSES,
-    ADE20K_PALETTE,
-    IGNORE_INDEX,
-    PairCheck,
-    PairSurvey,
-    check_pairs,
+from storage.labels import (
     count_classes,
     describe_labels,
     label_table,
-    list_pairs,
-    read_label_map,
+    parse_label_values,
     read_raw_labels,
     refuse_one_class,
 )
-
-
-def test_label_rule_on_every_value():
-    ade = label_table(ADE20K_NUM_CLASSES, True)
-    assert ade[0] == IGNORE_INDEX and ade[255] == IGNORE_INDEX
-    assert [ade[raw] for raw in range(1, 151)] == list(range(150)) and set(ade[151:255]) == {-1}
-    plain = label_table(19, False)
-    assert [plain[raw] for raw in range(19)] == list(range(19)) and plain[255] == IGNORE_INDEX and plain[19] == -1
-    assert label_table(1, False)[0] == 0 and label_table(254, True)[254] == 253
-    for num_classes, ignore_zero in ((0, True), (255, True), (256, False)):
-        with pytest.raises(ValueError, match="num_classes must lie between 1 and"):
-            label_table(num_classes, ignore_zero)
-
-
-def test_class_names_and_colours_are_ade20ks(photographs):
-    with (photographs / "meta" / "ade20k_objectInfo150.txt").open() as file:
-        names = [line.rstrip("\n").split("\t")[-1].split(",")[0].strip() for line in list(file)[1:]]
-    with (photographs / "meta" / "ade20k_palette150.csv").open() as file:
-        colours = [[int(row[channel]) for channel in "rgb"] for row in csv.DictReader(file)]
-    assert list(ADE20K_CLASS_NAMES) == names and ADE20K_PALETTE.tolist() == colours
-    assert (ADE20K_CLASS_NAMES[0], ADE20K_CLASS_NAMES[149], len(names)) == ("wall", "flag", ADE20K_NUM_CLASSES)
+from storage.lists import ListCache
+from storage.pair_folders import PairLayout
+from storage.pairs import PairCheck, PairSurvey, check_pairs, choose_ignore_zero, list_pairs, survey_pairs
 
 
 def write_pair(root: Path, split: str, stem: str, labels: np.ndarray, size: tuple[int, int] | None = None) -> None:
@@ -75,7 +44,7 @@ def test_pairs_are_found_by_name_also_from_the_folder_above(pairs_root):
         assert [os.path.basename(pairs.path(i)) for i in range(3)] == [f"scene_{i}.jpg" for i in range(3)]
         assert [os.path.basename(pairs.label_path(i)) for i in range(3)] == [f"scene_{i}.png" for i in range(3)]
     check_pairs(pairs, label_table(150, True), 2)
-    with pytest.raises(FileNotFoundError, match=r"images/validation is not there; expected"):
+    with pytest.raises(FileNotFoundError, match=r"images/validation and .*validation are not there; expected"):
         list_pairs(pairs_root, "validation")
 
 
@@ -91,7 +60,6 @@ def test_files_without_a_partner_are_named(pairs_root, kind, what):
 def test_label_maps_that_cannot_be_used_are_all_named(pairs_root):
     table, folder = label_table(150, True), pairs_root / "annotations" / "training"
     write_pair(pairs_root, "training", "wrong_size", np.ones((6, 8), dtype=np.uint8), size=(9, 6))
-    write_pair(pairs_root, "training", "wrong_value", np.full((6, 8), 151, dtype=np.uint8))
     write_pair(pairs_root, "training", "colour", np.ones((6, 8), dtype=np.uint8))
     Image.new("RGB", (8, 6)).save(folder / "colour.png")
     write_pair(pairs_root, "training", "lossy", np.ones((6, 8), dtype=np.uint8))
@@ -99,10 +67,10 @@ def test_label_maps_that_cannot_be_used_are_all_named(pairs_root):
     with pytest.raises(ValueError, match="label maps or images that cannot be used") as error:
         check_pairs(list_pairs(pairs_root, "training"), table, 2)
     lines = sorted(str(error.value).splitlines()[1:])
-    assert len(lines) == 4
+    assert len(lines) == 3
     for line, words in zip(
         lines,
-        ("colour.png is of mode RGB", "lossy.png: cannot identify", "wrong_size.png: 8 x 6 pixels", "values 151"),
+        ("colour.png is of mode RGB", "lossy.png is a JPEG, whose compression changes", "wrong_size.png: 8 x 6 pixels"),
         strict=True,
     ):
         assert words in line
@@ -117,8 +85,11 @@ def test_checked_pairs_are_remembered_until_a_file_changes(pairs_root, tmp_path,
     check = PairCheck(None, found.pixels)
     monkeypatch.setattr(storage.pairs, "check_pair", lambda *args: calls.append(args) or check)
     remembered = check_pairs(pairs, table, 1, cache)
-    assert calls == [] and remembered.pixels.tolist() == found.pixels.tolist() == [48, 48, 48] + [0] * 253
-    check_pairs(pairs, label_table(2, True), 1, cache)  # other classes: not the same question
+    assert calls == [] and remembered == found and found.pixels == {0: 48, 1: 48, 2: 48}
+    with pytest.raises(ValueError, match="values that are no classes here"):
+        check_pairs(pairs, label_table(1, True), 1, cache)  # other classes, asked of what is remembered
+    assert calls == []
+    survey_pairs(pairs, 1, cache, colours=True)  # not the same question
     assert len(calls) == 3
     os.utime(pairs.label_path(0), ns=(1, 1))
     check_pairs(pairs, table, 1, cache)
@@ -147,72 +118,11 @@ def test_image_that_cannot_be_decoded_is_named_where_it_cannot_be_replaced(pairs
 
 
 def test_data_without_a_labelled_pixel_is_refused(tmp_path):
-    write_pair(tmp_path, "validation", "one", np.zeros((6, 8), dtype=np.uint8))
-    with pytest.raises(ValueError, match="not one pixel has a label"):
+    labels = np.zeros((6, 8), dtype=np.uint8)
+    labels[0, 0] = 255
+    write_pair(tmp_path, "validation", "one", labels)
+    with pytest.raises(ValueError, match=r"(?s)not one pixel has a label.* --label_values '0=NAME,255=NAME'"):
         check_pairs(list_pairs(tmp_path, "validation"), label_table(150, True), 1)
-
-
-def test_palette_label_maps_are_read_as_numbers_not_as_colours(tmp_path):
-    labels = np.array([[0, 1], [150, 255]], dtype=np.uint8)
-    image = Image.fromarray(labels, "P")
-    image.putpalette([value for index in range(256) for value in (255 - index, 0, index)])
-    image.save(tmp_path / "palette.png")
-    assert read_label_map(tmp_path / "palette.png", label_table(150, True)).tolist() == [[255, 0], [149, 255]]
-
-
-# -------------------------------------------------------------------------------- raw samples
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_grey_png_below_8_bits_is_read_as_its_samples(tmp_path, bits):
-    labels = np.arange(48, dtype=np.uint8).reshape(6, 8) % min(2**bits, 100)
-    with (tmp_path / "labels.png").open("wb") as file:
-        png.Writer(8, 6, greyscale=True, bitdepth=bits).write(file, labels.tolist())
-    assert (read_raw_labels(tmp_path / "labels.png") == labels).all()
-
-
-@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
-@pytest.mark.parametrize("bits", [1, 8])
-def test_tiff_is_read_as_its_samples_also_where_white_is_0(tmp_path, bits, photometric):
-    labels = np.arange(48, dtype=np.uint8).reshape(6, 8) % min(2**bits, 100)
-    path = tmp_path / "labels.tif"
-    tifffile.imwrite(path, labels.astype(bool) if bits == 1 else labels, photometric=photometric)
-    assert (tifffile.imread(path) == labels).all()
-    assert (read_raw_labels(path) == labels).all()
-
-
-@pytest.mark.parametrize("photometric", [0, 1])
-@pytest.mark.parametrize("bits", [2, 4])
-def test_tiff_below_8_bits_is_read_as_its_samples(tmp_path, bits, photometric):
-    per_byte, labels = 8 // bits, np.arange(48).reshape(6, 8) % 2**bits
-    shifts = np.arange(per_byte)[::-1] * bits
-    data = (labels.reshape(6, -1, per_byte) << shifts).sum(axis=2).astype(np.uint8).tobytes()
-    tags = {256: 8, 257: 6, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 6, 279: len(data)}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    head = b"II*\0" + struct.pack("<I", 8 + len(data))
-    path = tmp_path / "labels.tif"
-    path.write_bytes(head + data + struct.pack("<H", len(tags)) + entries + bytes(4))
-    assert (read_raw_labels(path) == labels).all()
-
-
-@pytest.mark.parametrize("suffix", ["bmp", "gif", "png", "tif"])
-def test_palettes_and_one_bit_maps_are_read_as_numbers(tmp_path, suffix):
-    labels = np.arange(48, dtype=np.uint8).reshape(6, 8) % 3
-    image = Image.fromarray(labels, "P")
-    image.putpalette([9, 200, 40, 255, 255, 255, 0, 0, 0])
-    image.save(tmp_path / f"palette.{suffix}")
-    assert (read_raw_labels(tmp_path / f"palette.{suffix}") == labels).all()
-    if suffix != "gif":
-        Image.fromarray(labels == 1).save(tmp_path / f"one_bit.{suffix}")
-        assert (read_raw_labels(tmp_path / f"one_bit.{suffix}") == (labels == 1)).all()
-
-
-@pytest.mark.parametrize("mode", ["RGB", "LA", "I;16", "F"])
-def test_maps_of_more_than_one_byte_a_pixel_are_refused(tmp_path, mode):
-    suffix = "tif" if mode == "F" else "png"
-    Image.new(mode, (8, 6)).save(tmp_path / f"labels.{suffix}")
-    with pytest.raises(ValueError, match=r"labels\.\w+ is of mode .*one 8-bit channel"):
-        read_raw_labels(tmp_path / f"labels.{suffix}")
 
 
 # -------------------------------------------------------------------------------- what labels hold
@@ -225,7 +135,7 @@ def survey_training(root: Path, table: np.ndarray) -> PairSurvey:
 def test_labels_are_counted_by_raw_value_and_described(pairs_root):
     table = label_table(4, True)
     found = survey_training(pairs_root, table)
-    assert found.pixels[:3].tolist() == [48, 48, 48] and found.pixels.sum() == 144 and found.note == ""
+    assert found.pixels == {0: 48, 1: 48, 2: 48} and found.note == ""
     assert count_classes(found.pixels, table, 4).tolist() == [48, 48, 0, 0]
     text = describe_labels(found.pixels, table, ["car", "road", "tree", "sky"])
     assert text == "2 of 4 classes occur: car 50.0%, road 50.0%; never: tree, sky; 33.3% of the pixels are ignored"
@@ -235,8 +145,8 @@ def test_labels_are_counted_by_raw_value_and_described(pairs_root):
 @pytest.mark.parametrize(
     ("values", "ignore_zero", "advice"),
     [
-        ((0, 255), False, r"0 on 75\.0%, 255 on 25\.0% of the pixels; 255 is ignored\. If 255 is a class, write"),
-        ((0, 1), True, r"0 is ignored\. If 0 is a class, give --no-ignore_zero"),
+        ((0, 255), False, r"0 on 75\.0%, 255 on 25\.0% .*; 255 is ignored\. .* give --label_values 0=NAME,255=NAME$"),
+        ((0, 1), True, r"; 0 is ignored\. If all are classes, give --label_values 0=NAME,1=NAME$"),
         ((0, 0), False, r"Raw label values: 0 on 100\.0% of the pixels$"),
     ],
 )
@@ -359,7 +269,7 @@ def test_pairs_of_images_in_their_own_units_are_checked_by_their_shapes(tmp_path
 
 def test_cases_of_label_values_from_practice(cases):
     pairs, table = list_pairs(cases / "mask_0_255" / "data", "training"), label_table(2, False)
-    with pytest.raises(ValueError, match=r"only one of --num_classes 2 occurs.*255 is ignored\. If 255 is a class"):
+    with pytest.raises(ValueError, match=r"only one of --num_classes 2 .*255 is ignored\. .* give --label_values"):
         refuse_one_class(check_pairs(pairs, table, 1).pixels, table, 2, "folder")
     pairs = list_pairs(cases / "mask_4bit" / "data", "training")
     for index in range(len(pairs)):
@@ -377,28 +287,128 @@ def test_rotated_bands_lie_as_they_are_stored_where_the_split_says_so(tmp_path):
         assert (values // 10 == read_raw_labels(found.label_path(index))).all()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_bmp_label_map_of_two_colours_that_pillow_misreads_is_refused(tmp_path, bits):
-    labels = np.random.default_rng(0).integers(0, 2, (13, 16), dtype=np.uint8)
-    rows = labels[::-1] if bits == 8 else (labels[::-1, ::2] << 4 | labels[::-1, 1::2]).astype(np.uint8)
-    pixels, palette = rows.tobytes(), bytes(4) + b"\xff\xff\xff\0"
-    info = struct.pack("<IiiHHIIiiII", 40, 16, 13, 1, bits, 0, len(pixels), 0, 0, 2, 2)
-    place = 14 + len(info) + len(palette)
-    head = struct.pack("<2sIHHI", b"BM", place + len(pixels), 0, 0, place)
-    (tmp_path / "labels.bmp").write_bytes(head + info + palette + pixels)
-    assert (cv2.imread(str(tmp_path / "labels.bmp"), cv2.IMREAD_GRAYSCALE) == labels * 255).all()
-    with pytest.raises(ValueError, match=rf"labels\.bmp.* is a BMP of {bits} bits with two colours: save it as PNG"):
-        read_raw_labels(tmp_path / "labels.bmp")
-    with pytest.raises(ValueError, match="with two colours"):
-        read_image(tmp_path / "labels.bmp")
+def test_values_that_are_no_classes_are_counted_and_the_way_out_is_named(pairs_root, tmp_path):
+    stray = np.zeros((6, 8), dtype=np.uint8)
+    stray[0, :3] = 7
+    write_pair(pairs_root, "training", "stray", stray)
+    pairs, cache = list_pairs(pairs_root, "training"), ListCache(tmp_path / "cache")
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(ValueError, match="are no classes here") as error:
+            check_pairs(pairs, label_table(1, True), 1, cache)
+        lines = str(error.value).splitlines()
+        assert lines[0].endswith(
+            "annotations/training have values that are no classes here; allowed are 0 to 1, 255. Found:"
+        )
+        assert lines[1:3] == [
+            "  2 on 48 pixels (25.00%), such as in scene_2.png",
+            "  7 on 3 pixels (1.56%), such as in stray.png",
+        ]
+        assert "--label_values VALUE=NAME,..." in lines[3] and lines[3].endswith("'...,2=ignore,7=ignore'")
+    table = label_table(2, False, parse_label_values("0=sky,1=sea,2=ignore,7=ignore"))
+    found = check_pairs(pairs, table, 1, cache)
+    assert count_classes(found.pixels, table, 2).tolist() == [93, 48]
 
 
-def test_tiff_label_map_that_is_lossy_or_signed_is_refused(tmp_path):
-    Image.new("L", (16, 16), 3).save(tmp_path / "lossy.tif", compression="jpeg")
-    tifffile.imwrite(tmp_path / "signed.tif", np.full((6, 8), -1, np.int8))
-    for name, words in (
-        ("lossy", "is compressed as .*, which makes up class numbers"),
-        ("signed", "has signed samples"),
+@pytest.mark.parametrize(
+    ("values", "num_classes", "ignored", "words"),
+    [
+        ((0, 1), 2, False, "0 covers 41.0% of the pixels and is a class, because no value reaches 2; --ignore_zero"),
+        ((0, 3, 255), 4, False, "0 covers 41.0% of the pixels and is a class"),
+        (
+            (0, 2),
+            2,
+            True,
+            "0 covers 41.0% of the pixels and is ignored, because values reach 2: 1 to 2 are the classes",
+        ),
+        ((1, 2), 2, True, "0 does not occur and is ignored, because values reach 2"),
+        ((1, 2), 3, False, "0 does not occur and is a class, because no value reaches 3"),
+    ],
+)
+def test_values_that_occur_decide_whether_0_is_ignored(values, num_classes, ignored, words):
+    pixels = dict(zip(values, (41, 50, 9) if len(values) == 3 else (41, 59), strict=True))
+    found, reason = choose_ignore_zero(PairSurvey(None, pixels, {}, ""), num_classes)
+    assert found is ignored and reason.startswith(words)
+
+
+def test_values_beyond_the_classes_are_refused_with_the_way_out(pairs_root):
+    write_pair(pairs_root, "training", "stray", np.full((6, 8), 9, dtype=np.uint8))
+    survey = survey_pairs(list_pairs(pairs_root, "training"), 1)
+    with pytest.raises(ValueError, match="do not fit --num_classes 2, whose classes are 0 to 1, or 1 to 2") as error:
+        choose_ignore_zero(survey, 2)
+    assert "  9 on 48 pixels (25.00%), such as in stray.png" in str(error.value).splitlines()
+
+
+# -------------------------------------------------------------------------------- layouts
+
+
+def write_files(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 6)).save(root / name)
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "layout"),
+    [
+        ("img_dir/train/{}.jpg", "ann_dir/train/{}.png", {}),
+        ("images/train/{}.jpg", "masks/train/{}.png", {}),
+        ("train/images/{}.png", "train/masks/{}.png", {}),
+        ("train/images/{}.png", "train/labels/{}_m.png", dict(label_suffix="_m")),
+        ("images/{}.jpg", "masks/{}_mask.png", dict(label_suffix="_mask")),
+        ("train/{}_img.png", "train/{}_mask.png", dict(image_suffix="_img", label_suffix="_mask")),
+        ("train/{}.jpg", "train/{}_mask.png", dict(label_suffix="_mask")),
+        ("train/{}.jpg", "train/{}.png", dict(label_suffix=".png")),
+        ("{}_img.png", "{}_mask.png", dict(image_suffix="_img", label_suffix="_mask")),
+        ("x/{}.png", "y/{}.png", dict(image_folder="x", label_folder="y")),
+        ("a/train/x/{}.png", "a/train/y/{}.png", dict(image_folder="a/{split}/x", label_folder="a/{split}/y")),
+        (
+            "leftImg8bit/train/ulm/{}_leftImg8bit.png",
+            "gtFine/train/ulm/{}_gtFine_labelIds.png",
+            dict(image_folder="leftImg8bit", label_folder="gtFine")
+            | dict(image_suffix="_leftImg8bit", label_suffix="_gtFine_labelIds"),
+        ),
+    ],
+)
+def test_layouts_that_people_have_are_paired(tmp_path, image, label, layout):
+    for stem in ("one", "two"):
+        write_files(tmp_path, image.format(stem), label.format(stem))
+    pairs = list_pairs(tmp_path, "training", PairLayout(**layout))
+    found = [[os.path.relpath(path(i), tmp_path) for i in range(2)] for path in (pairs.path, pairs.label_path)]
+    assert found == [[name.format(stem) for stem in ("one", "two")] for name in (image, label)]
+    assert len(pairs) == 2 and pairs.notes == ()
+    with pytest.raises(FileNotFoundError, match="not there; expected"):
+        list_pairs(tmp_path, "validation", PairLayout(**layout))
+    for name in (image, label) if "train" in image else ():
+        write_files(tmp_path, name.replace("train", "val").format("three"))
+        if name == label:
+            assert len(list_pairs(tmp_path, "validation", PairLayout(**layout))) == 1
+
+
+def test_both_sides_without_a_partner_are_named_and_what_a_suffix_leaves_out(tmp_path):
+    write_files(tmp_path, "images/train/a_img.png", "images/train/b_img.png", "masks/train/a_mask.png")
+    write_files(tmp_path, "masks/train/c_mask.png", "masks/train/a_colour.png")
+    with pytest.raises(FileNotFoundError) as error:
+        list_pairs(tmp_path, "training")
+    said = str(error.value)
+    assert "training: no label map for a_img.png, b_img.png; no image for a_colour.png, a_mask.png, c_mask.png;" in said
+    assert "; 0 pairs found; expected" in said and "--label_suffix _mask" in said
+    layout = PairLayout(image_suffix="_img", label_suffix="_mask")
+    with pytest.raises(
+        FileNotFoundError, match=r"no label map for b_img\.png; no image for c_mask\.png; 1 pairs found"
     ):
-        with pytest.raises(ValueError, match=rf"{name}\.tif {words}"):
-            read_raw_labels(tmp_path / f"{name}.tif")
+        list_pairs(tmp_path, "training", layout)
+    (tmp_path / "images/train/b_img.png").unlink()
+    (tmp_path / "masks/train/c_mask.png").unlink()
+    pairs = list_pairs(tmp_path, "training", layout)
+    assert pairs.notes == ("1 files do not end in _mask: a_colour.png",)
+    assert pairs.describe() == f"1 pairs in {tmp_path}/images/train, label maps in {tmp_path}/masks/train"
+
+
+def test_folders_that_may_be_meant_in_two_ways_are_refused_until_said(tmp_path):
+    write_files(tmp_path, *(f"{kind}/train/a.png" for kind in ("images", "masks", "labels")))
+    with pytest.raises(ValueError, match="images/train with masks/train and images/train with labels/train; say which"):
+        list_pairs(tmp_path, "training")
+    pairs = list_pairs(tmp_path, "training", PairLayout("images", "masks"))
+    assert pairs.label_path(0).endswith("masks/train/a.png")
+    with pytest.raises(ValueError, match=r"both lie in .*images/train: give --label_suffix"):
+        list_pairs(tmp_path, "training", PairLayout("images", "images", "_x", "_x"))

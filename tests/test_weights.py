@@ -123,6 +123,7 @@ def test_paths_among_the_arguments_of_a_training_are_let_in(tmp_path, monkeypatc
         ({"config": {"img_size": [16, 16, 16]}}, "img_size in .* one or two whole numbers"),
         ({"config": {"norm_pix_loss": 1}}, "norm_pix_loss in .* true or false, not 1"),
         ({"config": {"hidden_size": 32}}, r"hidden_size in .*config\.json is no size of a model here"),
+        ({"label_values": {"red": "a"}}, "label_values in .* null, or names by label value or colour"),
         ({"class_names": 3}, "class_names in .* a list of texts, not 3"),
         ({"class_names": [1, 2]}, "class_names in .* a list of texts"),
         ({"image_mean": 0.5}, "image_mean in .* a list of numbers"),

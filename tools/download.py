@@ -30,8 +30,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from storage.files import beside, escape, open_regular, publish, read_json, remove, user_path, write_json
+from storage.labels import read_label_map
 from storage.lists import contents
-from storage.pairs import read_label_map
 from storage.transfer import Part, check_disk, fetch, private_folder
 
 # What unpacking raises for damage, and RuntimeError for a password or an unknown compression.

@@ -2,14 +2,14 @@
 
     python tools/segment.py --checkpoint work_dir/ADE20K_UperNet/best_checkpoint IMAGE_OR_FOLDER... --output FOLDER
 
-The label PNGs hold class numbers as the training's label maps do (with ADE20K 1 to 150).
+The label PNGs hold what the training's label maps do: class numbers (with ADE20K 1 to 150), or the values or colours
+of --label_values.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as tvf
@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import load_segmenter
 from storage import explained_errors
 from storage.files import user_path
+from storage.labels import LABEL_COLOURS, raw_labels
 from storage.lists import scan_images
-from storage.pairs import LABEL_COLOURS
 from storage.values import ImageReader, fill_values
 from upernet import predict
 from utils import colour_classes, draw_legend, show_values
@@ -82,8 +82,7 @@ def main(args: argparse.Namespace) -> None:
         classes = predict(model, [image.to(args.device)], normalize=reader.normalize, **options)[0].cpu()  # (H, W)
         counts = torch.bincount(classes.flatten(), minlength=len(names))
         shown = [k for k in counts.argsort(descending=True, stable=True).tolist() if counts[k]][:SHOWN_CLASSES]
-        labels = (classes + record["ignore_zero"]).numpy().astype(np.uint8)
-        Image.fromarray(labels).save(args.output / f"{name}_labels.png")
+        Image.fromarray(raw_labels(classes.numpy(), record)).save(args.output / f"{name}_labels.png")
         overlay_file = args.output / f"{name}_overlay.png"
         if reader.values:
             image = show_values([image[None]], args.show_channels)[0][0].clip(0, 1) * 255

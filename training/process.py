@@ -22,8 +22,11 @@ from storage.bands import describe_depth, describe_pages, value_percentiles
 from storage.console import protect_output
 from storage.decoding import CHANNEL_MODES
 from storage.demo import write_demo_data
+from storage.labels import describe_labels, has_colours, label_table, refuse_one_class
 from storage.lists import FileList, ListCache, check_same_classes, find_splits, list_images, refuse_inside
-from storage.pairs import PairList, PairSurvey, check_pairs, describe_labels, label_table, list_pairs, refuse_one_class
+from storage.packs import is_packed
+from storage.pair_folders import SPLIT_NAMES, PairLayout, find_pair_folders
+from storage.pairs import PairList, PairSurvey, check_values, choose_ignore_zero, list_pairs, survey_pairs
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends, however that ends
@@ -202,17 +205,19 @@ def list_probe_files(accelerator: Accelerator, args: argparse.Namespace) -> list
 
 
 def list_pairs_of(accelerator: Accelerator, split: str, args: argparse.Namespace) -> PairList:
-    """Pair images and label maps of a split; without a validation folder --val_fraction draws it from training/."""
-    root = Path(args.path_to_data)
-    places = [root / part / "validation" for part in ("", "images", os.path.join("ADEChallengeData2016", "images"))]
-    found = next(filter(Path.is_dir, places), None)
-    if found is None and args.val_fraction:
-        return hold_out(accelerator, list_pairs(root, "training"), args)[split == "validation"]
-    if found is None and split == "validation" and any(place.with_name("training").is_dir() for place in places):
+    """Pair images and label maps of a split; without a validation folder --val_fraction draws it from training's."""
+    root = Path(args.path_to_data).resolve()
+    layout = PairLayout(args.image_folder, args.label_folder, args.image_suffix, args.label_suffix)
+    held_out = root / "validation" if is_packed(root / "validation") else None
+    if held_out is None and (folders := find_pair_folders(root, "validation", layout)) is not None:
+        held_out = folders.root / folders.images
+    if held_out is not None:
+        refuse_second_split(held_out, args)
+    elif args.val_fraction and split in SPLIT_NAMES:
+        return hold_out(accelerator, list_pairs(root, "training", layout), args)[split == "validation"]
+    elif split == "validation" and find_pair_folders(root, "training", layout) is not None:
         raise FileNotFoundError(f"{root} has no validation pairs: add them, or draw some by --val_fraction 0.1")
-    if found is not None:
-        refuse_second_split(found, args)
-    return list_pairs(root, split)
+    return list_pairs(root, split, layout)
 
 
 def list_checked_pairs(
@@ -221,19 +226,28 @@ def list_checked_pairs(
     """Pair the images and label maps of a split, "training" or another, check that all can be used, and say so.
 
     `rotate` tells whether label maps lie on images as turned by their rotation flags, where no pair of the split does.
+    Where nobody says whether 0 is ignored, the values of the training label maps decide (args.ignore_zero).
     """
     pairs = list_pairs_of(accelerator, split, args)
     if split == "training":
         choose_value_range(accelerator, args, pairs)
     accelerator.print(f"{'checking':<16}{pairs.describe()}")
-    table, num_threads = label_table(args.num_classes, args.ignore_zero), cap_workers(args.num_workers)
+    for note in pairs.notes:
+        accelerator.print(f"{'left out':<16}{note}")
     decode = split != "training"  # where an image that cannot be decoded is not replaced by another
     how = dict(decode=decode, rotate=rotate, channels=args.input_channels, own_units=args.value_range is not None)
+    table = label_table(args.num_classes, bool(args.ignore_zero), args.label_values)
+    how |= dict(colours=has_colours(table))
     with accelerator.local_main_process_first():
-        survey = check_pairs(pairs, table, num_threads, list_cache(accelerator, args), **how)
+        survey = survey_pairs(pairs, cap_workers(args.num_workers), list_cache(accelerator, args), **how)
+    lines = {}
+    if args.ignore_zero is None:
+        args.ignore_zero, lines["label value 0"] = choose_ignore_zero(survey, args.num_classes)
+        table = label_table(args.num_classes, args.ignore_zero)
+    check_values(survey, table)
     if split == "training":
-        refuse_one_class(survey.pixels, table, args.num_classes, os.path.dirname(pairs.label_path(0)))
-    lines = {"labels": describe_labels(survey.pixels, table, args.class_names)}
+        refuse_one_class(survey.pixels, table, args.num_classes, pairs.folder_of(pairs.label_maps))
+    lines["labels"] = describe_labels(survey.pixels, table, args.class_names)
     print_lines(accelerator, lines | ({"rotation": survey.note} if survey.note else {}))
     return survey
 

@@ -31,8 +31,9 @@ from model import MAEConfig, ViTMAEForPreTraining, load_pretrained_mae
 from storage import decoding
 from storage.decoding import DECODE_ERRORS, read_image
 from storage.files import checksum_of
+from storage.labels import label_table, read_label_map
 from storage.lists import ListCache, list_images
-from storage.pairs import label_table, list_pairs, read_label_map
+from storage.pairs import list_pairs
 from tools import pack_dataset
 from training.checkpoints import Checkpoints, resume
 from training.states import find_checkpoints, find_damage, newest_whole_checkpoint
