@@ -7,10 +7,10 @@ NAMES = {
     "storage.console": "explained_errors",
     "storage.decoding": "describe_decoder",
     "storage.demo": "DEMO_LABEL_NAMES",
-    "storage.files": "read_text rename_aside write_json write_rows",
+    "storage.files": "escape read_text rename_aside write_json write_rows",
     "storage.lists": "FileList as_text check_same_classes find_splits find_validation list_images refuse_inside",
     "storage.pairs": """ADE20K_CLASS_NAMES ADE20K_NUM_CLASSES IGNORE_INDEX LABEL_COLOURS PairList check_pairs
-        label_table list_pairs""",
+        label_table list_pairs read_label_map""",
     "storage.weights": "find_weights read_state_dict",
 }
 HOMES = {name: module for module, names in NAMES.items() for name in names.split()}
