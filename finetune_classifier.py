@@ -122,6 +122,7 @@ DEMO_RECIPE = dict(
 DEMO_SCRATCH_RECIPE = dict(layer_decay=1.0)
 PROBE_MOMENTUM = 0.9
 NUM_PICTURES = 8
+CAPTION_WIDTH = 240  # pixels up to which a picture makes room for the names of classes
 RECIPES = ("tutorial", "paper", "small")
 BASE = "mae_vit_base_patch16"
 FLAGS = {
@@ -443,7 +444,7 @@ def build_model(num_classes: int, args: argparse.Namespace) -> tuple[ViTMAEForIm
     origin = "from scratch"
     if args.path_to_pretrained_mae_weights is not None:
         loaded = load_pretrained_encoder(model, args.path_to_pretrained_mae_weights)
-        origin = f"{loaded.describe()}, from {args.path_to_pretrained_mae_weights}"
+        origin = f"{loaded.describe()}, from {storage.find_weights(args.path_to_pretrained_mae_weights)}"
     if args.linear_probe:
         model.requires_grad_(False)
         model.head.requires_grad_(True)
@@ -628,13 +629,13 @@ def draw_predictions(
     with utils.evaluating(model), accelerator.autocast():
         probabilities, answers = model(images).float().softmax(dim=1).max(dim=1)
     names = [utils.describe_class(name) for name in data.files.classes]
-    title = "validation images, and what they are taken for"
+    title = "validation images, what they are, and what they are taken for"
     captions = [
-        f"{'right' if answer == sample.label else 'wrong'}: {names[answer]} {probability:.0%}"
+        f"true: {names[sample.label]}\nis: {names[answer]} {100 * probability:.0f} %"
         for sample, answer, probability in zip(samples, answers.tolist(), probabilities.tolist(), strict=True)
     ]
     panels = utils.show_values([dataset.denormalize(images, args.mean, args.std)], args.show_channels)
-    return utils.draw_rows({title: panels[0]}, {title: captions})
+    return utils.draw_rows({title: panels[0]}, {title: captions}, caption_width=CAPTION_WIDTH)
 
 
 def describe(

@@ -81,6 +81,7 @@ DEMO_RECIPE = dict(
 ADAM_BETAS = (0.9, 0.999)
 WARMUP_STEPS = 1500
 NUM_PICTURES = 4
+CANDIDATES, VISIBLE_SHARE = 64, 0.01  # label maps that pictures are chosen from; least share of a class that counts
 PICTURE_SIDE = 256
 LEGEND_NAMES = 24
 EVALUATIONS = 10  # in a run, where --eval_interval does not say otherwise
@@ -335,8 +336,30 @@ def build_tables(confusion: utils.ConfusionMatrix, names: list[str]) -> dict[str
     return {"per_class.tsv": table, "confusion.tsv": training.confusion_rows(counts, names)}
 
 
+def choose_samples(data: dataset.ADE20KDataset, count: int) -> list[dataset.Sample]:
+    """Give images for pictures that show many classes: each adds the most that those before it do not show.
+
+    Chosen among CANDIDATES label maps spread over the data set, by the classes that fill a visible part of them. Of
+    those that add as many the one farthest from those before is taken, as neighbours may be frames of one film.
+    """
+    spacing, shown, classes = max(1, len(data) // CANDIDATES), set(), {}
+    for index in range(0, len(data), spacing)[:CANDIDATES]:
+        labels = storage.read_label_map(data.files.label_file(index), data.table)
+        counts = torch.bincount(torch.from_numpy(labels).flatten(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
+        classes[index] = set((counts > VISIBLE_SHARE * labels.size).nonzero()[:, 0].tolist())
+    chosen = []
+
+    def worth(index: int) -> tuple[int, int]:
+        return len(classes[index] - shown), min((abs(index - other) for other in chosen), default=0)
+
+    while classes and len(chosen) < count:
+        chosen.append(max(classes, key=worth))
+        shown |= classes.pop(chosen[-1])
+    return [data[dataset.SampleKey(dataset.EVAL_EPOCH, index)] for index in chosen]
+
+
 def draw_predictions(
-    accelerator: Accelerator, model: ViTMAEForSegmentation, data: dataset.ADE20KDataset, args: argparse.Namespace
+    accelerator: Accelerator, model: ViTMAEForSegmentation, samples: list[dataset.Sample], args: argparse.Namespace
 ) -> Image.Image | None:
     """Draw validation images, their label maps and the model's, with the names of the classes that fill most of them.
 
@@ -344,30 +367,29 @@ def draw_predictions(
     """
     if not accelerator.is_main_process and accelerator.distributed_type not in training.SHARDING:
         return None
-    samples = dataset.pick_samples(data, NUM_PICTURES)
     with utils.evaluating(model), accelerator.autocast():
         answers = label_images(model, [sample.image.to(accelerator.device) for sample in samples], args)
     answers = [answer.cpu() for answer in answers]
     if not accelerator.is_main_process:
         return None
 
-    def fit(picture: Tensor) -> Tensor:
-        """Put a picture (C, H, W) into a square, its ratio kept, on grey."""
-        size = fit_within(*picture.shape[-2:], PICTURE_SIDE, PICTURE_SIDE)
-        picture = F.interpolate(picture[None].float(), size, mode="nearest")[0]
-        return F.pad(picture, (0, PICTURE_SIDE - size[1], 0, PICTURE_SIDE - size[0]), value=0.8)
+    def fit(picture: Tensor, mode: str = "nearest") -> Tensor:
+        """Resize a picture (C, H, W) to the height of the others; a very wide one becomes less high."""
+        height, width = fit_within(*picture.shape[-2:], 2 * PICTURE_SIDE, PICTURE_SIDE)
+        smooth = {} if mode == "nearest" else dict(antialias=True)
+        return F.interpolate(picture[None].float(), (height, width), mode=mode, **smooth)[0]
 
     labels = [sample.label.long() for sample in samples]
     scale = 255 if args.show_channels is None else 1
     images = [utils.show_values([sample.image[None] / scale], args.show_channels)[0][0] for sample in samples]
     rows = {
-        "image" + utils.describe_channels(args.show_channels): torch.stack([fit(image) for image in images]),
-        "label (black is ignored)": torch.stack([fit(utils.colour_classes(label, LABEL_COLOURS)) for label in labels]),
-        "prediction": torch.stack([fit(utils.colour_classes(answer, LABEL_COLOURS)) for answer in answers]),
+        "image" + utils.describe_channels(args.show_channels): [fit(image, "bilinear") for image in images],
+        "label (black is ignored)": [fit(utils.colour_classes(label, LABEL_COLOURS)) for label in labels],
+        "prediction": [fit(utils.colour_classes(answer, LABEL_COLOURS)) for answer in answers],
     }
-    picture = utils.draw_rows(rows)
-    shown = torch.cat([x.flatten() for x in (*answers, *labels)])
-    counts = torch.bincount(shown[shown != IGNORE_INDEX], minlength=args.num_classes)
+    picture = utils.draw_rows(rows, min_side=1)
+    pixels = torch.cat([x.flatten() for x in (*answers, *labels)])
+    counts = torch.bincount(pixels[pixels != IGNORE_INDEX], minlength=args.num_classes)
     order = [k for k in counts.argsort(descending=True, stable=True).tolist() if counts[k]]
     names = {args.class_names[k]: tuple(LABEL_COLOURS[k]) for k in order[:LEGEND_NAMES]}
     if len(order) > LEGEND_NAMES:
@@ -464,7 +486,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     model, origin = build_model(args), "from scratch"
     if not args.from_scratch:
         loaded = load_pretrained_encoder(model.backbone, args.path_to_backbone_checkpoint)
-        origin = f"{loaded.describe()}, from {args.path_to_backbone_checkpoint}"
+        origin = f"{loaded.describe()}, from {storage.find_weights(args.path_to_backbone_checkpoint)}"
 
     # Data: augmentation, drop path and dropout are functions of (seed, epoch, index)
     survey = training.list_checked_pairs(accelerator, "training", args)
@@ -477,6 +499,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     sampler = dataset.StepSampler(len(train_data), **stepping)
     loader = dataset.build_training_loader(train_data, sampler, **workers)
     val_loader = dataset.build_eval_loader(val_data, collate_fn=dataset.collate_lists, **loading)
+    shown = choose_samples(val_data, NUM_PICTURES)
     total_steps = args.iterations if args.epochs is None else args.epochs * sampler.steps_per_epoch
     num_epochs = math.ceil(total_steps / sampler.steps_per_epoch)
     warmup_steps = choose_warmup(args, sampler.steps_per_epoch, total_steps)
@@ -545,7 +568,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                 training.broadcast_buffers(accelerator, bare_model)
                 confusion = evaluate(accelerator, bare_model, run.watch(val_loader), args)
                 figures = confusion.figures()
-                run.keep_picture("predictions", draw_predictions(accelerator, bare_model, val_data, args))
+                run.keep_picture("predictions", draw_predictions(accelerator, bare_model, shown, args))
                 tables = build_tables(confusion, args.class_names) if accelerator.is_main_process else {}
                 scored = {"epoch": epoch + 1, "testing": figures} | selection
                 if run.keep_best(bare_model, figures["testing_miou"], scored) and accelerator.is_main_process:

@@ -14,6 +14,7 @@ This code at that size: not run yet.
 """
 
 import argparse
+import itertools
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -242,15 +243,28 @@ def probe(
 
 
 def draw_reconstructions(
-    accelerator: Accelerator, model: ViTMAEForPreTraining, batch: dataset.Batch, args: argparse.Namespace
+    accelerator: Accelerator,
+    model: ViTMAEForPreTraining,
+    samples: list[dataset.Sample],
+    data: dataset.ImageDataset,
+    step: int,
+    args: argparse.Namespace,
 ) -> Image.Image:
     """Draw rows of original, masked, reconstruction, and reconstruction with the visible patches pasted in."""
-    images = dataset.normalize(batch.images.to(accelerator.device), args.mean, args.std)
+    batch = dataset.collate(samples)
+    pixels = batch.images.to(accelerator.device)
+    images = dataset.normalize(pixels, args.mean, args.std)
+    valid = dataset.patches_with_data(pixels, model.config.patch_size)
     with utils.evaluating(model), accelerator.autocast():
-        _, pred, mask = model(images, args.mask_ratio, batch.noise.to(accelerator.device))
+        loss, pred, mask = model(images, args.mask_ratio, batch.noise.to(accelerator.device), valid=valid)
     panels = [dataset.denormalize(x, args.mean, args.std) for x in (images, *model.reconstruct(images, pred, mask))]
-    titles = utils.reconstruction_titles(args.mask_ratio, args.norm_pix_loss, args.show_channels)
-    return utils.draw_rows(dict(zip(titles, utils.show_values(panels, args.show_channels), strict=True)))
+    panels = utils.show_values(panels, args.show_channels)
+    panels[2] = utils.hide_visible(panels[2], mask, model.config.grid_size)
+    look = args.mask_ratio, args.norm_pix_loss, args.show_channels
+    titles = utils.reconstruction_titles(*look, loss=loss.item(), step=step)
+    paths = ["another for a bad file" if s.bad_files else data.files.path(s.key.index) for s in samples]
+    names = [storage.escape(Path(path).name, also_bytes=True) for path in paths]
+    return utils.draw_rows(dict(zip(titles, panels, strict=True)), {titles[0]: names})
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -284,7 +298,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         for files in (training.list_probe_files(accelerator, args) if args.probe_every else ())
     ]
     probe_loaders = [dataset.build_eval_loader(data, **loading) for data in probe_data]
-    shown = dataset.collate(dataset.pick_samples(eval_data, NUM_PICTURES))
+    shown = dataset.pick_samples(eval_data, NUM_PICTURES)
 
     # Model and optimizer; cls_token and mask_token are decayed, as in the original release
     model = ViTMAEForPreTraining(config, custom_weight_init=args.custom_weight_init)
@@ -311,7 +325,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     plan = training.Plan(sampler, train_files, args.epochs, total_steps, record, identity, "--init_from")
     figures: dict[str, float] = {}
     with training.Run(accelerator, start, args, plan, model=model) as run:
-        run.bad_files.note(shown.bad_files)
+        run.bad_files.note(itertools.chain(*(sample.bad_files for sample in shown)))
         for epoch in run.epochs():
             for batch in run.batches(loader):
                 pixels = batch.images.to(device, non_blocking=True)  #          (N, C, H, W)
@@ -351,7 +365,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             if probes:
                 found = found | probe(accelerator, bare_model, list(map(run.watch, probe_loaders)), probe_data, args)
             if saves:
-                run.keep_picture("reconstructions", draw_reconstructions(accelerator, bare_model, shown, args))
+                picture = draw_reconstructions(accelerator, bare_model, shown, eval_data, run.step, args)
+                run.keep_picture("reconstructions", picture)
             run.finish_epoch(found, save=saves, for_good=saves)
         run.finish()
         if not figures and eval_loader:  # a finished run that was started again

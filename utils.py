@@ -5,13 +5,15 @@ Nothing here knows a network, a data set or a run; the training loops are in the
 
 import contextlib
 import functools
+import itertools
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import ImageNetInfo
@@ -266,42 +268,77 @@ def knn_classify(
 # ------------------------------------------------------------------------------------------------ pictures
 
 
+TITLE_HEIGHT, LINE_HEIGHT = 20, 18
+CAPTION_GAP = 8  # pixels between the captions of neighbours, and below them
+
+
 def draw_rows(
-    rows: Mapping[str, Tensor],
+    rows: Mapping[str, Sequence[Tensor]],
     captions: Mapping[str, list[str]] | None = None,
     *,
     min_side: int = 128,
     margin: int = 4,
+    caption_width: int = 0,
 ) -> Image.Image:
-    """Draw titled rows of images, each (N, C, H, W) with 0 black and 1 white; small images are enlarged.
+    """Draw titled rows of images, each (C, H, W) with 0 black and 1 white; small images are enlarged, all alike.
 
-    One channel is drawn grey, more than three show their first three. `captions` give every image of a row a line
-    below it, cut to the image's width.
+    One channel is drawn grey, more than three show their first three. `captions` give the images of a row a text below
+    them, of one or several lines. A column is as wide as its images, or up to `caption_width` where a line needs it;
+    longer lines are cut in the middle.
     """
-    height, width = next(iter(rows.values())).shape[-2:]
-    zoom = max(1, math.ceil(min_side / min(height, width)))
-    height, width = height * zoom, width * zoom
-    font = ImageFont.load_default(size=14)
-    title_height, columns = 20, max(len(images) for images in rows.values())
-    caption_height = 20 if captions else 0
-    row_height = title_height + height + caption_height + margin
+    font, captions = ImageFont.load_default(size=14), captions or {}
+    first = next(iter(rows.values()))
+    zoom = max(1, math.ceil(min_side / max(min(image.shape[-2:]) for image in first)))
+    lines = {title: [text.split("\n") for text in texts] for title, texts in captions.items()}
+    widths = []
+    for column in range(max(len(images) for images in rows.values())):
+        below = itertools.chain(*(itertools.chain(*texts[column : column + 1]) for texts in lines.values()))
+        needed = map(font.getlength, below)
+        image_width = max(images[column].shape[-1] * zoom for images in rows.values() if column < len(images))
+        widths.append(max(image_width, min(caption_width, math.ceil(max(needed, default=0)) + CAPTION_GAP)))
+    heights = {title: max(image.shape[-2] for image in images) * zoom for title, images in rows.items()}
+    caption_heights = {title: max(map(len, lines.get(title, [[]]))) * LINE_HEIGHT for title in rows}
+    caption_heights |= {title: caption_heights[title] + CAPTION_GAP for title in lines}
+    row_heights = {title: TITLE_HEIGHT + heights[title] + caption_heights[title] + margin for title in rows}
     longest_title = math.ceil(max(font.getlength(title) for title in rows))
-    canvas_width = max(columns * (width + margin), longest_title + margin) + margin
-    canvas = Image.new("RGB", (canvas_width, len(rows) * row_height + margin), "white")
-    draw = ImageDraw.Draw(canvas)
-    for row, (title, images) in enumerate(rows.items()):
-        top = margin + row * row_height
+    canvas_width = max(sum(widths) + margin * len(widths), longest_title + margin) + margin
+    canvas = Image.new("RGB", (canvas_width, sum(row_heights.values()) + margin), "white")
+    draw, top = ImageDraw.Draw(canvas), margin
+    for title, images in rows.items():
         draw.text((margin, top), title, fill="black", font=font)
-        for column, image in enumerate(to_uint8(images)):
-            picture = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
-            left = margin + column * (width + margin)
-            canvas.paste(picture, (left, top + title_height))
-            if captions:
-                text = captions[title][column]
-                while font.getlength(text) > width:
-                    text = text[:-1]
-                draw.text((left, top + title_height + height + 2), text, fill="black", font=font)
+        for column, image in enumerate(images):
+            left = margin + sum(widths[:column]) + column * margin
+            picture = Image.fromarray(to_uint8(image[None])[0])
+            size = picture.width * zoom, picture.height * zoom
+            canvas.paste(picture.resize(size, Image.Resampling.NEAREST), (left, top + TITLE_HEIGHT))
+            for number, line in enumerate(lines[title][column] if title in lines else ()):
+                place = left, top + TITLE_HEIGHT + heights[title] + 2 + number * LINE_HEIGHT
+                draw.text(place, cut_middle(line, widths[column] - CAPTION_GAP, font), fill="#404040", font=font)
+        top += row_heights[title]
     return canvas
+
+
+def cut_middle(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
+    """Give a text as it is where it fits into `width` pixels, else as much of its beginning and its end as does."""
+    kept = len(text)
+    shown = text
+    while kept and font.getlength(shown) > width:
+        kept -= 1
+        shown = text[: kept - kept // 2] + "…" + text[len(text) - kept // 2 :]
+    return shown
+
+
+GREY = 0.5
+
+
+def hide_visible(panel: Tensor, mask: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Paint the visible patches of pictures (N, C, H, W) grey, where no training taught a model what to say.
+
+    `mask` (N, L) is 1 where a patch was removed.
+    """
+    removed = mask.to(panel.device).view(-1, 1, *grid_size).float()
+    removed = F.interpolate(removed, panel.shape[-2:], mode="nearest")  # (N, 1, H, W)
+    return panel.where(removed > 0, GREY)
 
 
 def show_values(panels: list[Tensor], channels: list[int] | None) -> list[Tensor]:
@@ -344,9 +381,20 @@ def draw_legend(names: Mapping[str, tuple[int, int, int]], width: int) -> Image.
     return canvas
 
 
-def reconstruction_titles(mask_ratio: float, norm_pix_loss: bool, channels: list[int] | None = None) -> list[str]:
-    """Name the four rows of a reconstruction picture; `channels` as for `show_values`."""
-    answer = "reconstruction"
+def reconstruction_titles(
+    mask_ratio: float,
+    norm_pix_loss: bool,
+    channels: list[int] | None = None,
+    *,
+    loss: float | None = None,
+    step: int | None = None,
+) -> list[str]:
+    """Name the four rows of a reconstruction picture; `channels` as for `show_values`, `loss` that of its images."""
+    answer = "reconstruction of the removed patches"
+    if loss is not None:
+        answer += f": loss {loss:.4f}"
+    if step is not None:
+        answer += f" at step {step:,}"
     if norm_pix_loss:
         answer += " (true mean and contrast of each patch put back: norm-pix)"
     return [

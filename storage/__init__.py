@@ -7,10 +7,10 @@ NAMES = {
     "storage.console": "explained_errors",
     "storage.decoding": "describe_decoder",
     "storage.demo": "DEMO_LABEL_NAMES",
-    "storage.files": "read_text rename_aside write_json write_rows",
+    "storage.files": "escape read_text rename_aside write_json write_rows",
     "storage.lists": "FileList as_text check_same_classes find_splits find_validation list_images refuse_inside",
     "storage.labels": """ADE20K_CLASS_NAMES ADE20K_NUM_CLASSES IGNORE_INDEX LABEL_COLOURS class_names_of label_table
-        parse_label_values""",
+        parse_label_values read_label_map""",
     "storage.pair_folders": "PairLayout",
     "storage.pairs": "PairList check_pairs list_pairs",
     "storage.weights": "find_weights read_state_dict",

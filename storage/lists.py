@@ -12,7 +12,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -355,6 +355,19 @@ class ListCache:
 
     def mark_of(self, question: tuple) -> Path:
         return self.folder / f"checked-{random_key(*question):016x}.json"
+
+
+def find_images(paths: Iterable[Path]) -> list[tuple[Path, Path]]:
+    """Give (what a user named, file) of each image, of folders all below them; FileNotFoundError for none."""
+    found = []
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"no image or folder at {path}")
+        files = [path / name for name in scan_images(path).files] if path.is_dir() else [path]
+        found += [(path, file) for file in files]
+        if not files:
+            raise FileNotFoundError(f"no images below {path} ({LAYOUT.splitlines()[-1]})")
+    return found
 
 
 def list_images(root: Path, cache: ListCache | None = None) -> FileList:

@@ -6,6 +6,7 @@ Shapes   N batch   C channels   H W image   L patches
 """
 
 import functools
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from storage.bands import open_values
 from storage.decoding import DECODE_ERRORS, Area, Picture, read_image
+from storage.files import escape
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -106,7 +108,7 @@ class ImageReader:
 
     def __init__(self, channels: int, record: Mapping[str, object]):
         defaults = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
-        self.channels = channels
+        self.channels, self.num_bad = channels, 0
         self.mean, self.std = (
             tuple(record.get(name, defaults[i])) for i, name in enumerate(("image_mean", "image_std"))
         )
@@ -121,6 +123,15 @@ class ImageReader:
             return picture.cut(Area(0, 0, picture.height, picture.width))
         except DECODE_ERRORS as error:
             raise ValueError(f"cannot decode {path}: {type(error).__name__}: {error}") from error
+
+    def read_or_name(self, path: str | Path) -> Image.Image | Tensor | None:
+        """Read an image; one that cannot be read is named on stderr and counted in `num_bad`, and None."""
+        try:
+            return self.read(path)
+        except ValueError as error:
+            self.num_bad += 1
+            print(escape(f"passed over: {error}", also_bytes=True), file=sys.stderr, flush=True)
+            return None
 
     def normalize(self, images: Tensor) -> Tensor:
         return normalize(images, self.mean, self.std)

@@ -29,6 +29,7 @@ from storage.sizes import BEST_CHECKPOINT, LAST_CHECKPOINT
 # ------------------------------------------------------------------------------------------------ reading files
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+OF_AN_EXPERIMENT = (BEST_CHECKPOINT, LAST_CHECKPOINT)  # the checkpoint that its folder stands for, the first there
 FEW_WEIGHTS = 10**8  # which are built before anybody notices
 SMALL_TENSOR = 1 << 20  # bytes up to which a file may hold a tensor as repetitions of a part
 WRAPPERS = ("model", "state_dict", "module")
@@ -132,20 +133,20 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 def find_weights(path: str | Path, names: Sequence[str] = WEIGHT_FILES[:1]) -> Path:
     """Give the weight file of a folder, the first of these names in it, or the file itself.
 
-    Of an experiment's folder it is that of its best checkpoint, or of its last. FileNotFoundError says what was looked
-    for, ValueError how to make one file of several.
+    The folder of an experiment stands for its best checkpoint, or where there is none for its last one.
+    FileNotFoundError says what was looked for, ValueError how to make one file of several.
     """
     path = Path(path)
-    folders = [path, path / BEST_CHECKPOINT, path / LAST_CHECKPOINT]
-    found = [folder / name for folder in folders for name in names if (folder / name).is_file()]
-    found = found if path.is_dir() else [path]
+    if not any((path / name).is_file() for name in names):
+        path = next((path / name for name in OF_AN_EXPERIMENT if (path / name).is_dir()), path)
+    found = [path / name for name in names if (path / name).is_file()] if path.is_dir() else [path]
     if path.name.endswith(".index.json") or (not found and any(path.glob("*.index.json"))):
         way_out = "save them as one with transformers' save_pretrained(FOLDER, max_shard_size='50GB')"
         raise ValueError(f"{path} lists several files of weights, which are not read together; {way_out}")
     if not found:
         foreign = (path / WEIGHT_FILES[-1]).is_file()
         way_out = convert_command(path) if foreign else "give a checkpoint folder such as checkpoint_800"
-        raise FileNotFoundError(f"{path} holds no {' and no '.join(names)}; {way_out}")
+        raise FileNotFoundError(f"{path} holds no {' and no '.join([*names, *OF_AN_EXPERIMENT])}; {way_out}")
     if not found[0].is_file():
         raise FileNotFoundError(f"no checkpoint folder or weight file at {path}")
     return found[0]

@@ -1,102 +1,287 @@
-"""Draw the curves of one or several runs from their log.jsonl: one panel for each figure asked for.
+"""Draw the curves of one or several runs: one panel for each figure asked for, a colour for each run.
 
-python tools/plot_log.py work_dir/MAEPretraining/log.jsonl --output curve.png
+python tools/plot_log.py work_dir/MAEPretraining --output curve.png
 """
 
 import argparse
 import itertools
 import json
 import math
+import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-COLOURS = ("#1f6fb4", "#d1495b", "#3a8f4d", "#8e5ea2", "#c98a1b", "#444444")
-PANEL_SIZE = (560, 320)
-MARGIN = {"left": 70, "right": 16, "top": 34, "bottom": 40}
-NUM_TICKS = 5
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from storage.console import explained_errors
+from storage.files import escape, read_text, user_path
+
+COLOURS = ("#1f6fb4", "#d1495b", "#3a8f4d", "#8e5ea2", "#c98a1b", "#444444", "#17a2a2", "#a0522d")
+PANEL_SIZE = (560, 340)
+MARGIN = {"left": 82, "right": 18, "top": 12, "bottom": 46}
+LEGEND_LINE = 18  # pixels of height
+SCALE = 2  # drawn this many times larger, then averaged: smooth lines
+NUM_TICKS = 6  # about so many on an axis
+MAX_NAME = 60  # letters of a run's name
+
+Points = list[tuple[float, float | None]]  # None is a gap in the line
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="log.jsonl files; each is one colour")
-    parser.add_argument("--output", type=Path, required=True, help="picture to write")
+    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="experiment folders or log.jsonl files")
+    parser.add_argument("--output", type=user_path, required=True, help="picture to write, such as curve.png")
     parser.add_argument("--overwrite", action="store_true", help="allow --output to exist")
-    parser.add_argument("--x", default="epoch", help="horizontal axis (default: epoch)")
+    parser.add_argument("--x", default="epoch", help="horizontal axis, such as step (default: epoch)")
     figures = "figures, a panel each; several joined by + share one (default: training_loss testing_loss)"
     parser.add_argument("--y", nargs="+", default=["training_loss", "testing_loss"], help=figures)
-    return parser.parse_args(argv)
+    smooth = "draw an exponential moving average that keeps this share at each row, 0 to 1, before the raw curve"
+    parser.add_argument("--smooth", type=float, default=0.0, metavar="SHARE", help=f"{smooth} (default: 0, none)")
+    parser.add_argument("--log_y", action="store_true", help="logarithmic vertical axes")
+    args = parser.parse_args(argv)
+    if not 0 <= args.smooth < 1:
+        parser.error(f"--smooth {args.smooth:g} is no share from 0 to below 1; 0.9 is usual")
+    if args.output.suffix.lower() not in Image.registered_extensions():
+        parser.error(f"--output {args.output} has no ending of a picture; .png is usual")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------ reading
 
 
 def read_rows(log: Path) -> list[dict]:
-    rows, lines = [], log.read_text(encoding="utf-8").splitlines()
+    """Read the rows of a log; a last line that was cut off is passed over. ValueError names other lines that are none.
+
+    Lines end at \\n alone, and a crash may leave zeros behind the last one.
+    """
+    if not log.is_file():
+        raise FileNotFoundError(f"no log at {log}; give an experiment's folder, which holds log.jsonl, or such a file")
+    rows, lines = [], read_text(log).split("\n")
+    lines = lines[:-1] if not lines[-1] else lines
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise ValueError(f"line {number} of {log} is no JSON: {error}") from error
             print(f"{log}: the last line was cut off and is passed over")
+            continue
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} of {log} holds a {type(row).__name__}, not figures by name")
+        rows.append(row)
     return rows
 
 
-def draw_panel(series: dict[str, list[tuple[float, float | None]]], caption: str) -> Image.Image:
-    """Draw named series of points as lines over common axes; a value of None is a gap in its line."""
-    left, right = MARGIN["left"], PANEL_SIZE[0] - MARGIN["right"]
-    top, bottom = MARGIN["top"], PANEL_SIZE[1] - MARGIN["bottom"]
-    picture = Image.new("RGB", PANEL_SIZE, "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
-    xs, ys = zip(*(point for points in series.values() for point in points if point[1] is not None), strict=True)
-    (x_low, x_high), (y_low, y_high) = ((min(v), max(v) if max(v) > min(v) else min(v) + 1) for v in (xs, ys))
+def read_points(log: Path, rows: Iterable[dict], x: str, y: str) -> Points:
+    """Give the points of a curve. What is null or not finite is a gap; rows without the figure are between its points.
+
+    An evaluation's figures are in the last row of its epoch alone.
+    """
+    points = [(row[x], row[y]) for row in rows if row.get(x) is not None and y in row]
+    for value in itertools.chain.from_iterable(points):
+        if value is not None and type(value) not in (int, float):
+            raise ValueError(f"{x!r} or {y!r} in {log} is {value!r}, which is no number")
+    return [(a, b if b is not None and math.isfinite(b) else None) for a, b in points if math.isfinite(a)]
+
+
+def name_runs(logs: list[Path]) -> dict[Path, str]:
+    """Name each run by its folder, or by as many folders above it as tell all runs apart."""
+    folders = {log: log.resolve().parent.parts for log in dict.fromkeys(logs)}
+    for depth in itertools.count(1):
+        names = {log: "/".join(parts[-depth:]) for log, parts in folders.items()}
+        if len(set(names.values())) == len(names) or depth >= max(map(len, folders.values())):
+            break
+    return {log: shorten(escape(name, also_bytes=True)) for log, name in names.items()}
+
+
+def shorten(name: str) -> str:
+    """Cut a long name in the middle."""
+    half = MAX_NAME // 2
+    return name if len(name) <= MAX_NAME else f"{name[:half]}…{name[-half + 1 :]}"
+
+
+# ------------------------------------------------------------------------------------------------ drawing
+
+
+class Axis(NamedTuple):
+    """The range of an axis, of logarithms where it is logarithmic, and its ticks with their texts."""
+
+    low: float
+    high: float
+    ticks: dict[float, str]
+
+    def share(self, value: float) -> float:
+        return (value - self.low) / (self.high - self.low)
+
+
+def round_step(width: float) -> float:
+    """Give the smallest of 1, 2, 5 x 10^k that divides a width into at most NUM_TICKS parts."""
+    smallest = width / NUM_TICKS
+    unit = 10.0 ** math.floor(math.log10(smallest))
+    return next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= smallest * (1 - 1e-9))
+
+
+def multiples(step: float, low: float, high: float) -> list[float]:
+    """Give the multiples of a step in a range."""
+    return [i * step for i in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)]
+
+
+def build_axis(values: list[float], *, log: bool = False, to_ticks: bool = False) -> Axis:
+    """Choose the range of an axis by its values, wider where they are all alike, and round ticks.
+
+    With `to_ticks` a linear axis begins and ends at one.
+    """
+    low, high = min(values), max(values)
+    if log:
+        low, high = (low, high) if high > low else (low / 2, high * 2)
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        every = math.ceil(len(powers) / NUM_TICKS)
+        ticks = [f * 10.0**k for k in powers[::every] for f in ((1, 2, 5) if every == 1 else (1,))]
+        ticks = [tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+        ticks = ticks if len(ticks) > 2 else multiples(round_step(high - low), low, high)
+        return Axis(math.log10(low), math.log10(high), {math.log10(tick): f"{tick:.6g}" for tick in ticks})
+    if not high - low > 1e-9 * abs(high):
+        low, high = low - max(1, abs(low)) / 2, high + max(1, abs(high)) / 2
+    step = round_step(high - low)
+    if to_ticks:
+        low = min(low, step * math.floor(low / step + 1e-6))
+        high = max(high, step * math.ceil(high / step - 1e-6))
+    return Axis(low, high, {tick: f"{tick:.10g}" for tick in multiples(step, low, high)})
+
+
+def smooth(points: Points, share: float) -> Points:
+    """Average exponentially, each row with the weight (1 - share) share^age over the sum of them; gaps stay gaps."""
+    smoothed, total, weight = [], 0.0, 0.0
+    for x, y in points:
+        if y is not None:
+            total, weight = share * total + (1 - share) * y, share * weight + (1 - share)
+        smoothed.append((x, None if y is None else total / weight))
+    return smoothed
+
+
+def lighten(colour: str) -> str:
+    return "#" + "".join(f"{(255 * 2 + int(colour[i : i + 2], 16)) // 3:02x}" for i in (1, 3, 5))
+
+
+def draw_panel(
+    series: dict[str, Points],
+    x_axis: Axis,
+    x_title: str,
+    y_title: str,
+    *,
+    smoothing: float = 0.0,
+    log_y: bool = False,
+) -> Image.Image:
+    """Draw named series of points as lines over common axes, with a legend above them."""
+    font = ImageFont.load_default(size=12 * SCALE)
+    width, height = (side * SCALE for side in PANEL_SIZE)
+    # The legend, in as many lines as its names need, and under it the frame
+    places, across, line = [], 0, 0
+    for name in series:
+        needed = font.getlength(name) + 34 * SCALE
+        if across and MARGIN["left"] * SCALE + across + needed > width:
+            across, line = 0, line + 1
+        places.append((MARGIN["left"] * SCALE + across, (MARGIN["top"] + line * LEGEND_LINE) * SCALE))
+        across += needed
+    legend_height = (line + 1) * LEGEND_LINE
+    picture = Image.new("RGB", (width, height + legend_height * SCALE), "white")
+    draw = ImageDraw.Draw(picture)
+    left, right = MARGIN["left"] * SCALE, width - MARGIN["right"] * SCALE
+    top, bottom = (MARGIN["top"] + legend_height) * SCALE, picture.height - MARGIN["bottom"] * SCALE
+
+    values = [y for curve in series.values() for _, y in curve if y is not None]
+    y_axis = build_axis(values, log=log_y, to_ticks=True)
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across, up = (x - x_low) / (x_high - x_low), (y - y_low) / (y_high - y_low)
-        return left + across * (right - left), bottom - up * (bottom - top)
+        up = y_axis.share(math.log10(y) if log_y else y)
+        return left + x_axis.share(x) * (right - left), bottom - up * (bottom - top)
 
-    for tick in range(NUM_TICKS + 1):
-        share = tick / NUM_TICKS
-        x, y = x_low + share * (x_high - x_low), y_low + share * (y_high - y_low)
-        draw.line([place(x_low, y), place(x_high, y)], fill="#e0e0e0")
-        draw.text((left - 6, place(x, y)[1]), f"{y:.4g}", fill="black", font=font, anchor="rm")
-        draw.text((place(x, y)[0], bottom + 6), f"{x:.4g}", fill="black", font=font, anchor="mt")
-    draw.text((PANEL_SIZE[0] / 2, PANEL_SIZE[1] - 12), caption, fill="black", font=font, anchor="mm")
-    legend_x = right
-    for colour, (name, points) in reversed(list(zip(COLOURS, series.items(), strict=False))):
-        places = [None if y is None else place(x, y) for x, y in points]
-        for start, end in itertools.pairwise(places):
-            if start and end:
-                draw.line([start, end], fill=colour, width=2)
-        for dot in filter(None, places):  # a point between two gaps has no line
-            draw.circle(dot, 2, fill=colour)
-        draw.text((legend_x, 10), name, fill=colour, font=font, anchor="rm")
-        legend_x -= draw.textlength(name, font=font) + 14
-    return picture
+    # Grid, ticks and titles
+    for value, text in y_axis.ticks.items():
+        y = bottom - y_axis.share(value) * (bottom - top)
+        draw.line([(left, y), (right, y)], fill="#e0e0e0", width=SCALE)
+        draw.text((left - 6 * SCALE, y), text, fill="black", font=font, anchor="rm")
+    for value, text in x_axis.ticks.items():
+        x = left + x_axis.share(value) * (right - left)
+        draw.line([(x, bottom), (x, bottom + 4 * SCALE)], fill="#808080", width=SCALE)
+        draw.text((x, bottom + 7 * SCALE), text, fill="black", font=font, anchor="mt")
+    draw.line([(left, top), (left, bottom), (right, bottom)], fill="#808080", width=SCALE)
+    draw.text(((left + right) / 2, picture.height - 14 * SCALE), x_title, fill="black", font=font, anchor="mm")
+    upright = Image.new("RGB", (bottom - top, 18 * SCALE), "white")
+    middle = (upright.width / 2, upright.height / 2)
+    ImageDraw.Draw(upright).text(middle, y_title, fill="black", font=font, anchor="mm")
+    picture.paste(upright.rotate(90, expand=True), (2 * SCALE, top))
+
+    # Curves: all raw ones first, so that none hides what is smoothed
+    curves = [(colour, curve) for colour, curve in zip(COLOURS, series.values(), strict=False)]
+    if smoothing:
+        light = [(lighten(colour), curve) for colour, curve in curves]
+        curves = light + [(colour, smooth(curve, smoothing)) for colour, curve in curves]
+    for colour, curve in curves:
+        for is_gap, group in itertools.groupby(curve, key=lambda point: point[1] is None):
+            spots = [] if is_gap else [place(*point) for point in group]
+            draw.line(spots, fill=colour, width=2 * SCALE, joint="curve")
+            for spot in spots if len(spots) == 1 else ():  # a point between two gaps has no line
+                draw.circle(spot, 3 * SCALE, fill=colour)
+    for colour, name, (x, y) in zip(COLOURS, series, places, strict=False):
+        draw.line([(x, y), (x + 16 * SCALE, y)], fill=colour, width=3 * SCALE)
+        draw.text((x + 21 * SCALE, y), name, fill="black", font=font, anchor="lm")
+    return picture.reduce(SCALE)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def collect_series(logs: dict[Path, list[dict]], args: argparse.Namespace, figures: str) -> dict[str, Points]:
+    """Give the curves of a panel by their names in the legend; ValueError where no run has the figures."""
+    series, names, runs = {}, figures.split("+"), name_runs(list(logs))
+    for (log, rows), name in itertools.product(logs.items(), names):
+        points = read_points(log, rows, args.x, name)
+        hidden = sum(args.log_y and y is not None and y <= 0 for _, y in points)
+        if hidden:
+            print(f"{log}: {hidden} values of {name} are 0 or less, which --log_y cannot show, and are gaps")
+            points = [(x, None if y is None or y <= 0 else y) for x, y in points]
+        if any(y is not None for _, y in points):
+            label = [runs[log]] * (len(logs) > 1 or len(names) == 1) + [name] * (len(names) > 1)
+            series[" ".join(label)] = points
+    if not series:
+        known = sorted({key for rows in logs.values() for row in rows for key in row})
+        there = f"there are {', '.join(known)}" if known else "there is no complete row yet"
+        raise ValueError(f"no row of {', '.join(map(str, logs))} has both {args.x!r} and {figures!r}; {there}")
+    if len(series) > len(COLOURS):
+        raise ValueError(f"{len(series)} curves are more than the {len(COLOURS)} colours of one panel")
+    return series
 
 
 def main(args: argparse.Namespace) -> None:
-    args.output, args.logs = args.output.expanduser(), [log.expanduser() for log in args.logs]
     if args.output.exists() and not args.overwrite:
         raise FileExistsError(f"{args.output} exists; choose another --output or add --overwrite")
-    panels, logs = [], [(log.parent.name, read_rows(log)) for log in args.logs]
-    for figures in args.y:
-        series, names = {}, figures.split("+")
-        for (run, rows), name in itertools.product(logs, names):
-            points = [(row[args.x], row[name]) for row in rows if row.get(args.x) is not None and name in row]
-            if any(value is not None for _, value in points):
-                series[" ".join([run] * (len(logs) > 1) + [name] * (len(names) > 1)) or name] = points
-        if not series:
-            raise ValueError(f"no row of {', '.join(map(str, args.logs))} has both {args.x!r} and {figures!r}")
-        if len(series) > len(COLOURS):
-            raise ValueError(f"{len(series)} curves are more than the {len(COLOURS)} colours of one panel")
-        panels.append(draw_panel(series, f"{', '.join(names)} over {args.x}"))
-    columns = min(2, len(panels))
-    sheet = Image.new("RGB", (columns * PANEL_SIZE[0], math.ceil(len(panels) / columns) * PANEL_SIZE[1]), "white")
+    logs = {log: read_rows(log) for log in (run / "log.jsonl" if run.is_dir() else run for run in args.runs)}
+    collected = [collect_series(logs, args, figures) for figures in args.y]
+    x_axis = build_axis([x for series in collected for curve in series.values() for x, _ in curve])  # of all panels
+    panels = [
+        draw_panel(
+            series,
+            x_axis,
+            args.x,
+            figures.replace("+", ", ") + (" (logarithmic)" if args.log_y else ""),
+            smoothing=args.smooth,
+            log_y=args.log_y,
+        )
+        for series, figures in zip(collected, args.y, strict=True)
+    ]
+    columns, height = min(2, len(panels)), max(panel.height for panel in panels)
+    sheet = Image.new("RGB", (columns * PANEL_SIZE[0], math.ceil(len(panels) / columns) * height), "white")
     for index, panel in enumerate(panels):
-        sheet.paste(panel, (index % columns * PANEL_SIZE[0], index // columns * PANEL_SIZE[1]))
+        sheet.paste(panel, (index % columns * PANEL_SIZE[0], index // columns * height))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(args.output)
     print(f"{args.output}: {len(panels)} panels")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with explained_errors():
+        main(parse_args())

@@ -1,9 +1,9 @@
 """Label every pixel of images of any size: an overlay picture and a label PNG each, and the classes' shares printed.
 
-    python tools/segment.py --checkpoint work_dir/ADE20K_UperNet/best_checkpoint IMAGE_OR_FOLDER... --output FOLDER
+    python tools/segment.py --checkpoint work_dir/ADE20K_UperNet IMAGE_OR_FOLDER... --output FOLDER
 
 The label PNGs hold what the training's label maps do: class numbers (with ADE20K 1 to 150), or the values or colours
-of --label_values.
+of --label_values. A file that cannot be read is named on stderr and passed over; the exit code is then 1.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from torchvision.transforms.v2 import functional as tvf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model import load_segmenter
+from model import find_weights, load_segmenter
 from storage import explained_errors
 from storage.files import user_path
 from storage.labels import LABEL_COLOURS, raw_labels
-from storage.lists import scan_images
+from storage.lists import find_images
 from storage.values import ImageReader, fill_values
 from upernet import predict
 from utils import colour_classes, draw_legend, show_values
@@ -30,8 +30,10 @@ SHOWN_CLASSES = 12
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="+", type=user_path, metavar="IMAGE_OR_FOLDER")
-    parser.add_argument("--checkpoint", required=True, help="checkpoint folder of finetune_segmentation.py")
+    images = "of any size; all images below a folder"
+    parser.add_argument("images", nargs="+", type=user_path, metavar="IMAGE_OR_FOLDER", help=images)
+    source = "checkpoint or experiment folder of finetune_segmentation.py"
+    parser.add_argument("--checkpoint", type=user_path, required=True, help=source)
     parser.add_argument("--output", type=user_path, required=True, help="folder for the pictures")
     parser.add_argument("--overwrite", action="store_true", help="allow pictures of these names to exist")
     shown = "bands, from 0, as red, green and blue, of images in their own units (default: 0 1 2)"
@@ -47,37 +49,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def find_images(paths: list[Path]) -> dict[str, Path]:
+def name_pictures(images: list[tuple[Path, Path]]) -> dict[str, Path]:
     """Give the images by the name of their pictures: the file's, or the path below its folder with _ for /."""
-    found = {}
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"no image or folder at {path}; nothing was written")
-        for file in [path / name for name in scan_images(path).files] if path.is_dir() else [path]:
-            name = "_".join(file.relative_to(path if path.is_dir() else path.parent).with_suffix("").parts)
-            if name in found:
-                raise ValueError(f"{found[name]} and {file} would both be written as {name}; give them one at a time")
-            found[name] = file
-    if not found:
-        raise FileNotFoundError(f"no images in {', '.join(map(str, paths))}")
-    return found
+    named = {}
+    for given, file in images:
+        name = "_".join(file.relative_to(given if file != given else given.parent).with_suffix("").parts)
+        if name in named:
+            raise ValueError(f"{named[name]} and {file} would both be written as {name}; give them one at a time")
+        named[name] = file
+    return named
 
 
 @torch.no_grad()
-def main(args: argparse.Namespace) -> None:
-    files = find_images(args.images)
+def main(args: argparse.Namespace) -> int:
+    """Write the pictures, and give the exit code: 1 where a file could not be read, else 0."""
+    files = name_pictures(find_images(args.images))
     for path in (args.output / f"{name}_{kind}.png" for name in files for kind in ("overlay", "labels")):
         if path.exists() and not args.overwrite:
             raise FileExistsError(f"{path} exists; choose another --output or add --overwrite")
     model, record = load_segmenter(args.checkpoint)
     model.to(args.device).eval()
+    print(f"{'weights':<16}{find_weights(args.checkpoint)}")
     config, names = model.backbone.config, record["class_names"]
     reader = ImageReader(config.input_channels, record)
     options = {name: getattr(args, name) for name in ("slide", "multi_scale", "flip", "batch_size")}
     options |= dict(crop_size=config.image_hw, patch_size=config.patch_size, resize_to=record["resize_to"])
     args.output.mkdir(parents=True, exist_ok=True)
     for name, file in files.items():
-        image = reader.read(file)
+        image = reader.read_or_name(file)
+        if image is None:
+            continue
         image = fill_values(image) if reader.values else tvf.pil_to_tensor(image)
         classes = predict(model, [image.to(args.device)], normalize=reader.normalize, **options)[0].cpu()  # (H, W)
         counts = torch.bincount(classes.flatten(), minlength=len(names))
@@ -90,6 +91,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"{file}: {overlay_file}")
         for k in shown:
             print(f"  {100 * counts[k].item() / classes.numel():6.2f} %  {names[k]}")
+    return 1 if reader.num_bad else 0
 
 
 def draw_overlay(image: torch.Tensor, classes: torch.Tensor, shown: dict[str, int]) -> Image.Image:
@@ -104,4 +106,4 @@ def draw_overlay(image: torch.Tensor, classes: torch.Tensor, shown: dict[str, in
 
 if __name__ == "__main__":
     with explained_errors():
-        main(parse_args())
+        sys.exit(main(parse_args()))
