@@ -524,6 +524,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     warmup_steps = args.warmup_epochs * sampler.steps_per_epoch
     total_steps = args.epochs * sampler.steps_per_epoch
     lines = {"start": origin, **describe(model, peak, sampler, args)}
+    if not args.linear_probe and args.finetune_blocks is None:  # else most blocks keep nothing
+        tokens = dict(encoder=1 + model.config.num_patches)
+        lines |= training.note_memory(accelerator, args, model, model.config, tokens)
     training.describe_run(accelerator, args, sampler, train_files, val_files, lines)
     optimizer = build_optimizer(model, peak, args)
     average = ModelEmaV3(model.to(device), decay=args.ema_decay) if args.ema_decay else None

@@ -4,6 +4,7 @@
 
 from training.checkpoints import BEST_CHECKPOINT, LAST_CHECKPOINT, optional_write
 from training.flags import Flags, micro_batch_size, size_flags
+from training.memory import note_memory
 from training.process import (
     SHARDING,
     broadcast_buffers,
