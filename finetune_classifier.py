@@ -494,6 +494,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     lines = {"start": origin, **describe(model, peak, sampler, args)}
     if class_weights is not None:
         lines["class weights"] = training.describe_class_weights(class_weights, train_files.classes)
+    if not args.linear_probe and args.finetune_blocks is None:  # else most blocks keep nothing
+        tokens = dict(encoder=1 + model.config.num_patches)
+        lines |= training.note_memory(accelerator, args, model, model.config, tokens)
     training.describe_run(accelerator, args, sampler, train_files, val_files, lines)
     optimizer = build_optimizer(model, peak, args)
     average = ModelEmaV3(model.to(device), decay=args.ema_decay) if args.ema_decay else None

@@ -80,6 +80,7 @@ DEMO_RECIPE = dict(
 )
 ADAM_BETAS = (0.9, 0.999)
 WARMUP_STEPS = 1500
+HEAD_VECTORS = 13  # that neck and heads keep of each cell of the finest map, four cells a patch and side (counted)
 NUM_PICTURES = 4
 CANDIDATES, VISIBLE_SHARE = 64, 0.01  # label maps that pictures are chosen from; least share of a class that counts
 PICTURE_SIDE = 256
@@ -522,6 +523,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         lines["class weights"] = training.describe_class_weights(class_weights, args.class_names)
     lines["schedule"] = f"{total_steps:,} steps, {sampler.steps_per_epoch:,} an epoch, warmup {warmup_steps:,}"
     lines["every"] = f"{eval_interval} of {num_epochs:,} epochs evaluated, every {save_interval} kept as a checkpoint"
+    config = model.backbone.config
+    width, tokens = args.channels or config.encoder_embed_dim, dict(encoder=1 + config.num_patches)
+    head_values = HEAD_VECTORS * 16 * config.num_patches * width + 3 * args.num_classes * math.prod(config.image_hw)
+    lines |= training.note_memory(accelerator, args, model, config, tokens, head_values)
     training.describe_run(accelerator, args, sampler, train_pairs, val_pairs, lines)
     if args.norm == "batch" and accelerator.num_processes > 1:
         if device.type == "cuda":

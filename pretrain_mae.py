@@ -310,6 +310,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     warmup_steps = args.warmup_epochs * sampler.steps_per_epoch
     total_steps = args.epochs * sampler.steps_per_epoch
     lines = {"start": origin} | describe(model, peak, sampler.images_per_step, args) | {"image decoder": args.decoder}
+    tokens = dict(encoder=1 + num_kept_patches(config.num_patches, args.mask_ratio), decoder=1 + config.num_patches)
+    lines |= training.note_memory(accelerator, args, model, config, tokens)
     training.describe_run(accelerator, args, sampler, train_files, val_files, lines)
     groups = param_groups_weight_decay(model, args.weight_decay)
     utils.decay_more(groups, model, biases=args.bias_weight_decay, norms=args.norm_weight_decay)

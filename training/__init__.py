@@ -6,6 +6,7 @@ import importlib
 NAMES = {
     "storage.files": "optional_write",
     "training.flags": "Flags micro_batch_size size_flags",
+    "training.memory": "note_memory",
     "training.metrics": """EVALUATION_FILE TOP Evaluation choose_class_weights confusion_rows describe_class_weights
         describe_evaluation describe_test find_test_figures gather_evaluation mark_images note_selection
         read_class_weights write_classification write_report""",
