@@ -17,30 +17,9 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import numpy as np
-import torch
-from accelerate import Accelerator
-from PIL import Image
-from timm.loss import SoftTargetCrossEntropy
-from timm.optim import Lars, param_groups_layer_decay
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-
-import dataset
 import storage
 import training
-import utils
-from model import (
-    MODEL_CONFIGS,
-    MAEConfig,
-    VisionTransformer,
-    ViTMAEForImageClassification,
-    check_trainable_blocks,
-    load_classifier,
-    load_pretrained_encoder,
-    read_sizes,
-)
+from storage.sizes import MODEL_CONFIGS, MAEConfig
 
 # The tutorial's recipe, as its command has it; learning rate and augmentation are the defaults in FLAGS. No layer-wise
 # learning-rate decay, no drop path, no random erasing.
@@ -245,6 +224,32 @@ def choose_recipe(recipe: str, from_scratch: bool, linear_probe: bool, width: in
 def build_config(args: argparse.Namespace) -> MAEConfig:
     return MAEConfig.from_flags(args, MAEConfig(norm_pix_loss=False))
 
+
+# ------------------------------------------------------------------------------------------------ imports
+
+if __name__ == "__main__":  # before the imports that take seconds
+    training.check_command(__doc__, FLAGS, parse_args)
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import Lars, param_groups_layer_decay
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import dataset
+import utils
+from model import (
+    VisionTransformer,
+    ViTMAEForImageClassification,
+    check_trainable_blocks,
+    load_classifier,
+    load_pretrained_encoder,
+    read_sizes,
+)
 
 # ------------------------------------------------------------------------------------------------ evaluation
 

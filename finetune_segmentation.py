@@ -16,30 +16,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from PIL import Image
-from timm.optim import param_groups_layer_decay
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
-import dataset
 import storage
 import training
-import utils
-from model import (
-    MODEL_CONFIGS,
-    MAEConfig,
-    ViTMAEForSegmentation,
-    default_taps,
-    load_pretrained_encoder,
-    load_segmenter,
-    read_sizes,
-)
-from storage import IGNORE_INDEX, LABEL_COLOURS
-from storage.labels import count_classes
-from upernet import NORMS, fit_within, predict, resize_matrix, resized_cross_entropy
+from storage.sizes import MODEL_CONFIGS, MAEConfig
 
 # MMSegmentation's recipe for MAE and UperNet on ADE20K, which is the paper's.
 RECIPE = dict(
@@ -101,7 +80,7 @@ FLAGS = {
         *training.size_flags(MAEConfig, ("encoder",), "likewise"),
         ("taps", int, "0-based blocks that feed the pyramid (default: 3 5 7 11 of 12)", {"nargs": 4}),
         ("channels", int, "width of the head (default: the encoder's)", (1, None)),
-        ("norm", "batch", "of the heads; group works with one image a pass", {"choices": NORMS}),
+        ("norm", "batch", "of the heads; group works with one image a pass", {"choices": ("batch", "group")}),
         ("rel_pos_bias", False, "add relative positions to the attention, at zero, as the paper"),
     ],
     "labels": [
@@ -285,6 +264,33 @@ def read_class_names(args: argparse.Namespace) -> list[str]:
 
 def build_config(args: argparse.Namespace) -> MAEConfig:
     return MAEConfig.from_flags(args, MAEConfig(norm_pix_loss=False))
+
+
+# ------------------------------------------------------------------------------------------------ imports
+
+if __name__ == "__main__":  # before the imports that take seconds
+    training.check_command(__doc__, FLAGS, parse_args)
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from PIL import Image
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import dataset
+import utils
+from model import (
+    ViTMAEForSegmentation,
+    default_taps,
+    load_pretrained_encoder,
+    load_segmenter,
+    read_sizes,
+)
+from storage import IGNORE_INDEX, LABEL_COLOURS
+from storage.labels import count_classes
+from upernet import fit_within, predict, resize_matrix, resized_cross_entropy
 
 
 def build_model(args: argparse.Namespace) -> ViTMAEForSegmentation:

@@ -19,25 +19,9 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-from PIL import Image
-from timm.optim import param_groups_weight_decay
-from torch import Tensor
-
-import dataset
 import storage
 import training
-import utils
-from model import (
-    MODEL_CONFIGS,
-    MAEConfig,
-    ViTMAEForPreTraining,
-    load_pretrained_encoder,
-    num_kept_patches,
-    read_sizes,
-)
+from storage.sizes import MODEL_CONFIGS, MAEConfig, num_kept_patches
 
 # The paper's recipe (table 8), in the batches of the project's command.
 # Deviation: gradients are clipped to a norm of 1 (--max_grad_norm); the original release never clips. Reason: the
@@ -162,6 +146,26 @@ def build_config(args: argparse.Namespace) -> MAEConfig:
     """Take the named size and override what was given by flag."""
     return MAEConfig.from_flags(args, MODEL_CONFIGS[args.model])
 
+
+# ------------------------------------------------------------------------------------------------ imports
+
+if __name__ == "__main__":  # before the imports that take seconds
+    training.check_command(__doc__, FLAGS, parse_args)
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from timm.optim import param_groups_weight_decay
+from torch import Tensor
+
+import dataset
+import utils
+from model import (
+    ViTMAEForPreTraining,
+    load_pretrained_encoder,
+    read_sizes,
+)
 
 # ------------------------------------------------------------------------------------------------ evaluation
 

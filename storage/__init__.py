@@ -9,8 +9,9 @@ NAMES = {
     "storage.demo": "DEMO_LABEL_NAMES",
     "storage.files": "escape read_text rename_aside write_json write_rows",
     "storage.lists": "FileList as_text check_same_classes find_splits find_validation list_images refuse_inside",
-    "storage.labels": """ADE20K_CLASS_NAMES ADE20K_NUM_CLASSES IGNORE_INDEX LABEL_COLOURS class_names_of label_table
+    "storage.labels": """ADE20K_CLASS_NAMES IGNORE_INDEX LABEL_COLOURS class_names_of label_table
         parse_label_values read_label_map""",
+    "storage.sizes": "ADE20K_NUM_CLASSES",
     "storage.pair_folders": "PairLayout",
     "storage.pairs": "PairList check_pairs list_pairs",
     "storage.weights": "find_weights read_state_dict",

@@ -16,7 +16,6 @@ from storage.decoding import KIND_NAMES, load_file, open_image, read_layout
 from storage.files import escape, read_text
 from storage.lists import name_some
 
-ADE20K_NUM_CLASSES = 150
 IGNORE_INDEX = 255  # in a label map as this project uses it: counts neither in training nor in a metric
 
 # Names and colours of the 150 classes, in the order of the label values (CSAILVision/sceneparsing, BSD-3).

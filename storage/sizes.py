@@ -1,9 +1,10 @@
-"""Sizes of the networks, and names in an experiment's folder. Nothing here imports torch."""
+"""Sizes of networks, names of checkpoints. Nothing here imports torch."""
 
 import argparse
 import dataclasses
 from dataclasses import dataclass
 
+ADE20K_NUM_CLASSES = 150
 BEST_CHECKPOINT, LAST_CHECKPOINT = "best_checkpoint", "last_checkpoint"  # weights alone, and a link to the newest state
 
 

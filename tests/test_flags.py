@@ -7,12 +7,14 @@ import importlib
 import json
 import os
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
 from safetensors.torch import save_file
 
 import pretrain_mae
@@ -608,3 +610,21 @@ def test_statistics_of_weights_do_not_come_with_other_channels(finetuning, tmp_p
     assert (args.mean, args.std, args.value_range) == ((0.4,) * 3, (0.2,) * 3, (0.0, 9.0))
     args = finetuning.parse_args([*command, *more, "--input_channels", "5"])
     assert (args.mean, args.std, args.value_range) == ((0.5,) * 5, (0.5,) * 5, None)
+
+
+@pytest.mark.parametrize("words", ["--help", "--epoch 3", "--epochs 0"])
+@pytest.mark.parametrize("name", ["pretrain_mae", "finetune_classifier", "finetune_segmentation"])
+def test_help_and_wrong_flags_are_answered_before_torch_is_imported(name, words):
+    code = f"""
+import atexit, runpy, sys
+sys.argv = ["{name}.py", *{words.split()}]
+atexit.register(lambda: print("torch" in sys.modules))
+runpy.run_path("{name}.py", run_name="__main__")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert ended.stdout.endswith("False\n") and "Traceback" not in ended.stderr
+    assert ended.returncode == (0 if words == "--help" else 2)
+    if words == "--help":
+        assert "optimisation" in ended.stdout and "working_directory" in ended.stdout
+    else:
+        assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1

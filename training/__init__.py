@@ -5,7 +5,7 @@ import importlib
 # What scripts use of it, by module; imported when first asked for, as most of it brings torch, which takes seconds
 NAMES = {
     "storage.files": "optional_write",
-    "training.flags": "Flags micro_batch_size size_flags",
+    "training.flags": "Flags check_command micro_batch_size size_flags",
     "training.memory": "note_memory",
     "training.metrics": """EVALUATION_FILE TOP Evaluation choose_class_weights confusion_rows describe_class_weights
         describe_evaluation describe_test find_test_figures gather_evaluation mark_images note_selection

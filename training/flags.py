@@ -15,7 +15,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -157,6 +157,7 @@ class Flags:
         paths = {name: os.path.expanduser(value) for name, value in given.items() if name.startswith(PATHS)}
         for name, path in paths.items() if "help" not in given else ():
             self.check_path(name, path)
+        self.check_ranges(given)
         return given | paths  # a shell leaves the ~ of --flag=~/folder alone
 
     def read_config(self, file: Path, names: Container[str]) -> list[str]:
@@ -230,7 +231,7 @@ class Flags:
 
     def check(self, args: argparse.Namespace) -> None:
         """Refuse impossible values, and turn the lists of the shared flags into what the code uses."""
-        self.check_ranges(args)
+        self.check_ranges(vars(args))
         if args.epochs is not None and args.warmup_epochs is not None and args.warmup_epochs >= args.epochs:
             self.error(
                 f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}; give both, the "
@@ -312,10 +313,10 @@ class Flags:
             )
         return numbers
 
-    def check_ranges(self, args: argparse.Namespace) -> None:
+    def check_ranges(self, given: Mapping[str, object]) -> None:
         """Refuse values outside their range; of flags with several values each of them."""
         for name, (low, high, *why) in self.ranges.items():
-            value = getattr(args, name)
+            value = given.get(name)
             values = value if isinstance(value, list) else [] if value is None else [value]
             if not all(low <= one and (high is None or one <= high) for one in values):
                 allowed = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
@@ -323,6 +324,12 @@ class Flags:
                     allowed = "above 0" if high is None else f"above 0 and at most {high:g}"
                 shown = " ".join(f"{one:g}" for one in values)
                 self.error(f"--{name} must be {allowed}, not {shown}" + "".join(f", {reason}" for reason in why))
+
+
+def check_command(description: str, own: Mapping[str, Rows], parse_args: Callable[[], object]) -> None:
+    """Answer --help and refuse flags that cannot be, before a script imports what takes seconds."""
+    if Flags(description, own).parse(None).keys() == {"help"}:
+        parse_args()
 
 
 def suggest(word: str, names: Container[str]) -> str:

@@ -2,11 +2,12 @@
 
 import argparse
 import math
-from typing import NamedTuple
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING, NamedTuple
 
 from training.flags import WARMUP_SHARE, micro_batch_size
+
+if TYPE_CHECKING:  # a script needs `Span` before it imports what takes seconds
+    from accelerate import Accelerator
 
 STEPS_PER_EPOCH = 16  # that an epoch has at least where the batch is left open, down to the recipe's lowest
 SAVES = 10  # checkpoints that are kept for good, where --save_checkpoint_interval is left open
@@ -29,7 +30,7 @@ def fit_batch(num_images: int, span: Span, world_size: int) -> int:
     return min(max(fitting, span.lowest_batch), span.highest_batch_per_process * world_size)
 
 
-def settle(accelerator: Accelerator, args: argparse.Namespace, span: Span, num_images: int, *options: dict) -> None:
+def settle(accelerator: "Accelerator", args: argparse.Namespace, span: Span, num_images: int, *options: dict) -> None:
     """Choose what `args` leave open (None) by the number of training images, and say so.
 
     That is --per_gpu_batch_size, --epochs, --warmup_epochs and --save_checkpoint_interval. `options` of samplers and
