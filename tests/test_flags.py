@@ -231,7 +231,7 @@ def test_ends_of_ranges_are_allowed(script):
     nothing = dict.fromkeys(flags.ranges)
     for name, ends in (SHARED_RANGES | RANGES[script.__name__]).items():
         for end in ends:
-            flags.check_ranges(argparse.Namespace(**nothing | {name: end}))
+            flags.check_ranges(nothing | {name: end})
 
 
 # -------------------------------------------------------------------------------- a small table
