@@ -155,9 +155,10 @@ class Flags:
             self.error(f"unknown: {' '.join(unknown)}{suggest(unknown[0], names)} --help shows all flags")
         given = {name: value for name, value in vars(found).items() if value is not NOT_GIVEN}
         paths = {name: os.path.expanduser(value) for name, value in given.items() if name.startswith(PATHS)}
-        for name, path in paths.items() if "help" not in given else ():
-            self.check_path(name, path)
-        self.check_ranges(given)
+        if "help" not in given:
+            self.check_ranges(given)
+            for name, path in paths.items():
+                self.check_path(name, path)
         return given | paths  # a shell leaves the ~ of --flag=~/folder alone
 
     def read_config(self, file: Path, names: Container[str]) -> list[str]:
