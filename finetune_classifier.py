@@ -125,6 +125,12 @@ FLAGS = {
         ("learning_rate", 2e-3, "the peak, whatever the batch"),
         ("base_learning_rate", float, "the peak for 256 images per step"),
         ("min_learning_rate", 0.0, "the cosine's end"),
+        (
+            "schedule_epochs",
+            int,
+            "epochs at which the cosine ends, if the run may go on (default: all)",
+            (1, None),
+        ),
         ("layer_decay", 1.0, "each layer's learning rate / the next one's", (0, 1)),
         ("adam_betas", [0.9, 0.999], "AdamW's two", {"nargs": 2}),
         ("drop_path", 0.0, "rate of the last block, rising linearly from 0", (0, 0.99)),
@@ -494,6 +500,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         peak = utils.scaled_lr(args.base_learning_rate, sampler.images_per_step)
     warmup_steps = args.warmup_epochs * sampler.steps_per_epoch
     total_steps = args.epochs * sampler.steps_per_epoch
+    schedule_steps = (args.schedule_epochs or args.epochs) * sampler.steps_per_epoch
     counts = np.bincount(train_files.labels, minlength=len(train_files.classes))
     class_weights = training.choose_class_weights(args.class_weights, counts)
     lines = {"start": origin, **describe(model, peak, sampler, args)}
@@ -530,7 +537,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                 images = batch.images.to(device, non_blocking=True)  #    (N, C, H, W), normalised
                 targets = batch.labels.to(device, non_blocking=True)  #   (N, K)
                 noise = batch.noise.to(device, non_blocking=True)  #      (N, 2 * depth), or (N, 0)
-                schedule = dict(warmup_steps=warmup_steps, total_steps=total_steps, minimum=args.min_learning_rate)
+                schedule = dict(warmup_steps=warmup_steps, total_steps=schedule_steps, minimum=args.min_learning_rate)
                 learning_rate = utils.cosine_lr(run.step, peak=peak, **schedule)
                 utils.set_learning_rate(optimizer, learning_rate)
                 with accelerator.accumulate(model):

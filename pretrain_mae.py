@@ -92,6 +92,12 @@ FLAGS = {
         ("recipe", "paper", "whose defaults; small is for 500 to 5,000 images", {"choices": ("paper", "small")}),
         ("base_learning_rate", 1.5e-4, "for 256 images per step; scaled to the effective batch"),
         ("min_learning_rate", 0.0, "the cosine's end"),
+        (
+            "schedule_epochs",
+            int,
+            "epochs at which the cosine ends, if the run may go on (default: all)",
+            (1, None),
+        ),
     ],
     "data": [
         ("min_crop_scale", 0.2, "smallest share of the image that a random crop covers", (1e-9, 1)),
@@ -313,6 +319,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     # Linear warmup from 0, then half a cosine (utils.cosine_lr); run.step counts complete optimizer steps, from 0
     warmup_steps = args.warmup_epochs * sampler.steps_per_epoch
     total_steps = args.epochs * sampler.steps_per_epoch
+    schedule_steps = (args.schedule_epochs or args.epochs) * sampler.steps_per_epoch
     lines = {"start": origin} | describe(model, peak, sampler.images_per_step, args) | {"image decoder": args.decoder}
     tokens = dict(encoder=1 + num_kept_patches(config.num_patches, args.mask_ratio), decoder=1 + config.num_patches)
     lines |= training.note_memory(accelerator, args, model, config, tokens)
@@ -342,7 +349,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                     run.step,
                     peak=peak,
                     warmup_steps=warmup_steps,
-                    total_steps=total_steps,
+                    total_steps=schedule_steps,
                     minimum=args.min_learning_rate,
                 )
                 utils.set_learning_rate(optimizer, learning_rate)

@@ -33,11 +33,11 @@ SHARED = """experiment_name working_directory resume_from_checkpoint save_checkp
 OWN = {
     "pretrain_mae": """decoder_embed_dim decoder_depth decoder_num_heads decoder_mlp_ratio mask_ratio norm_pix_loss
  custom_weight_init base_learning_rate min_learning_rate min_crop_scale repeated_sampling probe_every
- path_to_probe_data probe_images probe_pool init_from recipe""",
+ path_to_probe_data probe_images probe_pool init_from recipe schedule_epochs""",
     "finetune_classifier": """path_to_pretrained_mae_weights num_classes global_pool custom_weight_init eval_only
  linear_probe knn finetune_blocks recipe learning_rate base_learning_rate min_learning_rate layer_decay adam_betas
  drop_path random_aug_magnitude random_erasing mixup_alpha cutmix_alpha label_smoothing ema_decay eval_interval
- balanced_sampling class_weights test_folder""",
+ balanced_sampling class_weights test_folder schedule_epochs""",
     "finetune_segmentation": """path_to_backbone_checkpoint from_scratch taps channels norm rel_pos_bias num_classes
  ignore_zero class_names resize_to iterations warmup_iterations learning_rate layer_decay drop_path auxiliary_weight
 eval_interval recipe eval_only slide multi_scale window_batch_size flip loss class_weights test_split
@@ -76,6 +76,7 @@ RANGES = {
         "mask_ratio": (1e-9, 1),
         "min_crop_scale": (1e-9, 1),
         "repeated_sampling": (1, None),
+        "schedule_epochs": (1, None),
         "probe_every": (0, None),
         "probe_images": (1, None),
     },
@@ -88,6 +89,7 @@ RANGES = {
         "cutmix_alpha": (0, None),
         "label_smoothing": (0, 0.99),
         "ema_decay": (0, 0.999999),
+        "schedule_epochs": (1, None),
         "eval_interval": (1, None),
     },
     "finetune_segmentation": {

@@ -157,6 +157,20 @@ def test_run_equals_the_same_steps_in_plain_torch(drawn_images, tmp_path):
     assert_close(weights(experiment / "checkpoint_3"), dict(model.state_dict()), atol=1e-6)
 
 
+def test_run_whose_schedule_is_longer_is_extended_as_if_it_had_been_as_long(finished, drawn_images, tmp_path, capsys):
+    train(drawn_images, tmp_path, "--epochs", "2", "--schedule_epochs", "4")
+    longer = train(drawn_images, tmp_path, "--resume_from_checkpoint", "latest")
+    assert "learning rate   jumps" not in capsys.readouterr().out
+    assert_close(weights(longer / "checkpoint_4"), weights(finished / "checkpoint_4"), atol=0)
+
+
+def test_extended_run_whose_learning_rate_jumps_says_so(drawn_images, tmp_path, capsys):
+    train(drawn_images, tmp_path, "--epochs", "2")
+    train(drawn_images, tmp_path, "--resume_from_checkpoint", "latest", "--epochs", "8")
+    said = capsys.readouterr().out
+    assert said.count("learning rate   jumps from ") == 1 and "at step 7, because the schedule is another one" in said
+
+
 def test_accumulated_run_resumes_as_it_was(drawn_images, tmp_path):
     accumulated = ("--gradient_accumulation_steps", "2")
     whole = train(drawn_images, tmp_path / "whole", *accumulated)

@@ -42,6 +42,12 @@ from training.records import BadFiles, SkippedSteps, open_records, peak_memory_g
 from training.signals import FAIL, GO_ON, SAVE, STOP, Interruptions
 from training.states import BEST_CHECKPOINT
 
+JUMP = 3  # times the learning rate of the step before, which no schedule makes
+JUMPS = (
+    "jumps from {:.1e} to {:.1e} at step {}, because the schedule is another one than before; --schedule_epochs, with "
+    "the --epochs of before, keeps it"
+)
+
 
 class Stopped(Exception):  # noqa: N818 - it is no error
     """Leaves the loop of a run that was asked to stop, with its state saved; `Run` catches it."""
@@ -152,7 +158,7 @@ class Run:
         self.sums: dict[str, Tensor] = {}  # figures of the step under way, on the device
         self.names: list[str] = []  # of the figures
         self.pending: list[Tensor] = []  # (figures + 1,) of each step since the last row; the last is 1.0 where skipped
-        self.learning_rate = 0.0  # of the last step
+        self.learning_rate = state.get("learning_rate", 0.0)  # of the last step
         self.statistics: list[tuple[Tensor, Tensor]] = []  # buffers of the model, and what they were before the step
         self.saved, self.keeps_best = True, keeps_best
 
@@ -235,6 +241,8 @@ class Run:
     def finish_step(self, learning_rate: float, skipped: Tensor) -> None:
         """Count an optimizer step, and write a row when it is time."""
         self.step += 1
+        if 0 < JUMP * self.learning_rate < learning_rate:
+            self.progress.say(f"{'learning rate':<16}{JUMPS.format(self.learning_rate, learning_rate, self.step)}")
         self.learning_rate = learning_rate
         self.pending.append(torch.stack([*self.sums.values(), skipped]))
         self.names, self.sums = list(self.sums), {}
@@ -327,6 +335,7 @@ class Run:
 
     def save(self, epoch: int, row: Mapping, **how: bool) -> None:
         state = {**self.identity, "epoch": epoch, "step": self.step, "best": self.best, "row": row}
+        state["learning_rate"] = self.learning_rate
         self.saved = self.checkpoints.save(self.model, self.plan.config, state, average=self.average, **how)
         if self.saved:
             self.saved_step = self.step
