@@ -113,7 +113,7 @@ def skip_nonfinite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tenso
         inner.found_inf = skipped
     elif skipped:
         optimizer.zero_grad(set_to_none=True)  # a parameter without a gradient is passed over
-    return skipped
+    return getattr(skipped, "full_tensor", lambda: skipped)()  # of sharded gradients the norm is a DTensor
 
 
 # ------------------------------------------------------------------------------------------------ losses of pixels

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import DistributedType
+from accelerate.state import PartialState
 
 import training
 import utils
@@ -61,6 +63,12 @@ def in_float64() -> None:
     """Compute everything in float64, where rounding is too small to see: what differs then, differs in truth."""
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double
+
+
+def shard_on_cpu() -> None:
+    """Make Accelerate shard on the CPU; by itself it shards on GPUs alone, and elsewhere trains without a word."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
 
 
 def in_double() -> None:
