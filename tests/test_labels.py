@@ -13,7 +13,6 @@ from PIL import Image
 from storage.decoding import read_image
 from storage.labels import (
     ADE20K_CLASS_NAMES,
-    ADE20K_NUM_CLASSES,
     ADE20K_PALETTE,
     IGNORE_INDEX,
     class_names_of,
@@ -23,6 +22,7 @@ from storage.labels import (
     read_label_map,
     read_raw_labels,
 )
+from storage.sizes import ADE20K_NUM_CLASSES
 
 
 def test_label_rule_on_every_value():

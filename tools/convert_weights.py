@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
 from dataset import IMAGENET_MEAN, IMAGENET_STD
 from storage import files, layouts, weights
-from storage.labels import ADE20K_CLASS_NAMES, ADE20K_NUM_CLASSES, LABEL_COLOURS
+from storage.labels import ADE20K_CLASS_NAMES, LABEL_COLOURS
 from storage.layouts import LAYOUTS, NOT_OF_THE_ENCODER, describe_names, their_names
-from storage.sizes import without_decoder
+from storage.sizes import ADE20K_NUM_CLASSES, without_decoder
 from storage.sources import Source, add_backbone, describe_shapes, rename, simplify
 
 # What a source can be, and our class for it
