@@ -3,6 +3,7 @@
 Slurm's commands, and mostly `accelerate launch`, are stand-ins here: small programs that come first on the PATH.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -192,10 +193,8 @@ class Cluster:
 
     def close(self) -> None:
         if self.job is not None:
-            try:
+            with contextlib.suppress(ProcessLookupError):  # all have ended
                 os.killpg(self.job.pid, signal.SIGKILL)
-            except ProcessLookupError:  # all have ended
-                return
             self.job.wait()
 
 
