@@ -50,7 +50,9 @@ def test_demo_data_has_both_layouts_and_is_written_once(tmp_path):
 
 def start_drawing(root: Path) -> subprocess.Popen:
     """Draw in another process, and give it when it has begun."""
-    program = f"import storage.demo as demo, pathlib; demo.write_demo_data(pathlib.Path({str(root)!r}), 400, 10)"
+    # A shell starts what it has in the background without SIGINT, and so would the tests
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += f"import storage.demo as demo, pathlib; demo.write_demo_data(pathlib.Path({str(root)!r}), 400, 10)"
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     while not list(root.parent.glob(f"{root.name}.*.tmp/imagefolder/train/*/*")):
         assert process.poll() is None

@@ -573,7 +573,8 @@ def test_redirect_never_leaves_encryption(tool):
 
 
 KILLED = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell leaves out of what it has in the background
 sys.path.insert(0, {tools!r})
 import download as tool
 tool.SOURCES.update({sources!r})

@@ -420,7 +420,7 @@ def test_neither_data_nor_demo_is_an_error_that_names_both(capsys):
         ("--experiment_name a/b", "the path goes into --working_directory"),
         ("--experiment_name ..", "the path goes into --working_directory"),
         ("--seed -1", "--seed must be at least 0, not -1"),
-        ("--epoch 3", "unrecognized arguments: --epoch 3"),
+        ("--epoch 3", "unknown: --epoch 3; did you mean --epochs?"),
     ],
 )
 def test_impossible_flags_are_refused_before_any_work(more, message, capsys):

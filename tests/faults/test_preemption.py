@@ -118,12 +118,16 @@ class Launched:
             assert self.process.poll() is None and time.monotonic() < deadline, self.printed()
             time.sleep(POLL_S)
 
-    def processes(self) -> list[int]:
-        """Give all that live of it, whoever their parent is: the launcher starts each in its group or session."""
+    def processes(self, *, launched: bool = False) -> list[int]:
+        """Give all that live of it, whoever their parent is: the launcher starts each in its group or session.
+
+        Or only those that it has `launched`, not itself and what it has just forked.
+        """
         found = []
         for pid, _, _ in living_processes():
             try:
-                if str(self.request) in Path(f"/proc/{pid}/cmdline").read_text():
+                command = Path(f"/proc/{pid}/cmdline").read_text()
+                if str(self.request) in command and not (launched and "accelerate.commands.launch" in command):
                     found.append(pid)
             except OSError:  # it has just ended
                 continue
@@ -228,7 +232,7 @@ def test_run_whose_launcher_dies_while_it_imports_never_begins(script, num_proce
             asked = job(script, tmp_path / str(number), num_processes)
             launched = Launched(asked)
             deadline = time.monotonic() + TIMEOUT_S
-            while len(launched.processes()) < 1 + num_processes:
+            while len(launched.processes(launched=True)) < num_processes:
                 assert launched.process.poll() is None and time.monotonic() < deadline, launched.printed()
                 time.sleep(POLL_S)
             os.kill(launched.process.pid, signal.SIGKILL)
