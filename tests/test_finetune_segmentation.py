@@ -751,7 +751,7 @@ def test_segment_labels_images_of_any_size(finished, drawn_pairs, tmp_path, caps
     capsys.readouterr()
     assert tool.main(tool.parse_args([*arguments, "--overwrite"])) == 1
     assert f"cannot decode {folder / 'text.jpg'}" in capsys.readouterr().err
-    with pytest.raises(FileNotFoundError, match=r"no image or folder at .*absent\.jpg; nothing was written"):
+    with pytest.raises(FileNotFoundError, match=r"no image or folder at .*absent\.jpg$"):
         absent = str(tmp_path / "absent.jpg")
         tool.main(tool.parse_args([absent if argument == str(folder) else argument for argument in arguments]))
     with pytest.raises(SystemExit):
