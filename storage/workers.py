@@ -83,7 +83,7 @@ class Loader(DataLoader):
     """A DataLoader whose workers leave STOP_SIGNALS to the process that trains, end with it, and cannot hang it.
 
     DataTimeoutError after `timeout_s` seconds without a batch; 0 waits for ever. A handler of a signal may raise
-    WaitInterrupted within a wait. Both end the workers, and with them all loading.
+    WaitInterrupted within a wait. These, and an error of a worker, end all loading of the process.
 
     A scheduler and a terminal signal every process of a job. A worker that obeyed would take the training process
     down, which then could not save. So workers start with these signals blocked, until they ignore them.
@@ -109,18 +109,18 @@ class Loader(DataLoader):
     def wait_for(self, batches: Iterator) -> Iterator:
         # Torch's own timeout covers the queue, not what follows: the worker itself hands over the memory of a batch
         while True:
-            before = signal.signal(signal.SIGALRM, self.give_up)
+            before, came = signal.signal(signal.SIGALRM, self.give_up), False
             try:
                 signal.setitimer(signal.ITIMER_REAL, self.timeout_s)
                 try:
-                    batch = next(batches, None)
+                    batch, came = next(batches, None), True
                 finally:
                     signal.setitimer(signal.ITIMER_REAL, 0)
                     signal.signal(signal.SIGALRM, before)
-            except (DataTimeoutError, WaitInterrupted):
-                signal.setitimer(signal.ITIMER_REAL, 0)  # where the exception came before the one above
-                kill_workers()
-                raise
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)  # where WaitInterrupted came before the one above
+                if not came:  # an error of a worker as well: it would outlive its loader, as it ignores SIGTERM
+                    kill_workers()
             if batch is None:
                 return
             yield batch

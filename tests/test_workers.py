@@ -1,6 +1,5 @@
 """Processes that load data: started again where they hang, deaf to the signals that stop a run."""
 
-import gc
 import multiprocessing
 import os
 import shutil
@@ -134,5 +133,6 @@ def test_error_of_a_data_worker_is_said_in_its_own_words(num_workers):
     with pytest.raises(DataError) as error:
         list(Loader(Refusing(), num_workers=num_workers))
     assert str(error.value) == "one.jpg is no image" and is_explained(error.value)
-    del error
-    gc.collect()  # the traceback holds the loader, and that its worker
+    for child in multiprocessing.active_children():
+        child.join(10)
+    assert not multiprocessing.active_children()
