@@ -28,6 +28,18 @@ def test_signals_and_the_clock_ask_to_stop_and_to_save(tmp_path):
     assert [signal.getsignal(number) for number in signals.STOP_SIGNALS] == handlers
 
 
+def test_closing_terminal_is_ignored_where_nohup_says_so(tmp_path):
+    accelerator, before = Accelerator(cpu=True), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        interruptions = Interruptions(accelerator, Checkpoints(accelerator, tmp_path, 2), 0)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert interruptions.agree() == GO_ON and interruptions.name is None
+        interruptions.close()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def ask_twice(experiment, say) -> None:
     accelerator = Accelerator(cpu=True)
     interruptions = Interruptions(accelerator, Checkpoints(accelerator, experiment, 2), 0)

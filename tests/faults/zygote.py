@@ -105,6 +105,7 @@ def run_and_exit(request: dict) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # runs heed one that is ignored, as where nohup started the tests
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     if len(sys.argv) > 1:  # a real launcher started this one process, for the request in a file
         run(json.loads(Path(sys.argv[1]).read_text()))
