@@ -649,10 +649,7 @@ def build_training_loader(
     collate_fn: Callable = collate,
     timeout_s: float = 0,
 ) -> DataLoader:
-    """Give the batches of the sampler's epoch; RuntimeError at once where they do not fit into shared memory.
-
-    DataTimeoutError when no batch comes for `timeout_s` seconds; 0 waits for ever.
-    """
+    """Give the batches of the sampler's epoch; RuntimeError at once where they do not fit into shared memory."""
     if num_workers:
         require_shared_memory(num_workers, sampler.micro_batch_size * dataset[SampleKey(0, 0)].image.nbytes)
     return Loader(
@@ -682,10 +679,7 @@ def build_eval_loader(
     collate_fn: Callable = collate,
     timeout_s: float = 0,
 ) -> DataLoader:
-    """Give every image exactly once over all processes: each gets every `world_size`-th, without padding.
-
-    DataTimeoutError when no batch comes for `timeout_s` seconds; 0 waits for ever.
-    """
+    """Give every image exactly once over all processes: each gets every `world_size`-th, without padding."""
     return Loader(
         dataset,
         sampler=[SampleKey(EVAL_EPOCH, index) for index in range(rank, len(dataset), world_size)],

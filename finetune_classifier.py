@@ -125,12 +125,7 @@ FLAGS = {
         ("learning_rate", 2e-3, "the peak, whatever the batch"),
         ("base_learning_rate", float, "the peak for 256 images per step"),
         ("min_learning_rate", 0.0, "the cosine's end"),
-        (
-            "schedule_epochs",
-            int,
-            "epochs at which the cosine ends, if the run may go on (default: all)",
-            (1, None),
-        ),
+        ("schedule_epochs", int, "epochs at which the cosine ends, if the run may go on (default: all)", (1, None)),
         ("layer_decay", 1.0, "each layer's learning rate / the next one's", (0, 1)),
         ("adam_betas", [0.9, 0.999], "AdamW's two", {"nargs": 2}),
         ("drop_path", 0.0, "rate of the last block, rising linearly from 0", (0, 0.99)),

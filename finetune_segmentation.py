@@ -84,38 +84,21 @@ FLAGS = {
         ("rel_pos_bias", False, "add relative positions to the attention, at zero, as the paper"),
     ],
     "labels": [
-        (
-            "num_classes",
-            storage.ADE20K_NUM_CLASSES,
-            "that a pixel can be of",
-            (2, 255, ONE_CLASS),
-        ),
+        ("num_classes", storage.ADE20K_NUM_CLASSES, "that a pixel can be of", (2, 255, ONE_CLASS)),
         (
             "ignore_zero",
             bool,
             "0 in a label map is no class, 1 is the first (default: with ADE20K; else by the values)",
         ),
-        (
-            "label_values",
-            str,
-            "classes by value or colour: 0=background,255=cell or #rrggbb=NAME,...; or a file",
-        ),
+        ("label_values", str, "classes by value or colour: 0=background,255=cell or #rrggbb=NAME,...; or a file"),
         ("class_names", str, "file with a name on every line (default: ADE20K's for its 150)"),
         ("resize_to", int, "long and short side that images fit into (default: 4 and 1 --img_size)", {"nargs": 2}),
     ],
     "layout": [
         ("image_folder", str, "of images, below the root; {split} in it is train, val, ... (default: as documented)"),
         ("label_folder", str, "of label maps, likewise (default: that of the images, with --label_suffix)"),
-        (
-            "image_suffix",
-            "",
-            "what names of images end in beside those of label maps, such as _img (default: nothing)",
-        ),
-        (
-            "label_suffix",
-            "",
-            "what names of label maps end in, likewise, such as _mask or .png (default: nothing)",
-        ),
+        ("image_suffix", "", "what names of images end in beside those of label maps, such as _img (default: nothing)"),
+        ("label_suffix", "", "what names of label maps end in, likewise, such as _mask or .png (default: nothing)"),
     ],
     "recipe": [
         ("recipe", "paper", "whose defaults; small is for 500 to 5,000 images", {"choices": ("paper", "small")}),
@@ -281,13 +264,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dataset
 import utils
-from model import (
-    ViTMAEForSegmentation,
-    default_taps,
-    load_pretrained_encoder,
-    load_segmenter,
-    read_sizes,
-)
+from model import ViTMAEForSegmentation, default_taps, load_pretrained_encoder, load_segmenter, read_sizes
 from storage import IGNORE_INDEX, LABEL_COLOURS
 from storage.labels import count_classes
 from upernet import fit_within, predict, resize_matrix, resized_cross_entropy

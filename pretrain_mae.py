@@ -92,12 +92,7 @@ FLAGS = {
         ("recipe", "paper", "whose defaults; small is for 500 to 5,000 images", {"choices": ("paper", "small")}),
         ("base_learning_rate", 1.5e-4, "for 256 images per step; scaled to the effective batch"),
         ("min_learning_rate", 0.0, "the cosine's end"),
-        (
-            "schedule_epochs",
-            int,
-            "epochs at which the cosine ends, if the run may go on (default: all)",
-            (1, None),
-        ),
+        ("schedule_epochs", int, "epochs at which the cosine ends, if the run may go on (default: all)", (1, None)),
     ],
     "data": [
         ("min_crop_scale", 0.2, "smallest share of the image that a random crop covers", (1e-9, 1)),
@@ -167,11 +162,7 @@ from torch import Tensor
 
 import dataset
 import utils
-from model import (
-    ViTMAEForPreTraining,
-    load_pretrained_encoder,
-    read_sizes,
-)
+from model import ViTMAEForPreTraining, load_pretrained_encoder, read_sizes
 
 # ------------------------------------------------------------------------------------------------ evaluation
 

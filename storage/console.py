@@ -18,6 +18,7 @@ from storage.files import escape
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN_FOLDERS = (ROOT, ROOT / "storage", ROOT / "training", ROOT / "tools")  # and nobody's who lives in between
+FOR_USERS = (OSError, ValueError, RuntimeError, ImportError, FloatingPointError)  # what is raised to be read
 SECOND_S = 2  # that a process waits with an error, which the first one has as well: its launcher ends it by then
 
 
@@ -80,8 +81,8 @@ def escape_lines(text: str) -> str:
 
 def is_explained(error: Exception) -> bool:
     """Tell whether an error is the system's, or raised here to be read by a user; of a bug one wants the traceback."""
-    if isinstance(error, OSError | DataError | AssertionError):
-        return not isinstance(error, AssertionError)
+    if isinstance(error, OSError | DataError):
+        return True
     raised = traceback.extract_tb(error.__traceback__)[-1]
     return Path(raised.filename).resolve().parent in OWN_FOLDERS and (raised.line or "").startswith("raise ")
 
@@ -100,7 +101,7 @@ def explained_errors() -> Iterator[None]:
     protect_output()
     try:
         yield
-    except Exception as error:
+    except FOR_USERS as error:
         if is_explained(error):
             refuse(str(error))
         raise
