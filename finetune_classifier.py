@@ -13,7 +13,6 @@ paper's recipe (table 3). This code at that size: not run yet.
 import argparse
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -239,7 +238,6 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import Lars, param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import dataset
 import utils
@@ -261,7 +259,7 @@ def evaluate(
     batches: Iterable[dataset.Batch],
     data: dataset.ImageDataset,
     args: argparse.Namespace,
-) -> training.Evaluation:
+) -> training.ImageEvaluation:
     """Classify every image exactly once, whatever the number of processes and the remainder.
 
     The scores stay on the device until all are there: 200 MB for ImageNet, over all processes.
@@ -272,52 +270,33 @@ def evaluate(
             images = dataset.normalize(batch.images.to(accelerator.device), args.mean, args.std)
             with accelerator.autocast():
                 results.append(model(images).float())  # (N, K)
-    return training.gather_evaluation(accelerator, torch.cat(results), torch.from_numpy(data.files.labels).long())
-
-
-def write_evaluation(
-    evaluation: training.Evaluation, data: dataset.ImageDataset, *where: object, **how: str
-) -> list[str]:
-    """Write what `training.write_classification` does, of images of a data set."""
 
     def image_of(index: int) -> Tensor:
         return data[dataset.SampleKey(dataset.EVAL_EPOCH, index)].image
 
-    return training.write_classification(evaluation, data.files.classes, image_of, *where, **how)
+    source = training.ImageSource(data.files.classes, image_of, args.show_channels)
+    labels = torch.from_numpy(data.files.labels).long()
+    return training.gather_evaluation(accelerator, torch.cat(results), labels, source)
 
 
 def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
     """Do what --eval_only asks for, and write files beside the weights."""
     accelerator, loading = training.open_evaluation(args)
-    weights = storage.find_weights(args.path_to_pretrained_mae_weights)
+    weights = training.find_writable_weights(args.path_to_pretrained_mae_weights)
     model, record = load_classifier(weights)
-    if not os.access(weights.parent, os.W_OK):
-        raise PermissionError(f"the figures are written beside the weights, but {weights.parent} cannot be written to")
-    if args.val_fraction:
-        _, files = training.list_splits(accelerator, args.path_to_data, args)
-        folder = files.root
-    else:
-        folder = storage.find_validation(Path(args.path_to_data)) or Path(args.path_to_data)
-        files = training.list_folder(accelerator, folder, args)
-    training.choose_value_range(accelerator, args, files)
+    files = training.list_validation(accelerator, args)
     class_names = record.get("class_names") or list(files.classes)
-    storage.check_same_classes(files.classes, tuple(class_names) or ("",), folder, f"the classifier in {weights}")
-    for what, number in ((str(folder), len(class_names)), ("--num_classes", args.num_classes)):
+    storage.check_same_classes(files.classes, tuple(class_names) or ("",), files.root, f"the classifier in {weights}")
+    for what, number in ((str(files.root), len(class_names)), ("--num_classes", args.num_classes)):
         if number not in (None, model.num_classes):
             raise ValueError(f"{weights} tells {model.num_classes} classes apart, but {what} has {number}")
     data = build_eval_data(files, args)
     accelerator.print(f"{'evaluating':<16}{weights} on {files.describe()}")
     loader = dataset.build_eval_loader(data, **loading)
     evaluation = evaluate(accelerator, model.to(accelerator.device), loader, data, args)
-    report = evaluation.report()
-    if accelerator.is_main_process:
-        summary = report | training.describe_evaluation(weights, files, record)
-        written = write_evaluation(evaluation, data, weights.parent, summary, args.show_channels)
-        print(f"{'written':<16}{', '.join(written)} in {weights.parent}")
-    training.print_figures(accelerator, report)
-    training.note_selection(accelerator, files, record)
+    figures = training.report_evaluation(accelerator, weights, files, evaluation, record)
     accelerator.end_training()
-    return evaluation.figures()
+    return figures
 
 
 @torch.no_grad()
@@ -336,7 +315,7 @@ def run_knn(args: argparse.Namespace) -> dict[str, float]:
     def encode(images: Tensor) -> Tensor:
         return model.forward_pooled(dataset.normalize(images, args.mean, args.std))
 
-    features, splits = [], list_labelled_splits(accelerator, args)
+    features, splits = [], training.list_labelled_splits(accelerator, args)
     for files in splits:
         accelerator.print(f"{'encoding':<16}{files.describe()}")
         loader = dataset.build_eval_loader(build_eval_data(files, args), **loading)
@@ -353,38 +332,6 @@ def run_knn(args: argparse.Namespace) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------ data
-
-
-def list_labelled_splits(
-    accelerator: Accelerator, args: argparse.Namespace
-) -> tuple[storage.FileList, storage.FileList]:
-    """List training and validation images; both must have the same classes, and as many as --num_classes says."""
-    train_files, val_files = training.list_splits(accelerator, args.path_to_data, args)
-    if val_files is None:
-        raise FileNotFoundError(
-            f"--path_to_data {args.path_to_data} needs train/ and val/ (or validation/), each with a folder for every "
-            "class: without held-out images no classifier can be judged. --val_fraction 0.1 holds a tenth out"
-        )
-    storage.check_same_classes(train_files.classes, train_files.classes or ("",), train_files.root, "this data set")
-    storage.check_same_classes(val_files.classes, train_files.classes, val_files.root, str(train_files.root))
-    if args.num_classes not in (None, len(train_files.classes)):
-        raise ValueError(
-            f"--num_classes {args.num_classes}, but {train_files.root} has {len(train_files.classes)} class folders; "
-            "give that number or leave the flag out"
-        )
-    training.choose_value_range(accelerator, args, train_files)
-    return train_files, val_files
-
-
-def list_test(accelerator: Accelerator, others: tuple[storage.FileList, ...], args: argparse.Namespace):
-    """List the images of --test_folder, None without; it is none of the other splits, and has their classes."""
-    if args.test_folder is None:
-        return None
-    files = training.list_folder(accelerator, Path(args.test_folder), args)
-    storage.check_same_classes(files.classes, others[0].classes, files.root, str(others[0].root))
-    if files.root in [other.root for other in others]:
-        raise ValueError(f"--test_folder {files.root} is in use by the training; give another split")
-    return files
 
 
 def build_eval_data(files: storage.FileList, args: argparse.Namespace) -> dataset.ImageDataset:
@@ -476,8 +423,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         args.path_to_data = str(training.draw_demo_data(accelerator, args.working_directory) / "imagefolder")
 
     # Data and model: augmentation, mixing and drop path are functions of (seed, epoch, index)
-    train_files, val_files = splits = list_labelled_splits(accelerator, args)
-    test_files = list_test(accelerator, splits, args)
+    train_files, val_files = splits = training.list_labelled_splits(accelerator, args)
+    test_files = training.list_test(accelerator, splits, args)
     span = PROBE if args.linear_probe else SMALL if args.path_to_pretrained_mae_weights else SMALL_SCRATCH
     training.settle(accelerator, args, span, len(train_files), stepping, loading)
     model, origin = build_model(len(train_files.classes), args)
@@ -487,7 +434,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     sampler = dataset.StepSampler(len(train_data), labels=labels, **stepping)
     loader = dataset.build_training_loader(train_data, sampler, collate_fn=mixing, **workers)
     eval_loader = dataset.build_eval_loader(eval_data, **loading)
-    test_loaders = [dataset.build_eval_loader(build_eval_data(test_files, args), **loading)] if test_files else []
+    test_loader = dataset.build_eval_loader(build_eval_data(test_files, args), **loading) if test_files else None
 
     # Optimizer
     peak = args.learning_rate
@@ -512,7 +459,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     compute_loss = build_loss(class_weights).to(device)
 
     # Decode every held-out image now: a broken file should stop the run at its start, not at its first evaluation
-    for held_out in (eval_loader, *test_loaders) if start.resume_from is None else ():
+    for held_out in filter(None, (eval_loader, test_loader)) if start.resume_from is None else ():
         for _ in held_out:
             pass
 
@@ -563,11 +510,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                 for prefix, candidate in candidates.items():
                     kept = {key: figures[f"{prefix}_{key}"] for key in ("loss", "top1_acc", "top5_acc", "macro_f1")}
                     scored = {"epoch": epoch + 1, "moving_average": prefix != "testing", "testing": kept} | selection
-                    if run.keep_best(candidate, kept["top1_acc"], scored) and accelerator.is_main_process:
-                        summary = training.describe_evaluation(best / "model.safetensors", val_files, scored)
-                        summary |= evaluations[prefix].report()
-                        with training.optional_write(best / training.EVALUATION_FILE):
-                            write_evaluation(evaluations[prefix], eval_data, best, summary, args.show_channels)
+                    if run.keep_best(candidate, kept["top1_acc"], scored):
+                        training.report_best(accelerator, best, val_files, evaluations[prefix], scored)
             if saves:
                 run.keep_picture("predictions", draw_predictions(accelerator, bare_model, eval_data, args))
             run.finish_epoch(figures if evaluates else {}, save=evaluates or saves, for_good=saves)
@@ -578,10 +522,13 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         accelerator.print(f"{'checkpoints':<16}{best} (top-1 {run.best:.2f} %), {last}")
         training.note_selection(accelerator, val_files, selection)
         training.print_figures(accelerator, figures)
-        for test_loader in test_loaders:
-            test_figures = score_test(accelerator, best, test_loader, args)
-            training.print_figures(accelerator, test_figures)
-            figures = figures | test_figures
+        if test_loader is not None:
+
+            def score_best() -> training.ImageEvaluation:
+                best_model, _ = load_classifier(best)
+                return evaluate(accelerator, best_model.to(device), test_loader, test_loader.dataset, args)
+
+            figures = figures | training.report_test(accelerator, best, test_files, score_best)
         if not args.demo:  # the demo trains a second model in these processes
             accelerator.end_training()
         return figures
@@ -595,21 +542,6 @@ def build_loss(class_weights: Tensor | None) -> nn.Module:
     is cut into passes and processes: for one class a target, torch divides the sum by sum(w) instead.
     """
     return SoftTargetCrossEntropy() if class_weights is None else nn.CrossEntropyLoss(weight=class_weights)
-
-
-def score_test(accelerator: Accelerator, best: Path, loader: DataLoader, args: argparse.Namespace) -> dict[str, float]:
-    """Score the best weights on --test_folder and add that to what lies beside them; a score that is there stays."""
-    data, files = loader.dataset, loader.dataset.files
-    figures = training.find_test_figures(accelerator, best, files)
-    if figures is None:
-        model, _ = load_classifier(best)
-        evaluation = evaluate(accelerator, model.to(accelerator.device), loader, data, args)
-        figures = evaluation.report("test") | {"test_num_images": len(files)}
-        if accelerator.is_main_process:
-            summary = figures | training.describe_test(files)
-            with training.optional_write(best / training.EVALUATION_FILE):
-                write_evaluation(evaluation, data, best, summary, args.show_channels, prefix="test_")
-    return figures
 
 
 def build_record(

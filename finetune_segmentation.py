@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -144,7 +143,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             flags.error(f"--eval_only judges a segmenter, and {source} is none; give a checkpoint of this script")
         sizes |= {name: record[name] for name in (*SEGMENTER_FLAGS, "ignore_zero", "resize_to", "class_names")}
         sizes["label_values"] = None if "ignore_zero" in given else record.get("label_values")
-    sizes |= read_label_flags(flags, given, record.get("class_names") if evaluates else None)
+    try:
+        sizes |= storage.read_label_flags(given, record.get("class_names") if evaluates else None)
+    except ValueError as error:
+        flags.error(str(error))
     demo = DEMO_RECIPE if given.get("demo") else {}
     args = flags.complete(given, RECIPE, small, demo, {"path_to_backbone_checkpoint": source}, sizes)
 
@@ -194,7 +196,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if args.ignore_zero is None and args.num_classes == storage.ADE20K_NUM_CLASSES:
             args.ignore_zero = True  # else the label maps decide, when they are read
         storage.label_table(args.num_classes, bool(args.ignore_zero), args.label_values)
-        args.class_names = read_class_names(args)
+        drawn = storage.DEMO_LABEL_NAMES[1:] if args.demo else None
+        args.class_names = storage.name_classes(args.class_names, args.num_classes, args.ignore_zero, drawn)
         with torch.device("meta"):
             build_model(args)
     except (ValueError, OSError) as error:
@@ -202,47 +205,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resize_to is None:
         args.resize_to = [4 * max(config.image_hw), min(config.image_hw)]
     return args
-
-
-def read_label_flags(flags: training.Flags, given: dict, names: list[str] | None) -> dict[str, object]:
-    """Read --label_values in `given`, and give what follows from it; refuse it for a segmenter of other `names`."""
-    if "label_values" not in given:
-        return {}
-    try:
-        given["label_values"] = storage.parse_label_values(given["label_values"])
-    except ValueError as error:
-        flags.error(str(error))
-    found = storage.class_names_of(given["label_values"])
-    for name in ("ignore_zero", "class_names"):
-        if name in given:
-            flags.error(f"--label_values says which value is which class, and its name; leave --{name} out")
-    if given.get("num_classes", len(found)) != len(found):
-        flags.error(
-            f"--num_classes {given['num_classes']}, but --label_values names {len(found)} classes: {', '.join(found)}. "
-            "Leave --num_classes out"
-        )
-    if names is not None and found != names:
-        flags.error(
-            f"--label_values names the classes {', '.join(found)}; the segmenter has {', '.join(names)}. Give the same "
-            "names in the same order"
-        )
-    return {"num_classes": len(found), "class_names": found, "ignore_zero": False}
-
-
-def read_class_names(args: argparse.Namespace) -> list[str]:
-    """Give the names of the classes: of a file, of a segmenter, of ADE20K or the demo, or numbers."""
-    if isinstance(args.class_names, list):  # a segmenter's own
-        return args.class_names
-    if args.class_names is not None:
-        names = [line.strip() for line in storage.read_text(Path(args.class_names)).splitlines() if line.strip()]
-        if len(names) != args.num_classes:
-            raise ValueError(f"--class_names {args.class_names} has {len(names)} names for {args.num_classes} classes")
-        return names
-    if args.num_classes == storage.ADE20K_NUM_CLASSES and args.ignore_zero:
-        return list(storage.ADE20K_CLASS_NAMES)
-    if args.demo:
-        return list(storage.DEMO_LABEL_NAMES[1:])
-    return [f"class {index}" for index in range(args.num_classes)]
 
 
 def build_config(args: argparse.Namespace) -> MAEConfig:
@@ -296,7 +258,7 @@ def label_images(model: ViTMAEForSegmentation, images: list[Tensor], args: argpa
 
 def evaluate(
     accelerator: Accelerator, model: ViTMAEForSegmentation, batches: Iterable[dataset.Batch], args: argparse.Namespace
-) -> utils.ConfusionMatrix:
+) -> training.PixelEvaluation:
     """Label every validation image once, at its own size, and count the pixels over all processes."""
     confusion = utils.ConfusionMatrix(args.num_classes, accelerator.device, IGNORE_INDEX)
     with utils.evaluating(model):
@@ -307,17 +269,7 @@ def evaluate(
                 confusion.update(labels, answer)
     if training.process_slice(accelerator)[1] > 1:
         confusion.reduce(accelerator)
-    return confusion
-
-
-def build_tables(confusion: utils.ConfusionMatrix, names: list[str]) -> dict[str, list]:
-    """Give per_class.tsv, with each class's share of the pixels and its scores in percent, and the confusion matrix."""
-    counts, scores = confusion.counts.cpu(), confusion.per_class()
-    shares = 100 * counts.sum(dim=1).double() / counts.sum()
-    table = [["class", "name", "pixels_percent", *scores]]
-    for index, name in enumerate(names):
-        table.append([index, name, *(f"{values[index].item():.2f}" for values in (shares, *scores.values()))])
-    return {"per_class.tsv": table, "confusion.tsv": training.confusion_rows(counts, names)}
+    return training.PixelEvaluation(confusion, args.class_names)
 
 
 def choose_samples(data: dataset.ADE20KDataset, count: int) -> list[dataset.Sample]:
@@ -388,24 +340,15 @@ def draw_predictions(
 def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
     """Do what --eval_only asks for, and write files beside the weights."""
     accelerator, loading = training.open_evaluation(args)
-    weights = storage.find_weights(args.path_to_backbone_checkpoint)
+    weights = training.find_writable_weights(args.path_to_backbone_checkpoint)
     model, record = load_segmenter(weights)
-    if not os.access(weights.parent, os.W_OK):
-        raise PermissionError(f"the figures are written beside the weights, but {weights.parent} cannot be written to")
     pairs = training.list_checked_pairs(accelerator, "validation", args).pairs
-    data = build_data(pairs, args)
-    loader = dataset.build_eval_loader(data, collate_fn=dataset.collate_lists, **loading)
+    loader = dataset.build_eval_loader(build_data(pairs, args), collate_fn=dataset.collate_lists, **loading)
     accelerator.print(f"{'evaluating':<16}{weights} on {pairs.describe()}")
-    confusion = evaluate(accelerator, model.to(accelerator.device), loader, args)
-    figures = confusion.figures()
-    if accelerator.is_main_process:
-        how = {name: getattr(args, name) for name in ("slide", "multi_scale", "flip", "resize_to")}
-        how |= training.describe_evaluation(weights, pairs, record)
-        how |= {"path_to_data": storage.as_text(args.path_to_data), "precision": accelerator.mixed_precision}
-        written = training.write_report(weights.parent, figures | how, build_tables(confusion, args.class_names))
-        print(f"{'written':<16}{', '.join(written)} in {weights.parent}")
-    training.note_selection(accelerator, pairs, record)
-    training.print_figures(accelerator, figures)
+    evaluation = evaluate(accelerator, model.to(accelerator.device), loader, args)
+    how = {name: getattr(args, name) for name in ("slide", "multi_scale", "flip", "resize_to")}
+    how |= {"path_to_data": storage.as_text(args.path_to_data), "precision": accelerator.mixed_precision}
+    figures = training.report_evaluation(accelerator, weights, pairs, evaluation, record, **how)
     accelerator.end_training()
     return figures
 
@@ -477,8 +420,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     train_pairs = survey.pairs
     splits = ["validation"] + ([args.test_split] if args.test_split else [])
     rotate = train_pairs.rotate
-    surveys = [training.list_checked_pairs(accelerator, split, args, rotate=rotate) for split in splits]
-    val_pairs, test_pairs = surveys[0].pairs, [survey.pairs for survey in surveys[1:]]
+    val_pairs, *test_pairs = (training.list_checked_pairs(accelerator, x, args, rotate=rotate).pairs for x in splits)
     train_data, val_data = build_data(train_pairs, args, model), build_data(val_pairs, args)
     sampler = dataset.StepSampler(len(train_data), **stepping)
     loader = dataset.build_training_loader(train_data, sampler, **workers)
@@ -554,20 +496,13 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             if evaluates:
                 run.check_weights()
                 training.broadcast_buffers(accelerator, bare_model)
-                confusion = evaluate(accelerator, bare_model, run.watch(val_loader), args)
-                figures = confusion.figures()
+                evaluation = evaluate(accelerator, bare_model, run.watch(val_loader), args)
+                figures = evaluation.figures()
                 run.keep_picture("predictions", draw_predictions(accelerator, bare_model, shown, args))
-                tables = build_tables(confusion, args.class_names) if accelerator.is_main_process else {}
                 scored = {"epoch": epoch + 1, "testing": figures} | selection
-                if run.keep_best(bare_model, figures["testing_miou"], scored) and accelerator.is_main_process:
-                    how = training.describe_evaluation(best / "model.safetensors", val_pairs, scored)
-                    with training.optional_write(best / training.EVALUATION_FILE):
-                        training.write_report(best, figures | how, tables)
-                if accelerator.is_main_process:
-                    file = run.experiment / "predictions" / f"epoch_{epoch + 1}.tsv"
-                    storage.rename_aside(file)
-                    with training.optional_write(file):
-                        storage.write_rows(file, tables["per_class.tsv"])
+                if run.keep_best(bare_model, figures["testing_miou"], scored):
+                    training.report_best(accelerator, best, val_pairs, evaluation, scored)
+                run.keep_table("predictions", evaluation.tables()["per_class.tsv"])
             run.finish_epoch(figures if evaluates else {}, save=evaluates or saves, for_good=saves)
         run.finish()
         if not figures:  # a finished run that was started again
@@ -576,29 +511,15 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         training.note_selection(accelerator, val_pairs, selection)
         training.print_figures(accelerator, figures)
         for pairs in test_pairs:
-            test_figures = score_test(accelerator, best, pairs, loading, args)
-            training.print_figures(accelerator, test_figures)
-            figures = figures | test_figures
+
+            def score_best(pairs: storage.PairList = pairs) -> training.PixelEvaluation:
+                loader = dataset.build_eval_loader(build_data(pairs, args), collate_fn=dataset.collate_lists, **loading)
+                return evaluate(accelerator, load_segmenter(best)[0].to(device), loader, args)
+
+            figures = figures | training.report_test(accelerator, best, pairs, score_best)
         accelerator.end_training()
         return figures
     return {}  # stopped by a signal
-
-
-def score_test(
-    accelerator: Accelerator, best: Path, pairs: storage.PairList, loading: dict[str, float], args: argparse.Namespace
-) -> dict[str, float]:
-    """Score the best weights on --test_split and add that to what lies beside them; a score that is there stays."""
-    figures = training.find_test_figures(accelerator, best, pairs)
-    if figures is None:
-        model, _ = load_segmenter(best)
-        loader = dataset.build_eval_loader(build_data(pairs, args), collate_fn=dataset.collate_lists, **loading)
-        confusion = evaluate(accelerator, model.to(accelerator.device), loader, args)
-        figures = confusion.figures("test") | {"test_num_images": len(pairs)}
-        if accelerator.is_main_process:
-            tables, record = build_tables(confusion, args.class_names), figures | training.describe_test(pairs)
-            with training.optional_write(best / training.EVALUATION_FILE):
-                training.write_report(best, record, tables, prefix="test_")
-    return figures
 
 
 def choose_warmup(args: argparse.Namespace, steps_per_epoch: int, total_steps: int) -> int:

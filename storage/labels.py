@@ -15,6 +15,7 @@ from PIL import Image
 from storage.decoding import KIND_NAMES, load_file, open_image, read_layout
 from storage.files import escape, read_text
 from storage.lists import name_some
+from storage.sizes import ADE20K_NUM_CLASSES
 
 IGNORE_INDEX = 255  # in a label map as this project uses it: counts neither in training nor in a metric
 
@@ -137,6 +138,47 @@ def parse_label_values(text: str) -> dict[str, str]:
             "Name the background too, where it is to be told from the rest"
         )
     return found
+
+
+def read_label_flags(given: dict[str, object], names: list[str] | None) -> dict[str, object]:
+    """Read --label_values in the flags that were given, and give what follows from it; ValueError where it cannot be.
+
+    `names` are the classes of a segmenter that is to be evaluated.
+    """
+    if "label_values" not in given:
+        return {}
+    given["label_values"] = parse_label_values(given["label_values"])
+    found = class_names_of(given["label_values"])
+    for name in ("ignore_zero", "class_names"):
+        if name in given:
+            raise ValueError(f"--label_values says which value is which class, and its name; leave --{name} out")
+    if given.get("num_classes", len(found)) != len(found):
+        raise ValueError(
+            f"--num_classes {given['num_classes']}, but --label_values names {len(found)} classes: {', '.join(found)}. "
+            "Leave --num_classes out"
+        )
+    if names is not None and found != names:
+        raise ValueError(
+            f"--label_values names the classes {', '.join(found)}; the segmenter has {', '.join(names)}. Give the same "
+            "names in the same order"
+        )
+    return {"num_classes": len(found), "class_names": found, "ignore_zero": False}
+
+
+def name_classes(
+    given: list[str] | str | None, num_classes: int, ignore_zero: bool, drawn: tuple[str, ...] | None = None
+) -> list[str]:
+    """Give the names of the classes: those that are known, of the file of --class_names, ADE20K's, the demo's."""
+    if isinstance(given, list):
+        return given
+    if given is not None:
+        names = [line.strip() for line in read_text(Path(given)).splitlines() if line.strip()]
+        if len(names) != num_classes:
+            raise ValueError(f"--class_names {given} has {len(names)} names for {num_classes} classes")
+        return names
+    if num_classes == ADE20K_NUM_CLASSES and ignore_zero:
+        return list(ADE20K_CLASS_NAMES)
+    return list(drawn or (f"class {index}" for index in range(num_classes)))
 
 
 # ------------------------------------------------------------------------------------------------ reading

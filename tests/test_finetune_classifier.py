@@ -23,6 +23,7 @@ from timm.optim import Lars
 import finetune_classifier
 import model as model_module
 import pretrain_mae
+import training.data
 import utils
 from dataset import IMAGENET_MEAN, IMAGENET_STD, ResizeCenterCrop, SampleKey, StepSampler, normalize
 from finetune_classifier import (
@@ -38,7 +39,7 @@ from model import MAEConfig, ViTMAEForImageClassification, ViTMAEForPreTraining,
 from storage.decoding import read_image
 from storage.demo import write_demo_data
 from storage.lists import list_images
-from training import Evaluation, process
+from training.metrics import ImageEvaluation, ImageSource
 
 RUN_FLAGS = """--experiment_name run --epochs 4 --warmup_epochs 1 --per_gpu_batch_size 8 --learning_rate 0.01
  --save_checkpoint_interval 2 --num_workers 0 --log_interval 2"""
@@ -149,7 +150,11 @@ def test_best_checkpoint_may_be_the_moving_average(drawn_images, pretrained, tmp
     answers = itertools.cycle([1 - labels, labels])
 
     def score(*_):
-        return Evaluation(torch.ones(8), next(answers)[:, None], labels, auc=torch.full((2,), 50.0).double())
+        auc, source = (
+            torch.full((2,), 50.0).double(),
+            ImageSource(("cats", "dogs"), lambda index: torch.zeros(3, 16, 16), None),
+        )
+        return ImageEvaluation(torch.ones(8), next(answers)[:, None], labels, auc, source)
 
     monkeypatch.setattr(finetune_classifier, "evaluate", score)
     experiment = train(drawn_images, tmp_path, pretrained, "--ema_decay 0.9 --save_checkpoint_interval 1")
@@ -832,7 +837,7 @@ def test_demo_without_its_pretraining_says_what_to_run_first(tmp_path, capsys):
 def test_demo_compares_the_pretrained_run_with_one_from_scratch(tmp_path, monkeypatch, capsys):
     """The demo in small: few scenes, and few epochs of everything."""
     few = functools.partial(write_demo_data, num_train=64, num_val=20)
-    monkeypatch.setattr(process, "write_demo_data", few)
+    monkeypatch.setattr(training.data, "write_demo_data", few)
     short = ["--demo", "--epochs", "2", "--num_workers", "0", "--working_directory", str(tmp_path)]
     pretrain_mae.main(pretrain_mae.parse_args(short))
     compare_with_scratch(parse_args(short))

@@ -1,6 +1,5 @@
 """The segmentation run: against plain torch, resumed and spread, its scores by brute force, and its refusals."""
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 import finetune_segmentation
 import model as model_module
 import pretrain_mae
+import training.data
 from dataset import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -41,13 +41,11 @@ from finetune_segmentation import (
     label_images,
     main,
     parse_args,
-    read_class_names,
 )
 from model import MAEConfig, ViTMAEForPreTraining, ViTMAEForSegmentation, load_segmenter
 from storage.demo import write_demo_data
-from storage.labels import IGNORE_INDEX, label_table, read_label_map
+from storage.labels import IGNORE_INDEX, label_table, name_classes, read_label_map
 from storage.pairs import list_pairs
-from training import process
 from utils import ConfusionMatrix
 
 ENCODER = dataclasses.replace(TINY, encoder_embed_dim=64, encoder_depth=4, encoder_num_heads=2)
@@ -583,7 +581,7 @@ def test_resume_as_another_run_is_refused(finished, drawn_pairs, pretrained, tmp
 
 def test_demo_in_small(tmp_path, monkeypatch):
     few = functools.partial(write_demo_data, num_train=32, num_val=10)
-    monkeypatch.setattr(process, "write_demo_data", few)
+    monkeypatch.setattr(training.data, "write_demo_data", few)
     short = ["--demo", "--epochs", "2", "--num_workers", "0", "--working_directory", str(tmp_path)]
     pretrain_mae.main(pretrain_mae.parse_args(short))
     figures = main(parse_args(short))
@@ -761,8 +759,7 @@ def test_segment_labels_images_of_any_size(finished, drawn_pairs, tmp_path, caps
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_class_names_are_read_with_and_without_a_byte_order_mark(tmp_path, encoding):
     (tmp_path / "names.txt").write_text("background\nStraße\n", encoding=encoding)
-    args = argparse.Namespace(class_names=str(tmp_path / "names.txt"), num_classes=2)
-    assert read_class_names(args) == ["background", "Straße"]
+    assert name_classes(str(tmp_path / "names.txt"), 2, True) == ["background", "Straße"]
 
 
 # -------------------------------------------------------------------------------- other losses, weights of classes

@@ -12,7 +12,8 @@ from accelerate import Accelerator
 
 from training.metrics import (
     AUC_CLASSES,
-    Evaluation,
+    ImageEvaluation,
+    ImageSource,
     choose_class_weights,
     class_auc,
     find_test_figures,
@@ -21,6 +22,8 @@ from training.metrics import (
     read_class_weights,
     write_report,
 )
+
+NOWHERE = ImageSource((), lambda index: torch.zeros(3, 4, 4), None)
 
 
 def drawn(num_images: int, num_classes: int, absent: tuple[int, ...] = ()) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +69,7 @@ def test_figures_equal_torchmetrics_with_absent_classes():
     """150 classes, of which some have no image, and so more than one gathering of scores."""
     scores, labels = drawn(900, 150, absent=(0, 77, 149))
     assert scores.shape[1] > 2 * AUC_CLASSES
-    evaluation = gather_evaluation(Accelerator(cpu=True), scores, labels)
+    evaluation = gather_evaluation(Accelerator(cpu=True), scores, labels, NOWHERE)
     there = labels.unique().tolist()
     absent = sorted(set(range(150)) - set(there))
     assert {0, 77, 149} <= set(absent)
@@ -92,12 +95,12 @@ def test_two_classes_have_one_auc_and_sure_answers_do_not_tie():
     margins, labels = torch.tensor([20.0, 22.0, 21.0, 25.0, 23.0]), torch.tensor([0, 1, 0, 1, 0])
     scores = torch.stack([torch.zeros(5), margins], dim=1)
     assert scores.softmax(dim=1)[:, 1].unique().tolist() == [1]
-    evaluation = gather_evaluation(Accelerator(cpu=True), scores, labels)
+    evaluation = gather_evaluation(Accelerator(cpu=True), scores, labels, NOWHERE)
     assert evaluation.auc.tolist() == pytest.approx([100 * 5 / 6] * 2)
 
 
 def test_report_of_images_of_one_class_has_no_auc():
-    evaluation = gather_evaluation(Accelerator(cpu=True), torch.eye(3), torch.tensor([1, 1, 1]))
+    evaluation = gather_evaluation(Accelerator(cpu=True), torch.eye(3), torch.tensor([1, 1, 1]), NOWHERE)
     report = evaluation.report("test")
     assert "test_macro_auc" not in report and report["test_classes"] == 1
     assert report["test_macro_recall"] == pytest.approx(100 / 3) == report["test_top1_acc"]
@@ -107,10 +110,11 @@ def test_report_of_images_of_one_class_has_no_auc():
 def test_tables_of_a_hand_made_case():
     top = torch.tensor([[0, 1], [2, 0], [2, 0], [1, 0], [0, 1]])
     labels = torch.tensor([0, 0, 0, 1, 1])
-    evaluation = Evaluation(torch.ones(5), top, labels, torch.tensor([80.0, 70.0, torch.nan, torch.nan]).double())
-    assert evaluation.confusions() == [(0, 2, 2), (1, 0, 1)]
     names = ["ant", "bee", "n01440764", "never"]
-    tables = {name: [list(row) for row in rows] for name, rows in evaluation.tables(names).items()}
+    auc, source = torch.tensor([80.0, 70.0, torch.nan, torch.nan]).double(), NOWHERE._replace(names=names)
+    evaluation = ImageEvaluation(torch.ones(5), top, labels, auc, source)
+    assert evaluation.confusions() == [(0, 2, 2), (1, 0, 1)]
+    tables = {name: [list(row) for row in rows] for name, rows in evaluation.tables().items()}
     assert tables["confusion.tsv"][0][1:] == names
     assert [row[1:] for row in tables["confusion.tsv"][1:]] == [[1, 0, 2, 0], [1, 1, 0, 0], [0] * 4, [0] * 4]
     head, *rows = tables["per_class.tsv"]

@@ -17,6 +17,7 @@ from PIL import Image
 
 import finetune_classifier
 import model as model_module
+import training.data
 from dataset import (
     EVAL_EPOCH,
     IMAGENET_MEAN,
@@ -35,7 +36,6 @@ from pretrain_mae import build_config, evaluate, main, parse_args, trivial_answe
 from storage import decoding
 from storage.demo import write_demo_data
 from storage.lists import list_images
-from training import process
 
 TINY_FLAGS = """--experiment_name run --img_size 16 --patch_size 4 --encoder_embed_dim 32 --encoder_depth 2
  --encoder_num_heads 4 --decoder_embed_dim 16 --decoder_depth 1 --decoder_num_heads 2 --epochs 4 --warmup_epochs 1
@@ -641,7 +641,7 @@ def test_wandb_that_refuses_its_settings_does_not_stop_the_run(fork, drawn_image
 
 def test_demo_draws_its_data_and_reports_three_errors(tmp_path, monkeypatch, capsys):
     few = functools.partial(write_demo_data, num_train=40, num_val=10)
-    monkeypatch.setattr(process, "write_demo_data", few)
+    monkeypatch.setattr(training.data, "write_demo_data", few)
     shorter = ["--demo", "--epochs", "2", "--num_workers", "0", "--working_directory", str(tmp_path)]
     figures = main(parse_args(shorter))
     assert set(figures) == {"testing_loss", "model_error", "mean_colour_error", "nearest_patch_error"}
@@ -653,7 +653,7 @@ def test_demo_draws_its_data_and_reports_three_errors(tmp_path, monkeypatch, cap
 
 def test_demo_with_other_flags_ends_without_the_errors_it_cannot_have(tmp_path, monkeypatch, capsys):
     few = functools.partial(write_demo_data, num_train=40, num_val=10)
-    monkeypatch.setattr(process, "write_demo_data", few)
+    monkeypatch.setattr(training.data, "write_demo_data", few)
     arguments = ["--demo", "--epochs", "2", "--num_workers", "0", "--working_directory", str(tmp_path)]
     assert set(main(parse_args([*arguments, "--norm_pix_loss"]))) == {"testing_loss"}
     assert "No errors beside trivial answers" in capsys.readouterr().out

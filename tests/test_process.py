@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from conftest import ROOT
 
 from training import process
-from training.process import cap_workers, collect_features, gather_slices, list_splits, process_slice
+from training.process import cap_workers, collect_features, gather_slices, process_slice
 
 # -------------------------------------------------------------------------------- set-up
 
@@ -62,21 +62,6 @@ print(faults())
     )
     left_alone, kept = map(int, done.stdout.split())
     assert left_alone >= 16 > kept
-
-
-# -------------------------------------------------------------------------------- data
-
-
-def test_splits_are_listed_and_a_run_inside_its_images_is_refused(image_folder, tmp_path):
-    accelerator, flags = Accelerator(cpu=True), argparse.Namespace(working_directory=tmp_path, rescan_data=False)
-    flags.path_to_data, flags.val_fraction = str(image_folder), None
-    train_files, val_files = list_splits(accelerator, str(image_folder), flags)
-    assert (len(train_files), len(val_files)) == (24, 8) and (tmp_path / "file_lists").is_dir()
-    alone, none = list_splits(accelerator, str(image_folder / "train" / "cats"), flags)
-    assert len(alone) == 12 and none is None
-    flags.working_directory = image_folder / "train" / "work"
-    with pytest.raises(ValueError, match=r"--working_directory .* lies in the training images"):
-        list_splits(accelerator, str(image_folder), flags)
 
 
 # -------------------------------------------------------------------------------- between processes

@@ -4,6 +4,7 @@ Knows no network and no data set. Every figure comes from the answers of all pro
 """
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,10 +16,21 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from storage.files import read_json, read_text, rename_aside, user_path, write_json, write_rows, written_whole
+from storage.files import (
+    optional_write,
+    read_json,
+    read_text,
+    rename_aside,
+    user_path,
+    write_json,
+    write_rows,
+    written_whole,
+)
 from storage.lists import as_text
+from storage.weights import find_weights
 from training.process import gather_slices, process_slice
-from utils import accuracy, class_scores, describe_class, draw_rows, show_values
+from training.records import print_figures
+from utils import ConfusionMatrix, accuracy, class_scores, describe_class, draw_rows, show_values
 
 EVALUATION_FILE = "evaluation.json"
 TOP = 5
@@ -47,7 +59,15 @@ def class_auc(scores: Tensor, labels: Tensor, first_class: int = 0) -> Tensor:
     return 100 * twice_won.double() / (2 * count * (len(labels) - count)).double()
 
 
-class Evaluation(NamedTuple):
+class ImageSource(NamedTuple):
+    """Where the evaluated images come from: names of classes (K), an image (C, H, W) by its index, channels to show."""
+
+    names: Sequence[str]
+    image_of: Callable[[int], Tensor]
+    channels: list[int] | None
+
+
+class ImageEvaluation(NamedTuple):
     """Of every image of a data set, in its order, on the CPU: `losses` (M,), best classes first `top` (M, up to 5).
 
     `auc` (K,) is each class's.
@@ -57,6 +77,7 @@ class Evaluation(NamedTuple):
     top: Tensor
     labels: Tensor
     auc: Tensor
+    source: ImageSource
 
     def per_class(self) -> dict[str, Tensor]:
         """Give precision, recall, F1 and AUC of each class in percent, (K,) float64; nan for one without images."""
@@ -93,9 +114,9 @@ class Evaluation(NamedTuple):
         ordered = places[order].tolist(), times[order].tolist()
         return [(*divmod(place, num_classes), n) for place, n in zip(*ordered, strict=True)]
 
-    def tables(self, names: Sequence[str]) -> dict[str, list]:
+    def tables(self) -> dict[str, list]:
         """Give per_class.tsv, a row for each class, and the confusion matrix, as rows."""
-        num_classes, taken_for = len(self.auc), {}
+        num_classes, names, taken_for = len(self.auc), self.source.names, {}
         for true, predicted, times in self.confusions():
             taken_for.setdefault(true, (names[predicted], times))
         scores = self.per_class()
@@ -111,8 +132,24 @@ class Evaluation(NamedTuple):
             tables["confusion.tsv"] = confusion_rows(counts.view(num_classes, num_classes), names)
         return tables
 
+    def write(self, folder: Path, record: Mapping, prefix: str = "") -> list[str]:
+        """Write a report with its tables, and a picture of the most frequent errors, and name the files."""
+        rows, (names, image_of, channels) = {}, self.source
+        for true, predicted, times in self.confusions()[:NUM_PICTURES]:
+            wrong = (self.labels == true) & (self.top[:, 0] == predicted)
+            pictures = torch.stack([image_of(index) for index in wrong.nonzero()[:NUM_PICTURES, 0].tolist()])
+            what = f"{describe_class(names[true])}, taken for {describe_class(names[predicted])}"
+            count = int((self.labels == true).sum())
+            rows[f"{what}: {times} of {count}"] = show_values([pictures if channels else pictures / 255], channels)[0]
+        written = write_report(folder, record, self.tables(), prefix=prefix)
+        picture = folder / f"{prefix}worst_confusions.png"
+        rename_aside(picture)
+        if rows:
+            draw_rows(rows).save(picture)
+        return [*written, picture.name] if rows else written
 
-def gather_evaluation(accelerator: Accelerator, scores: Tensor, labels: Tensor) -> Evaluation:
+
+def gather_evaluation(accelerator: Accelerator, scores: Tensor, labels: Tensor, source: ImageSource) -> ImageEvaluation:
     """Put together the scores (slice, K) that each process gave to its slice of M images; all know the labels (M,).
 
     For the AUC images are ranked by log-probability in float64: in float32 the sure answers would tie at 1.
@@ -130,10 +167,47 @@ def gather_evaluation(accelerator: Accelerator, scores: Tensor, labels: Tensor) 
     for first, chunk in enumerate(scores.split(AUC_CLASSES, dim=1)):
         chunk = gather_slices(accelerator, chunk, len(labels)).to(device).double() - partitions[:, None]  # (M, 64)
         auc.append(class_auc(chunk, there, first * AUC_CLASSES))
-    return Evaluation(table[:, 0], table[:, 1:].long(), labels, torch.cat(auc).cpu())
+    return ImageEvaluation(table[:, 0], table[:, 1:].long(), labels, torch.cat(auc).cpu(), source)
+
+
+# ------------------------------------------------------------------------------------------------ segmentation
+
+
+class PixelEvaluation(NamedTuple):
+    """Of all labelled pixels of a data set: how often which class is taken for which, and the classes' names (K)."""
+
+    confusion: ConfusionMatrix
+    names: Sequence[str]
+
+    def figures(self, prefix: str = "testing") -> dict[str, float]:
+        return self.confusion.figures(prefix)
+
+    def report(self, prefix: str = "testing") -> dict[str, float]:
+        return self.figures(prefix)
+
+    def tables(self) -> dict[str, list]:
+        """Give per_class.tsv, each class's share of the pixels and its scores in percent, and the confusion matrix."""
+        counts, scores = self.confusion.counts.cpu(), self.confusion.per_class()
+        shares = 100 * counts.sum(dim=1).double() / counts.sum()
+        table = [["class", "name", "pixels_percent", *scores]]
+        for index, name in enumerate(self.names):
+            table.append([index, name, *(f"{values[index].item():.2f}" for values in (shares, *scores.values()))])
+        return {"per_class.tsv": table, "confusion.tsv": confusion_rows(counts, self.names)}
+
+    def write(self, folder: Path, record: Mapping, prefix: str = "") -> list[str]:
+        """Write a report with its tables, and name the files."""
+        return write_report(folder, record, self.tables(), prefix=prefix)
 
 
 # ------------------------------------------------------------------------------------------------ files
+
+
+def find_writable_weights(path: str) -> Path:
+    """Find weights whose figures can be written beside them; PermissionError where not."""
+    weights = find_weights(path)
+    if not os.access(weights.parent, os.W_OK):
+        raise PermissionError(f"the figures are written beside the weights, but {weights.parent} cannot be written to")
+    return weights
 
 
 def confusion_rows(counts: Tensor, names: Sequence[str]) -> Iterator[Sequence]:
@@ -170,48 +244,13 @@ def write_report(
     return [EVALUATION_FILE, *(f"{prefix}{name}" for name in tables)]
 
 
-def write_classification(
-    evaluation: Evaluation,
-    names: Sequence[str],
-    image_of: Callable[[int], Tensor],
-    folder: Path,
-    record: Mapping,
-    channels: list[int] | None,
-    *,
-    prefix: str = "",
-) -> list[str]:
-    """Write a report with its tables, and a picture of the most frequent errors, and name the files.
-
-    `image_of` gives an image (C, H, W) by its index; `channels` are those of `show_values`.
-    """
-    rows = {}
-    for true, predicted, times in evaluation.confusions()[:NUM_PICTURES]:
-        wrong = (evaluation.labels == true) & (evaluation.top[:, 0] == predicted)
-        pictures = torch.stack([image_of(index) for index in wrong.nonzero()[:NUM_PICTURES, 0].tolist()])
-        what = f"{describe_class(names[true])}, taken for {describe_class(names[predicted])}"
-        count = int((evaluation.labels == true).sum())
-        rows[f"{what}: {times} of {count}"] = show_values([pictures if channels else pictures / 255], channels)[0]
-    written = write_report(folder, record, evaluation.tables(names), prefix=prefix)
-    picture = folder / f"{prefix}worst_confusions.png"
-    rename_aside(picture)
-    if rows:
-        draw_rows(rows).save(picture)
-    return [*written, picture.name] if rows else written
-
-
 def mark_images(files) -> str:
     """Tell a set of images from others by the names of its folder and of its files, wherever it lies."""
     return f"{Path(files.root).name} {files.fingerprint()}"
 
 
-def describe_evaluation(weights: Path, files, record: Mapping) -> dict[str, object]:
-    """Say what was scored on which images, and whether these chose the weights, as the config.json beside them says."""
-    places = {"weights": as_text(str(weights)), "data": as_text(str(files.root)), "num_images": len(files)}
-    return places | {"chose_best_checkpoint": record.get("chosen_on") == mark_images(files)}
-
-
 def note_selection(accelerator: Accelerator, files, record: Mapping) -> None:
-    """Warn of a score on the very images that chose the weights."""
+    """Warn of a score on the very images that chose the weights, as the config.json beside them tells."""
     if record.get("chosen_on") == mark_images(files):
         accelerator.print(
             f"{'note':<16}best_checkpoint was chosen by its score on {files.describe()}: that score is too high on "
@@ -219,9 +258,54 @@ def note_selection(accelerator: Accelerator, files, record: Mapping) -> None:
         )
 
 
-def describe_test(files) -> dict[str, object]:
-    """Say which images were tested on."""
-    return {"test_data": as_text(str(files.root)), "test_images": mark_images(files)}
+def describe_evaluation(weights: Path, files, record: Mapping) -> dict[str, object]:
+    """Say what was scored on which images, and whether these chose the weights."""
+    places = {"weights": as_text(str(weights)), "data": as_text(str(files.root)), "num_images": len(files)}
+    return places | {"chose_best_checkpoint": record.get("chosen_on") == mark_images(files)}
+
+
+def report_evaluation(
+    accelerator: Accelerator,
+    weights: Path,
+    files,
+    evaluation: ImageEvaluation | PixelEvaluation,
+    record: Mapping,
+    **how: object,
+) -> dict[str, float]:
+    """Write beside weights what they score on files, print it, and give what is watched in training."""
+    report = evaluation.report()
+    if accelerator.is_main_process:
+        written = evaluation.write(weights.parent, report | how | describe_evaluation(weights, files, record))
+        print(f"{'written':<16}{', '.join(written)} in {weights.parent}")
+    note_selection(accelerator, files, record)
+    print_figures(accelerator, report)
+    return evaluation.figures()
+
+
+def report_best(
+    accelerator: Accelerator, best: Path, files, evaluation: ImageEvaluation | PixelEvaluation, record: Mapping
+) -> None:
+    """Write beside the best weights of a run what they score; a disk that is full costs no more than that."""
+    if accelerator.is_main_process:
+        summary = evaluation.report() | describe_evaluation(best / "model.safetensors", files, record)
+        with optional_write(best / EVALUATION_FILE):
+            evaluation.write(best, summary)
+
+
+def report_test(
+    accelerator: Accelerator, best: Path, files, evaluate: Callable[[], ImageEvaluation | PixelEvaluation]
+) -> dict[str, float]:
+    """Score the best weights on test images, add that to what lies beside them, and print it; once for the same."""
+    figures = find_test_figures(accelerator, best, files)
+    if figures is None:
+        evaluation = evaluate()
+        figures = evaluation.report("test") | {"test_num_images": len(files)}
+        if accelerator.is_main_process:
+            tested = {"test_data": as_text(str(files.root)), "test_images": mark_images(files)}
+            with optional_write(best / EVALUATION_FILE):
+                evaluation.write(best, figures | tested, prefix="test_")
+    print_figures(accelerator, figures)
+    return figures
 
 
 def find_test_figures(accelerator: Accelerator, folder: Path, files) -> dict[str, float] | None:

@@ -234,6 +234,13 @@ class RunLog:
         if self.wandb_run is not None and path.exists():
             self.with_wandb(lambda: self.wandb_run.log({key: self.wandb.Image(str(path)), "step": step}))
 
+    def table(self, key: str, epoch: int, rows: Iterable[Iterable[object]]) -> None:
+        """Save a table as <experiment>/<key>/epoch_<epoch>.tsv; one that is there is renamed."""
+        path = self.file.parent / key / f"epoch_{epoch}.tsv"
+        with optional_write(path):
+            rename_aside(path)
+            write_rows(path, rows)
+
     def close(self) -> None:
         if self.wandb_run is not None:
             self.with_wandb(self.wandb_run.finish)

@@ -20,7 +20,7 @@ import argparse
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -303,6 +303,11 @@ class Run:
         """Save a picture of this epoch, from the main process, and hand it to the tracker; others may have none."""
         if self.accelerator.is_main_process and picture is not None:
             self.log.picture(name, self.epoch + 1, picture, self.step)
+
+    def keep_table(self, name: str, rows: Iterable[Iterable[object]]) -> None:
+        """Save a table of this epoch, from the main process."""
+        if self.accelerator.is_main_process:
+            self.log.table(name, self.epoch + 1, rows)
 
     def finish_epoch(self, figures: Mapping, *, save: bool, for_good: bool) -> None:
         """Write the epoch's row with the figures of its evaluation, and its checkpoint; may raise Stopped."""

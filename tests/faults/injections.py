@@ -23,7 +23,7 @@ from accelerate.state import PartialState
 import training
 import utils
 from storage import workers
-from training import checkpoints, process, records, signals
+from training import checkpoints, data, records, signals
 
 
 def is_rank(rank: int) -> bool:
@@ -201,14 +201,14 @@ def end_wandb(step: int) -> None:
 
 def lose_file(file: str) -> None:
     """Delete an image once it is listed."""
-    original = process.list_images
+    original = data.list_images
 
     def list_images(*args, **options):
         files = original(*args, **options)
         Path(file).unlink(missing_ok=True)
         return files
 
-    process.list_images = list_images
+    data.list_images = list_images
 
 
 # ------------------------------------------------------------------------------------------------ points of a save
