@@ -305,7 +305,7 @@ def test_help_of_pretraining_shows_its_recipe(capsys, more, epochs):
     [
         ("--rate 1.5", "--rate must be between 0 and 1, not 1.5, as a share"),
         ("--sides 3 0", "--sides must be at least 1, not 3 0"),
-        ("--kind c", "argument --kind: invalid choice: 'c' (choose from 'a', 'b')"),
+        ("--kind c", "--kind takes a, b, not 'c'"),
         ("--epoch 3", "unknown: --epoch 3; did you mean --epochs?"),  # no abbreviations
         ("--warmup_epochs 10", "--warmup_epochs 10 leaves nothing of --epochs 10; give both"),
         (
@@ -531,6 +531,16 @@ def test_unknown_flag_is_one_line_with_what_may_have_been_meant(given, advice, c
     assert capsys.readouterr().err == f"error: unknown: {given}{advice} --help shows all flags\n"
 
 
+def test_unknown_choice_is_one_line_with_what_may_have_been_meant(capsys):
+    with pytest.raises(SystemExit) as ended:
+        pretrain_mae.parse_args(["--path_to_data", "x", "--model", "vit_large"])
+    message = capsys.readouterr().err
+    assert (
+        ended.value.code == 2 and message.count("\n") == 1 and message.startswith("error: --model takes mae_vit_tiny_")
+    )
+    assert message.endswith("not 'vit_large'; did you mean mae_vit_large_patch16?\n")
+
+
 def test_args_of_a_run_are_flags_again_and_a_given_flag_wins(tmp_path):
     given = "--path_to_data x --mean 0.1 0.2 0.3 --std 0.5 --no-pin_memory --img_size 64 32 --base_learning_rate 1e-5"
     first = pretrain_mae.parse_args(given.split())
@@ -553,7 +563,7 @@ def test_args_of_a_run_are_flags_again_and_a_given_flag_wins(tmp_path):
         ("{", "cannot be read (while parsing"),
         ("[1]", "holds a list, not flags and values"),
         ('{"epoch": 3}', "has 'epoch'; did you mean --epochs? --help"),
-        ('{"epochs": 2.5}', "argument --epochs: invalid int value: '2.5'"),
+        ('{"epochs": 2.5}', "--epochs: invalid int value: '2.5'"),
         (None, "cannot be read ([Errno 2] No such file"),
     ],
 )

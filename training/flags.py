@@ -97,7 +97,13 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, without a usage that repeats the flags."""
 
     def error(self, message: str) -> NoReturn:
-        refuse(message)
+        refuse(message.removeprefix("argument "))
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            close = difflib.get_close_matches(str(value), action.choices, 1, 0.5)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            self.error(f"--{action.dest} takes {', '.join(action.choices)}, not {shorten(str(value))}{hint}")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
