@@ -143,10 +143,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             flags.error(f"--eval_only judges a segmenter, and {source} is none; give a checkpoint of this script")
         sizes |= {name: record[name] for name in (*SEGMENTER_FLAGS, "ignore_zero", "resize_to", "class_names")}
         sizes["label_values"] = None if "ignore_zero" in given else record.get("label_values")
-    try:
-        sizes |= storage.read_label_flags(given, record.get("class_names") if evaluates else None)
-    except ValueError as error:
-        flags.error(str(error))
+    if "label_values" in given:
+        try:
+            sizes |= storage.read_label_flags(given, record.get("class_names") if evaluates else None)
+        except ValueError as error:
+            flags.error(str(error))
     demo = DEMO_RECIPE if given.get("demo") else {}
     args = flags.complete(given, RECIPE, small, demo, {"path_to_backbone_checkpoint": source}, sizes)
 

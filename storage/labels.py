@@ -141,12 +141,10 @@ def parse_label_values(text: str) -> dict[str, str]:
 
 
 def read_label_flags(given: dict[str, object], names: list[str] | None) -> dict[str, object]:
-    """Read --label_values in the flags that were given, and give what follows from it; ValueError where it cannot be.
+    """Read the --label_values that was given, and give what follows from it; ValueError where that cannot be.
 
     `names` are the classes of a segmenter that is to be evaluated.
     """
-    if "label_values" not in given:
-        return {}
     given["label_values"] = parse_label_values(given["label_values"])
     found = class_names_of(given["label_values"])
     for name in ("ignore_zero", "class_names"):
