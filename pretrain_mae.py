@@ -296,7 +296,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     eval_loader = dataset.build_eval_loader(eval_data, **loading) if val_files else None
     probe_data = [
         dataset.build_eval_images(files, config.image_hw, channels=args.input_channels, values=values)
-        for files in (training.list_probe_files(accelerator, args) if args.probe_every else ())
+        for files in (training.list_probe_files(accelerator, train_files, val_files, args) if args.probe_every else ())
     ]
     probe_loaders = [dataset.build_eval_loader(data, **loading) for data in probe_data]
     shown = dataset.pick_samples(eval_data, NUM_PICTURES)

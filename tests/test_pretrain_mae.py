@@ -368,6 +368,12 @@ def test_probe_equals_the_knn_of_the_finished_encoder(drawn_images, tmp_path):
     assert rows(experiment)[-1]["knn_top1_acc"] == figures["knn_top1_acc"]
 
 
+def test_probe_of_a_runs_own_images_lists_them_once(drawn_images, tmp_path, capsys):
+    experiment = train(drawn_images / "train", tmp_path, "--probe_every", "4", "--val_fraction", "0.25")
+    assert 0 <= rows(experiment)[-1]["knn_top1_acc"] <= 100
+    assert capsys.readouterr().out.count("split   ") == 1
+
+
 def test_probe_on_two_processes_equals_one(fork, drawn_images, tmp_path):
     one = train(drawn_images, tmp_path / "one", "--probe_every", "4")
     halves = flags(drawn_images, tmp_path / "two", "--probe_every", "4", "--per_gpu_batch_size", "4")

@@ -127,10 +127,16 @@ def list_test(accelerator: Accelerator, others: tuple[FileList, FileList], args:
     return files
 
 
-def list_probe_files(accelerator: Accelerator, args: argparse.Namespace) -> list[FileList]:
-    """List the labelled images of the k-NN probe: those that lend their labels, and those that are classified."""
+def list_probe_files(
+    accelerator: Accelerator, train_files: FileList, val_files: FileList | None, args: argparse.Namespace
+) -> list[FileList]:
+    """Give the labelled images of the k-NN probe: those that lend their labels, and those that are classified.
+
+    They are some of the run's own, unless --path_to_probe_data names others.
+    """
     root = args.path_to_probe_data or args.path_to_data
-    train_files, val_files = list_splits(accelerator, root, args)
+    if args.path_to_probe_data:
+        train_files, val_files = list_splits(accelerator, root, args)
     if val_files is None:
         raise FileNotFoundError(f"--probe_every needs {root} to hold train/ and val/, or give --path_to_probe_data")
     check_same_classes(val_files.classes, train_files.classes, val_files.root, str(train_files.root))
