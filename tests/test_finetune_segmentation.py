@@ -535,6 +535,12 @@ def test_warmup_is_a_tenth_of_a_short_run_and_shorter_than_any(drawn_pairs, pret
     assert not (tmp_path / "run").exists()
 
 
+def test_warmup_of_a_fresh_run_is_no_jump_of_the_learning_rate(drawn_pairs, pretrained, tmp_path, capsys):
+    experiment = train(drawn_pairs, tmp_path, pretrained, "--warmup_iterations 3 --log_interval 1")
+    found = [row["learning_rate"] for row in rows(experiment)[:2]]
+    assert found[1] > 1000 * found[0] and "jumps" not in capsys.readouterr().out
+
+
 def test_class_names_come_from_a_file(drawn_pairs, tmp_path, capsys):
     file = tmp_path / "names.txt"
     file.write_text("rose\nleaf\n\n deep sea \nsand\n")

@@ -42,7 +42,7 @@ from training.records import BadFiles, SkippedSteps, open_records, peak_memory_g
 from training.signals import FAIL, GO_ON, SAVE, STOP, Interruptions
 from training.states import BEST_CHECKPOINT
 
-JUMP = 3  # times the learning rate of the step before, which no schedule makes
+JUMP = 3  # times the learning rate of the step before, which no schedule makes from its third step on
 JUMPS = (
     "jumps from {:.1e} to {:.1e} at step {}, because the schedule is another one than before; --schedule_epochs, with "
     "the --epochs of before, keeps it"
@@ -147,6 +147,7 @@ class Run:
                 state["best"] = -1.0
         self.first_epoch = self.epoch = state["epoch"]
         self.step, self.row, self.best = state["step"], state["row"], state["best"]
+        self.first_step = self.step
         self.saved_step = self.step  # of the newest state; nothing has to be saved before the first step
         self.bad_files = BadFiles(self.experiment, len(plan.files), args.max_bad_fraction)
         self.log = open_records(accelerator, start, args, self.step)  # from here on there is something to close
@@ -241,7 +242,7 @@ class Run:
     def finish_step(self, learning_rate: float, skipped: Tensor) -> None:
         """Count an optimizer step, and write a row when it is time."""
         self.step += 1
-        if 0 < JUMP * self.learning_rate < learning_rate:
+        if self.step == self.first_step + 1 > 2 and 0 < JUMP * self.learning_rate < learning_rate:
             self.progress.say(f"{'learning rate':<16}{JUMPS.format(self.learning_rate, learning_rate, self.step)}")
         self.learning_rate = learning_rate
         self.pending.append(torch.stack([*self.sums.values(), skipped]))
