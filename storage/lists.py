@@ -9,8 +9,6 @@ import io
 import os
 import re
 import unicodedata
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,9 +20,9 @@ from PIL import Image
 
 from storage.bands import ValuePicture, open_values
 from storage.decoding import CHANNEL_MODES, IMAGE_SUFFIXES, Picture, load_file, open_picture, read_image, to_pixels
-from storage.files import fingerprint, open_regular, optional_write, random_key, read_json, write_json, written_whole
+from storage.files import fingerprint, optional_write, random_key, read_json, write_json, written_whole
 from storage.held_out import choose_held_out
-from storage.packs import Pack, PackedRows, is_inner_path, is_packed, open_pack
+from storage.packs import Pack, PackedRows, is_inner_path, is_packed, open_pack, read_arrays
 from storage.pair_folders import SPLIT_NAMES, list_pair_folders
 
 LAYOUT = (
@@ -306,8 +304,7 @@ class ListCache:
         if self.rescan:
             return None
         try:
-            with open_regular(self.list_file(root)) as file, np.load(file, allow_pickle=False) as content:
-                stored = {name: content[name] for name in content.files}
+            stored = read_arrays(self.list_file(root))
             unchanged = os.fsdecode(stored["root"].item()) == str(root) and all(
                 os.stat(os.path.join(root, os.fsdecode(folder))).st_mtime_ns == time
                 for folder, time in zip(stored["folders"], stored["folder_times"], strict=True)
@@ -321,7 +318,7 @@ class ListCache:
             made = datetime.datetime.fromtimestamp(os.stat(self.list_file(root)).st_mtime)
             age = f"list of files made on {made:%d %B %Y, %H:%M}; --rescan_data makes it anew"
             return FileList(root, paths, labels, classes, notes=(*notes, age))
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def write_list(self, files: FileList, folders: dict[str, int]) -> None:

@@ -1,14 +1,15 @@
-"""Many images in few files: what tools/pack_dataset.py writes, read by number and never trusted.
+"""Many images in few files: tars with an index beside each, as tools/pack_dataset.py writes them; read, never trusted.
 
-A pack is a folder with pack.json, which says what is in it, and shards. A shard is all its records (image files, or
-uncompressed pixels) one after the other, a table with a row for each, their names, and a trailer. Of a pack of pairs
-every second record is a label map. Places and sizes are checked before they are read, and names never lead elsewhere.
+A pack is a folder. Its pack.json says what is in it. A shard is a plain tar of image files, or of arrays (.npy, uint8
+of (H, W, 3)), each followed by its class (.cls), which webdataset and `tar` read as it is. The .npz of the same name has
+path, place, size and checksum of each record, so that one is read without the others. Of a pack of pairs every second
+record is a label map. Places and sizes are checked before they are read, and names never lead elsewhere.
 """
 
 import errno
 import os
 import re
-import struct
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -18,17 +19,19 @@ from PIL import Image
 from torch import Tensor
 
 from storage.decoding import Area, NamedBytes, Picture
-from storage.files import fingerprint, is_list, is_text, is_whole, read_json
+from storage.files import fingerprint, is_list, is_text, is_whole, open_regular, read_json
 
 PACK_FILE, PACKING_FILE = "pack.json", "packing.json"  # the second while a pack is being made
-PACK_VERSION = 1
-SHARD_NAME = re.compile(r"\d{5}\.shard")
-SHARD_MAGIC = b"MAEPACK1"
-SHARD_TRAILER = struct.Struct("<QQI8s")  # number of records, bytes of the names, CRC-32 of table and names, magic
+PACK_VERSION = 2
+AGAIN = "pack the folder again: python tools/pack_dataset.py FOLDER --output PACK"
+SHARD_NAME = re.compile(r"shard-\d{6}\.tar")
+INDEX_SUFFIX, RAW_SUFFIX = ".npz", ".npy"
 SHARD_TABLE = np.dtype(
     [("offset", "<u8"), ("size", "<u8"), ("height", "<u4"), ("width", "<u4"), ("label", "<i4"), ("crc", "<u4")]
 )
 MAX_NAME_BYTES = 1024
+MAX_NPY_HEADER = 1024
+RECORDS_PER_SAMPLE = {"images": 1, "pairs": 2}
 ENCODINGS = ("files", "jpeg", "raw")  # bytes as they were; resized and compressed anew where larger; uint8 (H, W, 3)
 
 
@@ -39,6 +42,19 @@ def is_packed(folder: Path) -> bool:
     return (folder / PACK_FILE).is_file()
 
 
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    """Read the arrays of an .npz file that nobody compressed; OSError, or ValueError for one that is damaged."""
+    try:
+        with open_regular(file) as opened, np.load(opened, allow_pickle=False) as content:
+            if any(entry.compress_type for entry in content.zip.infolist()):  # which may be small and hold gigabytes
+                raise ValueError("it is compressed")
+            return {name: content[name] for name in content.files}
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} is damaged ({error})") from error
+    except (MemoryError, NotImplementedError) as error:  # of a header that was made up
+        raise ValueError(f"{file} is damaged ({type(error).__name__})") from error
+
+
 class Pack:
     """The records of a pack, by number; files are opened when first needed, anew in every process.
 
@@ -47,12 +63,11 @@ class Pack:
 
     def __init__(self, folder: Path):
         self.folder, self.open_shards = folder, {}
-        self.digest = fingerprint((folder / PACK_FILE).read_bytes())
         self.header = read_pack_header(folder)
         parts = [self.read_index(number) for number in range(len(self.header["shards"]))]
-        self.table = np.concatenate([table for table, _ in parts])
-        self.shards = np.repeat(np.arange(len(parts)), [len(table) for table, _ in parts])
-        self.names = np.array([name for _, names in parts for name in names])
+        self.names, self.table = (np.concatenate([part[key] for part in parts]) for key in ("paths", "table"))
+        self.shards = np.repeat(np.arange(len(parts)), [len(part["paths"]) for part in parts])
+        self.digest = fingerprint(f"{self.header['encoding']} {fingerprint(self.table.tobytes())}".encode())
         # 1 for records whose checksum was compared in this run, by whichever of its data workers
         self.compared = torch.zeros(len(self.names), dtype=torch.uint8).share_memory_()
         if not len(self.names):
@@ -76,56 +91,55 @@ class Pack:
             self.open_shards[number] = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         return self.open_shards[number]
 
-    def read_bytes(self, shard: int, offset: int, size: int) -> bytes:
-        """Read a part of a shard; OSError when it is not there. Unlike a memory map, a failing disk is no crash."""
-        found = os.pread(self.open_shard(shard), size, offset)
-        if len(found) != size:
-            raise OSError(f"{self.shard_path(shard)} is cut off")
-        return found
-
-    def read_index(self, number: int) -> tuple[np.ndarray, list[bytes]]:
-        """Read the table and the names of a shard; ValueError when they are not those of a whole one."""
+    def read_index(self, number: int) -> dict[str, np.ndarray]:
+        """Read the index of a shard; ValueError when it is not that of a whole one."""
         path, shard = self.shard_path(number), self.header["shards"][number]
 
         def refuse_unless(condition: bool, reason: str) -> None:
             if not condition:
-                raise ValueError(f"{path} is damaged ({reason}); pack the folder again")
+                raise ValueError(f"{path} is damaged, or its index is ({reason}); {AGAIN}")
 
         try:
             size = os.fstat(self.open_shard(number)).st_size
-        except OSError as error:
-            raise ValueError(f"{path} cannot be opened ({error.strerror}); pack the folder again") from error
-        refuse_unless(size == shard["bytes"] and size >= SHARD_TRAILER.size, f"{size:,} bytes, not {shard['bytes']:,}")
-        trailer = self.read_bytes(number, size - SHARD_TRAILER.size, SHARD_TRAILER.size)
-        count, names_size, checksum, magic = SHARD_TRAILER.unpack(trailer)
-        index_size = count * SHARD_TABLE.itemsize + names_size
-        end = size - SHARD_TRAILER.size - index_size
-        refuse_unless(magic == SHARD_MAGIC and end >= 0 and count == shard["records"], "its trailer")
-        index = self.read_bytes(number, end, index_size)
-        refuse_unless(zlib.crc32(index) == checksum, "the checksum of its table")
-        table = np.frombuffer(index, SHARD_TABLE, count)
-        names = index[count * SHARD_TABLE.itemsize :].split(b"\0") if count else []
-        refuse_unless(len(names) == count and all(is_inner_path(name) for name in names), "its names")
-        refuse_unless(bool((table["size"] <= end).all()), "a record's size")
-        refuse_unless(bool((table["offset"] <= end - table["size"]).all()), "a record's place")
+            index = read_arrays(path.with_suffix(INDEX_SUFFIX))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} or its index cannot be read ({error}); {AGAIN}") from error
+        refuse_unless(size == shard["bytes"], f"{size:,} bytes, not {shard['bytes']:,}")
+        refuse_unless({"paths", "table"} <= index.keys(), "other arrays")
+        names, table = index["paths"], index["table"]
+        refuse_unless(names.dtype.kind == "S" and names.ndim == 1 and table.dtype == SHARD_TABLE, "other columns")
+        refuse_unless(all(map(is_inner_path, names.tolist())) and table.shape == names.shape, "its names")
+        samples = len(names) / RECORDS_PER_SAMPLE[self.header["kind"]]
+        refuse_unless(samples == shard["samples"], f"{samples:,} samples, not {shard['samples']:,}")
+        refuse_unless(bool((table["size"] <= size).all()), "a record's size")
+        refuse_unless(bool((table["offset"] <= size - table["size"]).all()), "a record's place")
         allowed = range(len(self.header["classes"])) or range(-1, 0)
         refuse_unless(bool(((table["label"] >= allowed.start) & (table["label"] < allowed.stop)).all()), "a label")
         if self.header["encoding"] == "raw":
             pixels = table["height"].astype(np.uint64) * table["width"]
-            fitting = (pixels > 0) & (pixels <= Image.MAX_IMAGE_PIXELS) & (pixels * 3 == table["size"])
+            fitting = (pixels > 0) & (pixels <= Image.MAX_IMAGE_PIXELS) & (pixels * 3 <= table["size"])
+            fitting &= table["size"] - pixels * 3 <= MAX_NPY_HEADER
             refuse_unless(bool(fitting.all()), "an image's size")
-        return table, names
+        return index
 
     def path(self, record: int) -> str:
         """Name a record as if it were a file in the pack's folder."""
         return os.path.join(self.folder, os.fsdecode(self.names[record]))
 
     def read(self, record: int) -> NamedBytes:
-        """Read a record that is a file; OSError when it is not what was packed."""
-        row = self.table[record]
-        data = self.read_bytes(int(self.shards[record]), int(row["offset"]), int(row["size"]))
+        """Read a record that is a file; OSError when it is not what was packed.
+
+        Unlike a memory map, a failing disk is no crash.
+        """
+        row, number = self.table[record], int(self.shards[record])
+        data = os.pread(self.open_shard(number), int(row["size"]), int(row["offset"]))
+        self.refuse_unless_whole(len(data) == row["size"], number)
         self.compare(record, data)
         return NamedBytes(data, self.path(record))
+
+    def refuse_unless_whole(self, is_whole: bool, number: int) -> None:
+        if not is_whole:
+            raise OSError(f"{self.shard_path(number)} is cut off")
 
     def compare(self, record: int, data: bytes | np.ndarray) -> None:
         if zlib.crc32(data) != self.table[record]["crc"]:
@@ -136,18 +150,17 @@ class Pack:
 
         At its first touch in a run all of a record is read and compared, from then on no more than the rows.
         """
-        row = self.table[record]
-        is_first = not self.compared[record]
-        first_row, num_rows = (0, int(row["height"])) if is_first else (top, count)
-        line = int(row["width"]) * 3
-        shard, offset = int(self.shards[record]), int(row["offset"]) + first_row * line
-        rows = np.empty((num_rows, int(row["width"]), 3), dtype=np.uint8)
-        if os.preadv(self.open_shard(shard), [rows], offset) != rows.nbytes:
-            raise OSError(f"{self.shard_path(shard)} is cut off")
+        row, number, is_first = self.table[record], int(self.shards[record]), not self.compared[record]
+        height, width, size = int(row["height"]), int(row["width"]), int(row["size"])
+        line, start = width * 3, size - height * width * 3  # of the pixels, behind the header
+        shape, start = ((size,), 0) if is_first else ((count, width, 3), start + top * line)
+        rows = np.empty(shape, dtype=np.uint8)
+        read = os.preadv(self.open_shard(number), [rows], int(row["offset"]) + start)
+        self.refuse_unless_whole(read == rows.nbytes, number)
         if is_first:
             self.compare(record, rows)
             self.compared[record] = 1
-            rows = rows[top : top + count]
+            rows = rows[-height * line :].reshape(height, width, 3)[top : top + count]
         return torch.from_numpy(rows).permute(2, 0, 1)
 
 
@@ -163,7 +176,7 @@ def is_shard(entry: object) -> bool:
         and is_text(entry.get("file"))
         and SHARD_NAME.fullmatch(entry["file"]) is not None
         and is_whole(entry.get("bytes"), 0)
-        and is_whole(entry.get("records"), 0)
+        and is_whole(entry.get("samples"), 0)
     )
 
 
@@ -173,12 +186,12 @@ def read_pack_header(folder: Path) -> dict:
     try:
         header = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{error}; pack the folder again") from error
+        raise ValueError(f"{error}; {AGAIN}") from error
     if header.get("version") != PACK_VERSION:
-        raise ValueError(f"{path} is of version {header.get('version')!r}, this code reads {PACK_VERSION}")
+        raise ValueError(f"{path} is of version {header.get('version')!r}, this code reads {PACK_VERSION}; {AGAIN}")
     short_side, classes, shards = (header.get(name) for name in ("short_side", "classes", "shards"))
     checks = {
-        "kind": header.get("kind") in ("images", "pairs"),
+        "kind": header.get("kind") in RECORDS_PER_SAMPLE,
         "encoding": header.get("encoding") in ENCODINGS,
         "short_side": short_side is None or is_whole(short_side, 0),
         "classes": is_list(classes, is_text) and len(set(classes)) == len(classes),
@@ -195,7 +208,7 @@ class PackedRows(Picture):
 
     def __init__(self, pack: Pack, record: int):
         self.pack, self.record = pack, record
-        self.height, self.width = int(pack.table[record]["height"]), int(pack.table[record]["width"])
+        self.height, self.width = (int(pack.table[record][name]) for name in ("height", "width"))
 
     def cut(self, area: Area) -> Tensor:
         return self.pack.read_rows(self.record, area.top, area.height)[:, :, area.left : area.left + area.width]

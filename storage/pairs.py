@@ -140,8 +140,6 @@ def list_pairs(root: str | Path, split: str, layout: PairLayout = AS_KNOWN) -> P
         pack = open_pack(root / split, "pairs")
         if layout != AS_KNOWN:
             raise ValueError(f"{pack.folder} is packed, so its pairs are known; leave --image_* and --label_* out")
-        if len(pack.names) % 2:
-            raise ValueError(f"{pack.folder} holds {len(pack.names)} records, not pairs of them; pack the folder again")
         records = np.arange(0, len(pack.names), 2)
         return PackedPairs(pack.folder, pack.names[0::2], pack.names[1::2], pack=pack, records=records)
     folders = find_pair_folders(root, split, layout)

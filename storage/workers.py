@@ -19,6 +19,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # at which a run saves and stops
 WORKER_START_S = 30  # a fork takes milliseconds
 MAX_FORKS = 5
@@ -39,6 +40,12 @@ class Note(ctypes.Structure):
     """What a data worker tells the process that trains, in shared memory: who it is, and the file that it reads."""
 
     _fields_ = [("pid", ctypes.c_int), ("file", ctypes.c_char * 4096)]
+
+
+def end_with_parent() -> None:
+    """Let Linux send SIGTERM to this process when its parent ends, however that ends; elsewhere this does nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 own_note: Note | None = None  # of this process, where it is a data worker

@@ -2,9 +2,14 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
+import random
 import shlex
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -165,25 +170,25 @@ def test_segmentation_on_a_pack_is_the_run_on_its_folder(tmp_path):
 def test_stopped_packing_leaves_no_half_shard_and_goes_on(image_folder, packed, tmp_path, monkeypatch):
     written, write_shard = [], pack_dataset.write_shard
 
-    def stop_in_the_third(path, files, records, bar):
+    def stop_in_the_third(path, files, header, records, bar):
         if len(written) == 2:
             records = (record for record in list(records)[:2])  # too few: as if it died in between
         written.append(path)
-        return write_shard(path, files, records, bar)
+        return write_shard(path, files, header, records, bar)
 
     monkeypatch.setattr(pack_dataset, "write_shard", stop_in_the_third)
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         pack(image_folder, tmp_path / "pack", "--images_per_shard", "5")
     monkeypatch.setattr(pack_dataset, "write_shard", write_shard)
     folder = tmp_path / "pack" / "train"
-    assert sorted(path.name for path in folder.glob("*.shard")) == ["00000.shard", "00001.shard"]
+    assert sorted(path.name for path in folder.glob("*.tar")) == ["shard-000000.tar", "shard-000001.tar"]
     with pytest.raises(ValueError, match="was not packed to the end"):
         list_images(folder)
     with pytest.raises(FileExistsError, match="begun with other files or flags"):
         pack(image_folder, tmp_path / "pack", "--images_per_shard", "6")
-    before = (folder / "00001.shard").stat().st_mtime_ns
+    before = (folder / "shard-000001.tar").stat().st_mtime_ns
     pack(image_folder, tmp_path / "pack", "--images_per_shard", "5")
-    assert (folder / "00001.shard").stat().st_mtime_ns == before
+    assert (folder / "shard-000001.tar").stat().st_mtime_ns == before
     for path in (packed / "train").iterdir():
         assert (folder / path.name).read_bytes() == path.read_bytes()
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in (packed / "train").iterdir())
@@ -198,7 +203,65 @@ def test_packing_goes_on_after_a_kill_at_its_beginning_or_end(drawn_images, tmp_
     for name in set(left) - {"pack.json"}:
         (folder / name).write_text('{"version')
     assert len(list_images(pack(drawn_images / "val", folder))) == 8
-    assert sorted(path.name for path in folder.iterdir()) == ["00000.shard", "pack.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["pack.json", "shard-000000.npz", "shard-000000.tar"]
+
+
+def test_second_packer_of_a_folder_is_refused(drawn_images, tmp_path):
+    ready, go_on = multiprocessing.Pipe(), multiprocessing.Pipe()
+
+    def hold() -> None:
+        with pack_dataset.locked(tmp_path / "pack"):
+            ready[1].send(True)
+            go_on[0].recv()
+
+    other = multiprocessing.get_context("fork").Process(target=hold)
+    other.start()
+    ready[0].recv()
+    with pytest.raises(BlockingIOError, match="another process packs into"):
+        pack(drawn_images / "val", tmp_path / "pack")
+    go_on[1].send(True)
+    other.join()
+    assert len(list_images(pack(drawn_images / "val", tmp_path / "pack"))) == 8
+
+
+def test_pair_that_cannot_be_read_is_refused_as_leaving_one_out_would_shift_the_labels(tmp_path):
+    write_pairs(tmp_path / "pairs", np.random.default_rng(0))
+    image = tmp_path / "pairs" / "images" / "training" / "2.jpg"
+    image.unlink()
+    os.mkfifo(image)
+    with pytest.raises(
+        ValueError, match=r"a pair cannot be read: .*images/training/2\.jpg: OSError: .* no regular file"
+    ):
+        pack(tmp_path / "pairs", tmp_path / "pack")
+    with pytest.raises(ValueError, match="was not packed to the end"):
+        list_pairs(tmp_path / "pack", "training")
+
+
+def test_killed_packing_leaves_no_process_and_ends_as_an_undisturbed_one(drawn_images, tmp_path):
+    """SIGKILL at random moments, until the pack is done."""
+    tool = Path(pack_dataset.__file__)
+    flags = ["--num_workers", "2", "--images_per_shard", "3", "--short_side", "12"]
+    whole = pack(drawn_images / "train", tmp_path / "whole", *flags[2:])
+    command = [sys.executable, str(tool), str(drawn_images / "train"), "--output", str(tmp_path / "pack"), *flags]
+    generator, kills = random.Random(0), 0
+    while not (tmp_path / "pack" / "pack.json").exists() and kills < 20:
+        packer = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        below = Path(f"/proc/{packer.pid}/task/{packer.pid}/children")
+        while packer.poll() is None and not below.read_text():  # its workers
+            time.sleep(0.001)
+        time.sleep(generator.uniform(0, 0.1))
+        workers = below.read_text().split() if packer.poll() is None else []
+        packer.kill()
+        kills += packer.wait() == -signal.SIGKILL
+        end = time.monotonic() + 20
+        while any(Path("/proc", pid).exists() for pid in workers):
+            assert time.monotonic() < end, "a worker outlived its packer"
+            time.sleep(0.01)
+    pack(drawn_images / "train", tmp_path / "pack", *flags[2:])
+    assert kills > 0
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "pack").iterdir()
+    }
 
 
 def test_packing_again_does_nothing_and_never_writes_over_other_files(drawn_images, tmp_path, capsys):
@@ -234,11 +297,11 @@ def test_verify_finds_one_changed_bit(drawn_images, tmp_path, capsys):
     folder = pack(drawn_images / "train", tmp_path / "pack")
     pack_dataset.main(pack_dataset.parse_args(["--verify", str(folder)]))
     assert "24 records in 1 shards are what was packed" in capsys.readouterr().out
-    shard = folder / "00000.shard"
+    shard = folder / "shard-000000.tar"
     content = bytearray(shard.read_bytes())
     content[1000] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(ValueError, match=r"changed since they were packed: .*00000\.shard"):
+    with pytest.raises(ValueError, match=r"changed since they were packed: .*cats/000\.jpg"):
         pack_dataset.main(pack_dataset.parse_args(["--verify", str(folder)]))
 
 

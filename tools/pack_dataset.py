@@ -1,28 +1,31 @@
-"""Pack a folder of images into a few large files, which load many times faster; run again to go on where it stopped.
+"""Pack a folder of images into a few tars, which load many times faster; run again to go on where it stopped.
 
     python tools/pack_dataset.py IMAGENET --output imagenet_packed --short_side 256
     accelerate launch pretrain_mae.py --path_to_data imagenet_packed ...
     python tools/pack_dataset.py --verify imagenet_packed
 
 All three scripts take the result where they take the folder: train/ with val/ or validation/, any tree, or ADE20K's
-images/ and annotations/. Images whose short side is larger than --short_side are made that small (bicubic, ratio kept)
-and stored as JPEG of --quality, or as they are in memory with --raw; plain JPEG files that are small enough stay byte
-for byte what they are. Pairs stay byte for byte what they are in any case: a resized label map would score another
-task. Files that cannot be decoded are left out and named.
+images/ and annotations/; webdataset and tar read its shards, too. Images whose short side is larger than --short_side
+are made that small (bicubic, ratio kept) and stored as JPEG of --quality, or as they are in memory with --raw; plain
+JPEG files that are small enough stay byte for byte what they are. Pairs stay byte for byte what they are in any case: a
+resized label map would score another task. Images that cannot be decoded are left out, and named in pack.json.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import io
 import os
 import sys
+import tarfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -33,10 +36,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from storage import explained_errors, packs
 from storage.bands import has_8_bits
 from storage.decoding import DECODE_ERRORS, NamedBytes, is_plain_jpeg, load_file, open_image, read_image
-from storage.files import read_json, recover, user_path, write_json, written_whole
-from storage.lists import FileList, find_splits, list_images, name_some
+from storage.files import no_links, read_json, recover, user_path, write_json, written_whole
+from storage.lists import FileList, as_text, find_splits, list_images, name_some
 from storage.packs import Pack, is_inner_path, is_packed
 from storage.pairs import list_pairs
+from storage.workers import end_with_parent
+
+LOCK_FILE = ".lock"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -70,11 +76,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Record(NamedTuple):
-    """What is stored of a file; `error` says why it cannot be."""
+    """What is stored of a file, with its checksum, and what its name ends in where it is another file than the one
+    that was packed; `error` says why it cannot be stored.
+    """
 
     data: bytes
     height: int = 0
     width: int = 0
+    suffix: str = ""
+    crc: int = 0
     error: str | None = None
 
 
@@ -136,27 +146,33 @@ def plan_job(folder: Path, header: dict, files: FileList, size: int) -> Job:
 def encode(path: str, header: dict) -> Record:
     """Make a record of a file."""
     try:
-        file = load_file(path)
-        if header["encoding"] == "files":
-            return Record(file.getvalue())
-        if not has_8_bits(file):
-            raise ValueError("it has more than 8 bits, or more bands than colours: pack the folder with --as_is")
-        plain, data = is_plain_jpeg(open_image(file), 3), file.getvalue()
-        image = read_image(
-            NamedBytes(data, path), short_side=header["short_side"]
-        )  # in any case, so that every record can be decoded
-        scale = header["short_side"] / min(image.size)
-        if plain and scale >= 1 and header["encoding"] == "jpeg":
-            return Record(data, image.height, image.width)
-        if scale < 1:
-            image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-        if header["encoding"] == "raw":
-            return Record(np.asarray(image).tobytes(), image.height, image.width)
-        compressed = io.BytesIO()
-        image.save(compressed, "JPEG", quality=header["quality"])
-        return Record(compressed.getvalue(), image.height, image.width)
+        record = read_record(path, header)
+        return record._replace(crc=zlib.crc32(record.data))
     except DECODE_ERRORS as error:
         return Record(b"", error=f"{type(error).__name__}: {error}")
+
+
+def read_record(path: str, header: dict) -> Record:
+    file = load_file(path)
+    data = file.getvalue()
+    if header["encoding"] == "files":
+        return Record(data)
+    if not has_8_bits(file):
+        raise ValueError("it has more than 8 bits, or more bands than colours: pack the folder with --as_is")
+    plain = is_plain_jpeg(open_image(file), 3)
+    image = read_image(NamedBytes(data, path), short_side=header["short_side"])  # so that every record can be decoded
+    scale = header["short_side"] / min(image.size)
+    if plain and scale >= 1 and header["encoding"] == "jpeg":
+        return Record(data, image.height, image.width)
+    if scale < 1:
+        image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    encoded = io.BytesIO()
+    if header["encoding"] == "raw":
+        np.save(encoded, np.asarray(image))
+    else:
+        image.save(encoded, "JPEG", quality=header["quality"])
+    suffix = packs.RAW_SUFFIX if header["encoding"] == "raw" else ".jpg"
+    return Record(encoded.getvalue(), image.height, image.width, suffix)
 
 
 def pack(job: Job, num_workers: int) -> None:
@@ -165,29 +181,44 @@ def pack(job: Job, num_workers: int) -> None:
     if too_long is not None:
         raise ValueError(f"{os.fsdecode(too_long)} is no name that a pack can hold; rename it")
     start(job.folder, job.plan())
-    left_out, shards, total = [], [], sum(map(len, job.shards))
+    shards, left_out, total = [], [], sum(map(len, job.shards))
     bar = tqdm(total=total, unit="file", desc=str(job.folder), mininterval=1)
-    with bar, ProcessPoolExecutor(num_workers) as pool:
+    with bar, ProcessPoolExecutor(num_workers, initializer=end_with_parent) as pool:
         for number, files in enumerate(job.shards):
-            path = job.folder / f"{number:05d}.shard"
-            if path.exists():
+            path = job.folder / f"shard-{number:06d}.tar"
+            if path.with_suffix(packs.INDEX_SUFFIX).exists():
                 bar.update(len(files))
             else:
                 paths = map(files.path, range(len(files)))
                 records = pool.map(functools.partial(encode, header=job.header), paths, chunksize=8)
-                left_out += write_shard(path, files, records, bar)
-            shards.append(describe_shard(path))
-    if not any(shard["records"] for shard in shards):
+                write_shard(path, files, job.header, records, bar)
+            index = packs.read_arrays(path.with_suffix(packs.INDEX_SUFFIX))
+            left_out += [line.decode() for line in index["left_out"].tolist()]
+            samples = len(index["paths"]) // packs.RECORDS_PER_SAMPLE[job.header["kind"]]
+            shards.append({"file": path.name, "samples": samples, "bytes": path.stat().st_size})
+    if not any(shard["samples"] for shard in shards):
         reasons = name_some(left_out, 10, "\n" + " " * 12)
         raise ValueError(f"nothing that {job.folder} is made of can be packed; left out: {reasons}")
     with written_whole(job.folder / packs.PACK_FILE) as temporary:
-        write_json(temporary, job.header | {"shards": shards})
+        write_json(temporary, job.header | {"shards": shards, "left_out": left_out})
     (job.folder / packs.PACKING_FILE).unlink()
     count, size = len(Pack(job.folder).names), sum(shard["bytes"] for shard in shards) / 1e9
-    missing = total - count
-    print(f"{job.folder}: {count:,} records, {size:.3f} GB in {len(shards)} shards, {missing} files left out")
+    print(f"{job.folder}: {count:,} records, {size:.3f} GB in {len(shards)} shards, {total - count} files left out")
     if left_out:
         print("  left out: " + name_some(left_out, 10, "\n" + " " * 12))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; BlockingIOError where another one packs into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK_FILE, "w", opener=no_links) as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BlockingIOError(f"another process packs into {folder}; wait for it") from error
+        yield
+        (folder / LOCK_FILE).unlink()
 
 
 def start(folder: Path, plan: dict) -> None:
@@ -195,7 +226,7 @@ def start(folder: Path, plan: dict) -> None:
     note = folder / packs.PACKING_FILE
     recover(note)  # of a kill while it was written, which must not look like files of somebody else
     if not note.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if any(entry.name != LOCK_FILE for entry in folder.iterdir()):
             raise FileExistsError(f"{folder} is not empty; remove it or name another folder")
         with written_whole(note) as temporary:
             write_json(temporary, plan)
@@ -203,52 +234,83 @@ def start(folder: Path, plan: dict) -> None:
         raise FileExistsError(f"{folder} was begun with other files or flags; remove it or name another folder")
 
 
-def write_shard(path: Path, files: FileList, records: Iterator[Record], bar: tqdm) -> list[str]:
-    """Write a shard and give a line for every file that is left out."""
-    rows, names, left_out, offset = [], [], [], 0
-    with written_whole(path) as temporary, temporary.open("wb") as file:
+def write_shard(path: Path, files: FileList, header: dict, records: Iterator[Record], bar: tqdm) -> None:
+    """Write a shard, and after it its index, which tells that the shard is whole."""
+    rows, paths, left_out, taken = [], [], [], {as_text(os.fsdecode(name)) for name in files.paths}
+    of_pairs, member = header["kind"] == "pairs", ""
+    with written_whole(path) as temporary, temporary.open("wb") as file, open_tar(file) as tar:
         for i, record in zip(range(len(files)), records, strict=True):
             bar.update()
             if record.error is not None:
-                left_out.append(f"{files.path(i)}: {record.error}")
+                left_out.append(f"{as_text(files.path(i))}: {record.error}")
+                if of_pairs:  # of which every second record is a label map
+                    raise ValueError(f"a pair cannot be read: {left_out[0]}")
                 continue
-            size, checksum = file.write(record.data), zlib.crc32(record.data)
-            rows.append((offset, size, record.height, record.width, files.labels[i], checksum))
-            names.append(files.paths[i])
-            offset += size
-        table, texts = np.array(rows, packs.SHARD_TABLE).tobytes(), b"\0".join(names)
-        file.write(table + texts)
-        checksum = zlib.crc32(table + texts)
-        file.write(packs.SHARD_TRAILER.pack(len(rows), len(texts), checksum, packs.SHARD_MAGIC))
-    return left_out
+            name = as_text(os.fsdecode(files.paths[i]))
+            if of_pairs and i % 2:  # named so that webdataset takes both for one sample
+                member = f"{os.path.splitext(member)[0]}.seg{os.path.splitext(name)[1]}"
+            else:
+                member = choose_name(name, record.suffix, taken)
+            offset = add_member(tar, file, member, record.data)
+            if header["classes"]:
+                add_member(tar, file, f"{webdataset_key(member)}.cls", str(files.labels[i]).encode())
+            rows.append((offset, len(record.data), record.height, record.width, files.labels[i], record.crc))
+            paths.append(files.paths[i])
+    arrays = dict(paths=np.array(paths, dtype=bytes), table=np.array(rows, packs.SHARD_TABLE))
+    arrays["left_out"] = np.array([line.encode("utf-8", "backslashreplace") for line in left_out], dtype=bytes)
+    with written_whole(path.with_suffix(packs.INDEX_SUFFIX)) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
 
 
-def describe_shard(path: Path) -> dict:
-    """Read a shard back and give its entry in pack.json."""
-    with path.open("rb") as file:
-        file.seek(-packs.SHARD_TRAILER.size, os.SEEK_END)
-        count, _, _, _ = packs.SHARD_TRAILER.unpack(file.read())
-    return {"file": path.name, "bytes": path.stat().st_size, "records": count, "sha256": sha256(path)}
+def open_tar(file: BinaryIO) -> tarfile.TarFile:
+    return tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8", errors="surrogateescape")
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def choose_name(name: str, suffix: str, taken: set[str]) -> str:
+    """Give the name of a record in its tar: that of its file, with another ending where it is another file."""
+    if not suffix:
+        return name
+    member = os.path.splitext(name)[0] + suffix
+    member = name + suffix if member in taken and member != name else member
+    taken.add(member)
+    return member
+
+
+def webdataset_key(member: str) -> str:
+    """Give the name up to the first dot, by which webdataset tells what belongs to one sample."""
+    folder, name = os.path.split(member)
+    return os.path.join(folder, name.partition(".")[0] or name)
+
+
+def add_member(tar: tarfile.TarFile, file: BinaryIO, name: str, data: bytes) -> int:
+    """Add a file to a tar, the same whoever packs it and when, and give the place of its data."""
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    tar.addfile(entry, io.BytesIO(data))
+    return file.tell() - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def verify(root: Path) -> None:
-    """Compare every byte of a pack with its checksums; ValueError names the shards that have changed."""
+    """Compare every record of a pack with its checksum, and every name and place with its tar; ValueError for any."""
     folders = [folder for folder in (root, *sorted(root.glob("*/"))) if is_packed(folder)]
     if not folders:
         raise FileNotFoundError(f"{root} holds no {packs.PACK_FILE}, nor does a folder in it")
     for folder in folders:
-        found = Pack(folder)
+        found, changed = Pack(folder), []
         shards = found.header["shards"]
-        digests = {folder / shard["file"]: shard.get("sha256") for shard in shards}
-        bar = tqdm(digests.items(), unit="shard", desc=str(folder))
-        changed = [str(path) for path, digest in bar if sha256(path) != digest]
+        for number in range(len(shards)):
+            with tarfile.open(found.shard_path(number), encoding="utf-8", errors="surrogateescape") as tar:
+                members = {member.offset_data: member.size for member in tar}
+            records = np.flatnonzero(found.shards == number)
+            if any(members.get(int(found.table[i]["offset"])) != int(found.table[i]["size"]) for i in records):
+                changed.append(str(found.shard_path(number)))
+        for record in tqdm(range(len(found.names)), unit="file", desc=str(folder)):
+            try:
+                found.read(record)
+            except OSError:
+                changed.append(found.path(record))
         if changed:
-            raise ValueError(f"changed since they were packed: {', '.join(changed)}")
+            raise ValueError(f"changed since they were packed: {name_some(changed, 10)}")
         print(f"{folder}: {len(found.names):,} records in {len(shards)} shards are what was packed")
 
 
@@ -262,11 +324,13 @@ def main(args: argparse.Namespace) -> None:
     if args.output.resolve().is_relative_to(args.source.resolve()):
         raise ValueError(f"--output {args.output} lies in the folder that is packed; choose one outside")
     for job in list_jobs(args):
-        if (job.folder / packs.PACK_FILE).exists():
-            (job.folder / packs.PACKING_FILE).unlink(missing_ok=True)  # left by a kill at the very end
-            print(f"{job.folder} is packed already")
-        else:
-            pack(job, args.num_workers)
+        with locked(job.folder):
+            if (job.folder / packs.PACK_FILE).exists():
+                packs.read_pack_header(job.folder)
+                (job.folder / packs.PACKING_FILE).unlink(missing_ok=True)  # left by a kill at the very end
+                print(f"{job.folder} is packed already")
+            else:
+                pack(job, args.num_workers)
 
 
 if __name__ == "__main__":

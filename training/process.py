@@ -6,7 +6,6 @@ Nothing here knows how far a run is, nor what it trains.
 import ctypes
 import datetime
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,9 +17,9 @@ from accelerate.utils import DistributedType, DynamoBackend, broadcast
 from torch import Tensor, nn
 
 from storage.console import protect_output
+from storage.workers import end_with_parent
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends, however that ends
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
@@ -33,7 +32,7 @@ def build_accelerator(gradient_accumulation_steps: int = 1, *, timeout_minutes: 
     if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":  # accelerate launch started this process
         # A launcher that is killed, and one that starts a single process and only gets SIGTERM, would leave it training
         # alone. With this 60 of 60 signals to the launcher ended in a saved state (benchmarks/RESULTS.md).
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        end_with_parent()
         if is_orphan():
             raise RuntimeError("the launcher has ended while this process started, which would now train alone")
     accelerator = Accelerator(

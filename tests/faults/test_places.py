@@ -35,7 +35,7 @@ def test_pixels_of_a_pack_overwritten_between_two_starts_are_a_bad_file(job, dat
         assert not (first.experiment / "bad_files.txt").exists()
         found = Pack(packed)
         for record in (3, 30):
-            overwrite(packed / "00000.shard", found.table[record])
+            overwrite(packed / "shard-000000.tar", found.table[record])
         count.injected += 2
         printed = first.finish()
         rows = (first.experiment / "bad_files.txt").read_text(encoding="utf-8").splitlines()
