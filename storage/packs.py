@@ -1,7 +1,7 @@
 """Many images in few files: tars with an index beside each, as tools/pack_dataset.py writes them; read, never trusted.
 
 A pack is a folder. Its pack.json says what is in it. A shard is a plain tar of image files, or of arrays (.npy, uint8
-of (H, W, 3)), each followed by its class (.cls), which webdataset and `tar` read as it is. The .npz of the same name has
+of (H, W, 3)), each followed by its class (.cls), which webdataset and `tar` read. The .npz of the same name has
 path, place, size and checksum of each record, so that one is read without the others. Of a pack of pairs every second
 record is a label map. Places and sizes are checked before they are read, and names never lead elsewhere.
 """
