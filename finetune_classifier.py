@@ -112,6 +112,7 @@ FLAGS = {
     ],
     "model": [
         ("path_to_pretrained_mae_weights", str, "checkpoint folder, .safetensors or original .pth; else from scratch"),
+        ("label_column", str, "of a data set of the Hub (default: the only one of classes)"),
         ("num_classes", int, "(default: as many as there are class folders)"),
         ("model", str, f"sizes from scratch (default: {BASE})", {"choices": MODEL_CONFIGS}),
         ("patch_size", int, "(default: the weights' or the model's)"),

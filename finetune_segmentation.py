@@ -94,6 +94,7 @@ FLAGS = {
         ("resize_to", int, "long and short side that images fit into (default: 4 and 1 --img_size)", {"nargs": 2}),
     ],
     "layout": [
+        ("annotation_column", str, "of label maps in a data set of the Hub (default: told by its name)"),
         ("image_folder", str, "of images, below the root; {split} in it is train, val, ... (default: as documented)"),
         ("label_folder", str, "of label maps, likewise (default: that of the images, with --label_suffix)"),
         ("image_suffix", "", "what names of images end in beside those of label maps, such as _img (default: nothing)"),

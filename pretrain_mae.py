@@ -100,6 +100,7 @@ FLAGS = {
     ],
     "k-NN probe during training": [
         ("probe_every", 0, "epochs between k-NN classifications by the features; 0 never", (0, None)),
+        ("label_column", str, "of a data set of the Hub (default: the only one of classes)"),
         ("path_to_probe_data", str, "train/ and val/ with class folders (default: --path_to_data)"),
         ("probe_images", 5000, "at most so many images of train/ and of val/", (1, None)),
         ("probe_pool", "avg", "mean of the patch tokens, or cls", {"choices": ("avg", "cls")}),

@@ -123,9 +123,7 @@ class PackedImages(FileList):
         return fingerprint(f"{super().fingerprint()} {self.pack.digest}".encode())
 
     def describe(self) -> str:
-        side = self.pack.header["short_side"]
-        size = f", short side at most {side}" if side else ""
-        return f"{super().describe()}, packed as {self.pack.header['encoding']}{size}"
+        return f"{super().describe()}, {self.pack.describe()}"
 
 
 class Splits(NamedTuple):

@@ -122,6 +122,15 @@ class Pack:
             refuse_unless(bool(fitting.all()), "an image's size")
         return index
 
+    def stamps(self) -> list[tuple[int, int]]:
+        """Give size and modification time (ns) of every shard."""
+        statuses = [os.stat(self.shard_path(number)) for number in range(len(self.header["shards"]))]
+        return [(status.st_size, status.st_mtime_ns) for status in statuses]
+
+    def describe(self) -> str:
+        side = self.header["short_side"]
+        return f"packed as {self.header['encoding']}" + f", short side at most {side}" * bool(side)
+
     def path(self, record: int) -> str:
         """Name a record as if it were a file in the pack's folder."""
         return os.path.join(self.folder, os.fsdecode(self.names[record]))

@@ -119,14 +119,13 @@ class PackedPairs(PairList):
         return self.pack.read(int(self.records[index]) + 1)
 
     def stamps(self) -> list[tuple[int, int]]:
-        statuses = [os.stat(self.pack.shard_path(number)) for number in range(len(self.pack.header["shards"]))]
-        return [(status.st_size, status.st_mtime_ns) for status in statuses]
+        return self.pack.stamps()
 
     def fingerprint(self) -> str:
         return fingerprint(f"{super().fingerprint()} {self.pack.digest}".encode())
 
     def describe(self) -> str:
-        return f"{len(self):,} pairs in {self.root}, packed"
+        return f"{len(self):,} pairs in {self.root}, {self.pack.describe()}"
 
 
 def list_pairs(root: str | Path, split: str, layout: PairLayout = AS_KNOWN) -> PairList:

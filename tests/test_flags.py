@@ -26,22 +26,22 @@ from training.flags import Flags, micro_batch_size, size_flags
 SHARED = """experiment_name working_directory resume_from_checkpoint save_checkpoint_interval save_minutes
  keep_checkpoints max_nonfinite_steps deterministic timeout_minutes activation_checkpointing log_interval
  log_wandb wandb_run_name config seed demo path_to_data img_size input_channels value_range
- mean std show_channels num_workers val_fraction
+ mean std show_channels num_workers val_fraction image_column
  max_image_pixels max_bad_fraction rescan_data epochs warmup_epochs per_gpu_batch_size gradient_accumulation_steps
  weight_decay max_grad_norm pin_memory bias_weight_decay norm_weight_decay help model patch_size
  encoder_embed_dim encoder_depth encoder_num_heads encoder_mlp_ratio"""
 OWN = {
     "pretrain_mae": """decoder_embed_dim decoder_depth decoder_num_heads decoder_mlp_ratio mask_ratio norm_pix_loss
  custom_weight_init base_learning_rate min_learning_rate min_crop_scale repeated_sampling probe_every
- path_to_probe_data probe_images probe_pool init_from recipe schedule_epochs""",
+ path_to_probe_data probe_images probe_pool init_from recipe schedule_epochs label_column""",
     "finetune_classifier": """path_to_pretrained_mae_weights num_classes global_pool custom_weight_init eval_only
  linear_probe knn finetune_blocks recipe learning_rate base_learning_rate min_learning_rate layer_decay adam_betas
  drop_path random_aug_magnitude random_erasing mixup_alpha cutmix_alpha label_smoothing ema_decay eval_interval
- balanced_sampling class_weights test_folder schedule_epochs""",
+ balanced_sampling class_weights test_folder schedule_epochs label_column""",
     "finetune_segmentation": """path_to_backbone_checkpoint from_scratch taps channels norm rel_pos_bias num_classes
  ignore_zero class_names resize_to iterations warmup_iterations learning_rate layer_decay drop_path auxiliary_weight
 eval_interval recipe eval_only slide multi_scale window_batch_size flip loss class_weights test_split
- label_values image_folder label_folder image_suffix label_suffix""",
+ label_values image_folder label_folder image_suffix label_suffix annotation_column""",
 }
 SWITCHES = """deterministic activation_checkpointing log_wandb demo rescan_data pin_memory bias_weight_decay
  norm_weight_decay norm_pix_loss custom_weight_init eval_only linear_probe knn from_scratch rel_pos_bias ignore_zero

@@ -10,8 +10,19 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from storage.bands import describe_depth, describe_pages, value_percentiles
+from storage.console import DataError
 from storage.decoding import CHANNEL_MODES
 from storage.demo import write_demo_data
+from storage.hub import (
+    HELD_OUT,
+    TRAINING,
+    Columns,
+    Tables,
+    is_table,
+    list_table,
+    list_table_pairs,
+    load_tables,
+)
 from storage.labels import describe_labels, has_colours, label_table, refuse_one_class
 from storage.lists import (
     FileList,
@@ -52,11 +63,38 @@ def list_folder(accelerator: Accelerator, folder: Path, args: argparse.Namespace
     return files
 
 
+def load_splits(accelerator: Accelerator, root: str, args: argparse.Namespace) -> Tables:
+    """Load a data set of the Hub; the first process of a machine does, the others read what it left in the cache."""
+    with accelerator.local_main_process_first():
+        tables = load_tables(root)
+    if root == args.path_to_data:
+        args.path_to_data = tables.name  # which args.json keeps, with its revision
+    return tables
+
+
+def list_table_splits(
+    accelerator: Accelerator, root: str, args: argparse.Namespace
+) -> tuple[FileList, FileList | None]:
+    """List training and held-out images of a data set of the Hub, as `list_splits` does of a folder."""
+    tables = load_splits(accelerator, root, args)
+    train, held_out = tables.find_split(TRAINING), tables.find_split(HELD_OUT)
+    if train is None:
+        raise DataError(f"{tables.name} has no split {' or '.join(TRAINING)}, but {', '.join(tables.splits)}")
+    columns = Columns(args.image_column, getattr(args, "label_column", None))
+    train_files = list_table(tables, train, columns)
+    if held_out is None:
+        return hold_out(accelerator, train_files, args) if args.val_fraction else (train_files, None)
+    refuse_second_split(Path(tables.name, held_out), args)
+    return train_files, list_table(tables, held_out, columns)
+
+
 def list_splits(accelerator: Accelerator, root: str, args: argparse.Namespace) -> tuple[FileList, FileList | None]:
     """List the training and the held-out images (None without) of a data set; ValueError for a run that lies inside.
 
     Without a validation folder --val_fraction draws them from the training images.
     """
+    if is_table(root):
+        return list_table_splits(accelerator, root, args)
     train_folder, val_folder, notes = find_splits(root)
     for note in notes:
         accelerator.print(f"{'data':<16}{note}")
@@ -108,8 +146,9 @@ def list_labelled_splits(accelerator: Accelerator, args: argparse.Namespace) -> 
 
 def list_validation(accelerator: Accelerator, args: argparse.Namespace) -> FileList:
     """List the images that are to be evaluated: validation images, those held out, or of a folder all."""
-    if args.val_fraction:
-        _, files = list_splits(accelerator, args.path_to_data, args)
+    if args.val_fraction or is_table(args.path_to_data):
+        train_files, val_files = list_splits(accelerator, args.path_to_data, args)
+        files = val_files or train_files
     else:
         files = list_folder(accelerator, find_validation(Path(args.path_to_data)) or Path(args.path_to_data), args)
     choose_value_range(accelerator, args, files)
@@ -147,6 +186,8 @@ def list_probe_files(
 
 def list_pairs_of(accelerator: Accelerator, split: str, args: argparse.Namespace) -> PairList:
     """Pair images and label maps of a split; without a validation folder --val_fraction draws it from training's."""
+    if is_table(args.path_to_data):
+        return list_table_pairs_of(accelerator, split, args)
     root = Path(args.path_to_data).resolve()
     layout = PairLayout(args.image_folder, args.label_folder, args.image_suffix, args.label_suffix)
     held_out = root / "validation" if is_packed(root / "validation") else None
@@ -159,6 +200,24 @@ def list_pairs_of(accelerator: Accelerator, split: str, args: argparse.Namespace
     elif split == "validation" and find_pair_folders(root, "training", layout) is not None:
         raise FileNotFoundError(f"{root} has no validation pairs: add them, or draw some by --val_fraction 0.1")
     return list_pairs(root, split, layout)
+
+
+def list_table_pairs_of(accelerator: Accelerator, split: str, args: argparse.Namespace) -> PairList:
+    """Pair images and label maps of a split of a data set of the Hub, as `list_pairs_of` does of a folder."""
+    if args.image_folder or args.label_folder or args.image_suffix or args.label_suffix:
+        raise DataError(f"{args.path_to_data} has columns: give --image_column and --annotation_column instead")
+    tables = load_splits(accelerator, args.path_to_data, args)
+    train, held_out = tables.find_split(TRAINING), tables.find_split(HELD_OUT)
+    columns = Columns(args.image_column, annotation=args.annotation_column)
+    if held_out is not None:
+        refuse_second_split(Path(tables.name, held_out), args)
+    elif args.val_fraction and train and split in SPLIT_NAMES:
+        return hold_out(accelerator, list_table_pairs(tables, train, columns), args)[split == "validation"]
+    found = {"training": train, "validation": held_out}.get(split, tables.find_split((split,)))
+    if found is None or (split not in SPLIT_NAMES and found == held_out):
+        advice = ", or draw some by --val_fraction 0.1" * (split == "validation")
+        raise DataError(f"{tables.name} has no split of its own for {split}, but {', '.join(tables.splits)}{advice}")
+    return list_table_pairs(tables, found, columns)
 
 
 def list_checked_pairs(

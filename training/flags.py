@@ -40,7 +40,8 @@ FIRST_FLAGS: dict[str, Rows] = {
         ("wandb_run_name", str, "name of the W&B run (default: W&B's choice)"),
     ],
     "data": [
-        ("path_to_data", str, "root of the data set"),
+        ("path_to_data", str, "folder, or a data set of the Hub: hf:OWNER/NAME[:CONFIG][@REVISION]"),
+        ("image_column", str, "of a data set of the Hub (default: the only one of images)"),
         ("val_fraction", float, "share that is held out, of every class, where there is no val/", (0.001, 0.5)),
         ("img_size", [224], "one number, or height and width", {"metavar": "PIXELS"}),
         ("input_channels", 3, "1 grey, 3 RGB, 4 RGBA; any number of bands with --value_range", (1, None)),
