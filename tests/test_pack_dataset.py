@@ -4,12 +4,8 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import random
 import shlex
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -235,33 +231,6 @@ def test_pair_that_cannot_be_read_is_refused_as_leaving_one_out_would_shift_the_
         pack(tmp_path / "pairs", tmp_path / "pack")
     with pytest.raises(ValueError, match="was not packed to the end"):
         list_pairs(tmp_path / "pack", "training")
-
-
-def test_killed_packing_leaves_no_process_and_ends_as_an_undisturbed_one(drawn_images, tmp_path):
-    """SIGKILL at random moments, until the pack is done."""
-    tool = Path(pack_dataset.__file__)
-    flags = ["--num_workers", "2", "--images_per_shard", "3", "--short_side", "12"]
-    whole = pack(drawn_images / "train", tmp_path / "whole", *flags[2:])
-    command = [sys.executable, str(tool), str(drawn_images / "train"), "--output", str(tmp_path / "pack"), *flags]
-    generator, kills = random.Random(0), 0
-    while not (tmp_path / "pack" / "pack.json").exists() and kills < 20:
-        packer = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        below = Path(f"/proc/{packer.pid}/task/{packer.pid}/children")
-        while packer.poll() is None and not below.read_text():  # its workers
-            time.sleep(0.001)
-        time.sleep(generator.uniform(0, 0.1))
-        workers = below.read_text().split() if packer.poll() is None else []
-        packer.kill()
-        kills += packer.wait() == -signal.SIGKILL
-        end = time.monotonic() + 20
-        while any(Path("/proc", pid).exists() for pid in workers):
-            assert time.monotonic() < end, "a worker outlived its packer"
-            time.sleep(0.01)
-    pack(drawn_images / "train", tmp_path / "pack", *flags[2:])
-    assert kills > 0
-    assert {path.name: path.read_bytes() for path in whole.iterdir()} == {
-        path.name: path.read_bytes() for path in (tmp_path / "pack").iterdir()
-    }
 
 
 def test_packing_again_does_nothing_and_never_writes_over_other_files(drawn_images, tmp_path, capsys):
