@@ -349,6 +349,7 @@ def keep_size(image: Image.Image | Tensor, labels: np.ndarray) -> tuple[Tensor, 
 
 EVAL_EPOCH = -1  # evaluation draws its masks from (seed, EVAL_EPOCH, index): the same at every evaluation
 MAX_REPLACEMENTS = 100
+SHARDS_AT_ONCE = 4  # whose images are shuffled together, where shards are fetched
 
 
 class BadFile(NamedTuple):
@@ -465,6 +466,8 @@ class ImageDataset(Dataset):
             before = torch.get_rng_state()
             try:
                 return self.prepare(*self.read(index))
+            except DataError:  # a shard that does not come, which is no bad file
+                raise
             except DECODE_ERRORS as error:
                 torch.set_rng_state(before)  # a crop may have been drawn, or not: nothing must hang on that
                 reason = f"{type(error).__name__}: {error}"
@@ -559,6 +562,9 @@ class StepSampler(Sampler):
     from a multiple of R on visit all of them, so images seen, schedule and log stay comparable. ValueError when a
     micro-batch cannot be filled with groups of R.
 
+    With the images' `shards` these come in random order, a few at a time, whose images are shuffled together: for packs
+    of which not all are at hand.
+
     With the images' `labels` each class comes equally often in an epoch, and within it each image, both up to one
     (class-balanced sampling, Kang et al. 2020, arXiv 1910.09217). Epochs keep their number of steps.
     """
@@ -574,6 +580,7 @@ class StepSampler(Sampler):
         seed: int = 0,
         crops_per_image: int = 1,
         labels: np.ndarray | None = None,
+        shards: np.ndarray | None = None,
     ):
         assert labels is None or crops_per_image == 1, "classes and crops are not balanced together"
         if micro_batch_size % crops_per_image:
@@ -587,6 +594,7 @@ class StepSampler(Sampler):
         self.images_per_step = micro_batch_size * accumulation_steps * world_size
         self.steps_per_epoch = max(1, num_images // self.images_per_step)
         self.epoch, self.first_step = 0, 0
+        self.shards = None if shards is None else torch.from_numpy(shards)
         self.classes: list[Tensor] = []  # the images of each class, where classes are to come equally often
         if labels is not None:
             order, counts = np.argsort(labels, kind="stable"), np.unique(labels, return_counts=True)[1]
@@ -607,11 +615,18 @@ class StepSampler(Sampler):
         generator = torch.Generator().manual_seed(random_key(self.seed, epoch // crops, "order"))
         needed = self.steps_per_epoch * self.images_per_step
         repeats = -(-needed // self.num_images)
-        shuffles = [torch.randperm(self.num_images, generator=generator) + r * self.num_images for r in range(repeats)]
+        shuffles = [self.shuffle(generator) + r * self.num_images for r in range(repeats)]
         share = needed // crops
         first = epoch % crops * share
         images = torch.cat(shuffles)[first : first + share]
         return (images[:, None] + torch.arange(crops) * repeats * self.num_images).flatten().tolist()
+
+    def shuffle(self, generator: torch.Generator) -> Tensor:
+        images = torch.randperm(self.num_images, generator=generator)
+        if self.shards is None:
+            return images
+        turns = torch.randperm(int(self.shards.max()) + 1, generator=generator) // SHARDS_AT_ONCE
+        return images[turns[self.shards[images]].argsort(stable=True)]
 
     def balanced_order(self, epoch: int) -> list[int]:
         """Give an epoch's indices, every class alike: of each class as many shuffles as it takes, then all shuffled."""

@@ -432,7 +432,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     train_data, mixing = build_training_data(train_files, model, args)
     eval_data = build_eval_data(val_files, args)
     labels = train_files.labels if args.balanced_sampling else None
-    sampler = dataset.StepSampler(len(train_data), labels=labels, **stepping)
+    sampler = dataset.StepSampler(len(train_data), labels=labels, shards=train_files.shards, **stepping)
     loader = dataset.build_training_loader(train_data, sampler, collate_fn=mixing, **workers)
     eval_loader = dataset.build_eval_loader(eval_data, **loading)
     test_loader = dataset.build_eval_loader(build_eval_data(test_files, args), **loading) if test_files else None

@@ -424,7 +424,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     rotate = train_pairs.rotate
     val_pairs, *test_pairs = (training.list_checked_pairs(accelerator, x, args, rotate=rotate).pairs for x in splits)
     train_data, val_data = build_data(train_pairs, args, model), build_data(val_pairs, args)
-    sampler = dataset.StepSampler(len(train_data), **stepping)
+    sampler = dataset.StepSampler(len(train_data), shards=train_pairs.shards, **stepping)
     loader = dataset.build_training_loader(train_data, sampler, **workers)
     val_loader = dataset.build_eval_loader(val_data, collate_fn=dataset.collate_lists, **loading)
     shown = choose_samples(val_data, NUM_PICTURES)

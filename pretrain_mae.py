@@ -292,7 +292,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     augment = dataset.build_pretraining_transform(config.image_hw, args.min_crop_scale)
     train_data = dataset.ImageDataset(train_files, augment, keep_decoded=args.repeated_sampling > 1, **sample)
     eval_data = dataset.ImageDataset(val_files or train_files, dataset.ResizeCenterCrop(config.image_hw), **sample)
-    sampler = dataset.StepSampler(len(train_data), crops_per_image=args.repeated_sampling, **stepping)
+    sampler = dataset.StepSampler(
+        len(train_data), crops_per_image=args.repeated_sampling, shards=train_files.shards, **stepping
+    )
     loader = dataset.build_training_loader(train_data, sampler, **workers)
     eval_loader = dataset.build_eval_loader(eval_data, **loading) if val_files else None
     probe_data = [

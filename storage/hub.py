@@ -101,7 +101,7 @@ class TableRows:
     def __init__(self, tables: Tables, split: str, columns: list[str]):
         datasets, table = import_datasets(), tables.splits[split]
         as_bytes = datasets.Image(decode=False)
-        self.columns = columns
+        self.columns, self.remote = columns, None
         self.parts = [table.select_columns([name]).cast_column(name, as_bytes) for name in columns]
         self.place, self.header = Path(tables.name) / split, {"encoding": "files", "short_side": None}
         self.names = np.array([f"{row:08d}".encode() for row in range(len(table))])

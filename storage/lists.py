@@ -22,8 +22,9 @@ from storage.bands import ValuePicture, open_values
 from storage.decoding import CHANNEL_MODES, IMAGE_SUFFIXES, Picture, load_file, open_picture, read_image, to_pixels
 from storage.files import fingerprint, optional_write, random_key, read_json, write_json, written_whole
 from storage.held_out import choose_held_out
-from storage.packs import Pack, PackedRows, is_inner_path, is_packed, open_pack, read_arrays
+from storage.packs import Pack, PackedRows, is_inner_path, is_packed, read_arrays
 from storage.pair_folders import SPLIT_NAMES, list_pair_folders
+from storage.remote import open_pack
 
 LAYOUT = (
     """expected one of
@@ -56,6 +57,11 @@ class FileList:
 
     def path(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.paths[index]))
+
+    @property
+    def shards(self) -> np.ndarray | None:
+        """Give the shard of each image, where shards have to be fetched; else None."""
+        return None
 
     def read_image(self, index: int, channels: int) -> Image.Image:
         return read_image(self.path(index), channels)
@@ -97,6 +103,10 @@ class PackedImages(FileList):
 
     pack: Pack
     records: np.ndarray
+
+    @property
+    def shards(self) -> np.ndarray | None:
+        return self.pack.shards[self.records] if self.pack.remote else None
 
     def read_image(self, index: int, channels: int) -> Image.Image:
         record = int(self.records[index])

@@ -6,12 +6,12 @@ path, place, size and checksum of each record, so that one is read without the o
 record is a label map. Places and sizes are checked before they are read, and names never lead elsewhere.
 """
 
-import errno
 import os
 import re
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,9 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from storage.decoding import Area, NamedBytes, Picture
-from storage.files import fingerprint, is_list, is_text, is_whole, open_regular, read_json
+from storage.files import fingerprint, is_list, is_text, is_whole, only_regular, open_regular, read_json
 
 PACK_FILE, PACKING_FILE = "pack.json", "packing.json"  # the second while a pack is being made
+MAX_OPEN_REMOTE = 4  # shards that a process has open then, as what is open takes room also when it is removed
 PACK_VERSION = 2
 AGAIN = "pack the folder again: python tools/pack_dataset.py FOLDER --output PACK"
 SHARD_NAME = re.compile(r"shard-\d{6}\.tar")
@@ -55,14 +56,28 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{file} is damaged ({type(error).__name__})") from error
 
 
+def open_shard(path: Path) -> int:
+    """Open a shard to read; OSError for what is no regular file."""
+    return only_regular(path, os.O_RDONLY | os.O_NOFOLLOW)
+
+
+class Remote(Protocol):
+    """Where the shards of a pack are that is elsewhere."""
+
+    url: str
+
+    def open(self, name: str, size: int) -> int:
+        """Open a shard, once it has come here; DataError where it does not."""
+
+
 class Pack:
     """The records of a pack, by number; files are opened when first needed, anew in every process.
 
     ValueError says what is wrong with a pack that is damaged or made up. `read` raises OSError for a record that is.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.open_shards = folder, {}
+    def __init__(self, folder: Path, remote: Remote | None = None):
+        self.folder, self.remote, self.open_shards = folder, remote, {}
         self.header = read_pack_header(folder)
         parts = [self.read_index(number) for number in range(len(self.header["shards"]))]
         self.names, self.table = (np.concatenate([part[key] for part in parts]) for key in ("paths", "table"))
@@ -86,9 +101,12 @@ class Pack:
     def open_shard(self, number: int) -> int:
         if number not in self.open_shards:
             path = self.shard_path(number)
-            if path.is_symlink() or not path.is_file():  # which a pipe would block
-                raise OSError(errno.EINVAL, "no regular file", str(path))
-            self.open_shards[number] = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            if self.remote is None:
+                self.open_shards[number] = open_shard(path)
+            else:
+                while len(self.open_shards) >= MAX_OPEN_REMOTE:
+                    os.close(self.open_shards.pop(next(iter(self.open_shards))))
+                self.open_shards[number] = self.remote.open(path.name, self.header["shards"][number]["bytes"])
         return self.open_shards[number]
 
     def read_index(self, number: int) -> dict[str, np.ndarray]:
@@ -100,7 +118,7 @@ class Pack:
                 raise ValueError(f"{path} is damaged, or its index is ({reason}); {AGAIN}")
 
         try:
-            size = os.fstat(self.open_shard(number)).st_size
+            size = shard["bytes"] if self.remote else os.fstat(self.open_shard(number)).st_size
             index = read_arrays(path.with_suffix(INDEX_SUFFIX))
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} or its index cannot be read ({error}); {AGAIN}") from error
@@ -124,12 +142,15 @@ class Pack:
 
     def stamps(self) -> list[tuple[int, int]]:
         """Give size and modification time (ns) of every shard."""
+        if self.remote is not None:
+            return [(shard["bytes"], 0) for shard in self.header["shards"]]
         statuses = [os.stat(self.shard_path(number)) for number in range(len(self.header["shards"]))]
         return [(status.st_size, status.st_mtime_ns) for status in statuses]
 
     def describe(self) -> str:
         side = self.header["short_side"]
-        return f"packed as {self.header['encoding']}" + f", short side at most {side}" * bool(side)
+        place = f", at {self.remote.url}" if self.remote else ""
+        return f"packed as {self.header['encoding']}" + f", short side at most {side}" * bool(side) + place
 
     def path(self, record: int) -> str:
         """Name a record as if it were a file in the pack's folder."""
@@ -224,10 +245,3 @@ class PackedRows(Picture):
 
     def decoded(self) -> Picture:
         return Picture(self.pack.read_rows(self.record, 0, self.height))
-
-
-def open_pack(folder: Path, kind: str) -> Pack:
-    pack = Pack(folder)
-    if pack.header["kind"] != kind:
-        raise ValueError(f"{folder} is a pack of {pack.header['kind']}, here {kind} are needed")
-    return pack

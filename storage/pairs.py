@@ -31,8 +31,9 @@ from storage.labels import (
     show_value,
 )
 from storage.lists import ListCache, as_nfc, as_text, contents, name_some, scan_images
-from storage.packs import Pack, is_packed, open_pack
+from storage.packs import Pack, is_packed
 from storage.pair_folders import AS_KNOWN, EXPECTED, PairLayout, describe_missing, find_pair_folders
+from storage.remote import open_pack
 
 SWAPPING = (5, 6, 7, 8)  # rotation flags that swap height and width
 EXAMPLES = 3  # label maps that are named for a value
@@ -57,6 +58,11 @@ class PairList:
 
     def label_path(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.label_maps[index]))
+
+    @property
+    def shards(self) -> np.ndarray | None:
+        """Give the shard of each pair, where shards have to be fetched; else None."""
+        return None
 
     def image_file(self, index: int) -> BinaryIO:
         """Open the file of an image; `label_file` likewise."""
@@ -105,6 +111,10 @@ class PackedPairs(PairList):
 
     pack: Pack
     records: np.ndarray
+
+    @property
+    def shards(self) -> np.ndarray | None:
+        return self.pack.shards[self.records] if self.pack.remote else None
 
     def image_file(self, index: int) -> NamedBytes:
         return self.pack.read(int(self.records[index]))

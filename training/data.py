@@ -36,6 +36,7 @@ from storage.lists import (
 from storage.packs import is_packed
 from storage.pair_folders import SPLIT_NAMES, PairLayout, find_pair_folders
 from storage.pairs import PairList, PairSurvey, check_values, choose_ignore_zero, list_pairs, survey_pairs
+from storage.remote import is_url, mirror
 from training.process import cap_workers
 
 
@@ -88,6 +89,14 @@ def list_table_splits(
     return train_files, list_table(tables, held_out, columns)
 
 
+def find_root(accelerator: Accelerator, root: str, args: argparse.Namespace) -> str | Path:
+    """Give the folder of a data set; of packs at an address the one here that stands for them."""
+    if not is_url(root):
+        return root
+    with accelerator.local_main_process_first():
+        return mirror(root, Path(args.working_directory) / "shards", args.shard_cache_gb)
+
+
 def list_splits(accelerator: Accelerator, root: str, args: argparse.Namespace) -> tuple[FileList, FileList | None]:
     """List the training and the held-out images (None without) of a data set; ValueError for a run that lies inside.
 
@@ -95,7 +104,7 @@ def list_splits(accelerator: Accelerator, root: str, args: argparse.Namespace) -
     """
     if is_table(root):
         return list_table_splits(accelerator, root, args)
-    train_folder, val_folder, notes = find_splits(root)
+    train_folder, val_folder, notes = find_splits(find_root(accelerator, root, args))
     for note in notes:
         accelerator.print(f"{'data':<16}{note}")
     refuse_inside(args.working_directory, train_folder)
@@ -150,7 +159,8 @@ def list_validation(accelerator: Accelerator, args: argparse.Namespace) -> FileL
         train_files, val_files = list_splits(accelerator, args.path_to_data, args)
         files = val_files or train_files
     else:
-        files = list_folder(accelerator, find_validation(Path(args.path_to_data)) or Path(args.path_to_data), args)
+        root = Path(find_root(accelerator, args.path_to_data, args))
+        files = list_folder(accelerator, find_validation(root) or root, args)
     choose_value_range(accelerator, args, files)
     return files
 
@@ -188,7 +198,7 @@ def list_pairs_of(accelerator: Accelerator, split: str, args: argparse.Namespace
     """Pair images and label maps of a split; without a validation folder --val_fraction draws it from training's."""
     if is_table(args.path_to_data):
         return list_table_pairs_of(accelerator, split, args)
-    root = Path(args.path_to_data).resolve()
+    root = Path(find_root(accelerator, args.path_to_data, args)).resolve()
     layout = PairLayout(args.image_folder, args.label_folder, args.image_suffix, args.label_suffix)
     held_out = root / "validation" if is_packed(root / "validation") else None
     if held_out is None and (folders := find_pair_folders(root, "validation", layout)) is not None:
@@ -239,7 +249,8 @@ def list_checked_pairs(
     table = label_table(args.num_classes, bool(args.ignore_zero), args.label_values)
     how |= dict(colours=has_colours(table))
     with accelerator.local_main_process_first():
-        survey = survey_pairs(pairs, cap_workers(args.num_workers), list_cache(accelerator, args), **how)
+        threads = 1 if pairs.shards is not None else cap_workers(args.num_workers)  # shards come one after another
+        survey = survey_pairs(pairs, threads, list_cache(accelerator, args), **how)
     lines = {}
     if args.ignore_zero is None:
         args.ignore_zero, lines["label value 0"] = choose_ignore_zero(survey, args.num_classes)

@@ -40,9 +40,10 @@ FIRST_FLAGS: dict[str, Rows] = {
         ("wandb_run_name", str, "name of the W&B run (default: W&B's choice)"),
     ],
     "data": [
-        ("path_to_data", str, "folder, or a data set of the Hub: hf:OWNER/NAME[:CONFIG][@REVISION]"),
+        ("path_to_data", str, "folder, data set of the Hub (hf:OWNER/NAME[:CONFIG][@REVISION]), or address of packs"),
         ("image_column", str, "of a data set of the Hub (default: the only one of images)"),
         ("val_fraction", float, "share that is held out, of every class, where there is no val/", (0.001, 0.5)),
+        ("shard_cache_gb", 100.0, "of packs at an address, such as s3://BUCKET/PACK, so much is kept here", (0, None)),
         ("img_size", [224], "one number, or height and width", {"metavar": "PIXELS"}),
         ("input_channels", 3, "1 grey, 3 RGB, 4 RGBA; any number of bands with --value_range", (1, None)),
         (
