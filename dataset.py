@@ -562,8 +562,7 @@ class StepSampler(Sampler):
     from a multiple of R on visit all of them, so images seen, schedule and log stay comparable. ValueError when a
     micro-batch cannot be filled with groups of R.
 
-    With the images' `shards` these come in random order, a few at a time, whose images are shuffled together: for packs
-    of which not all are at hand.
+    With the images' `shards`, for packs that are elsewhere, these come in random order, a few mixed at a time.
 
     With the images' `labels` each class comes equally often in an epoch, and within it each image, both up to one
     (class-balanced sampling, Kang et al. 2020, arXiv 1910.09217). Epochs keep their number of steps.
@@ -657,27 +656,14 @@ class StepSampler(Sampler):
 
 
 def build_training_loader(
-    dataset: ImageDataset,
-    sampler: StepSampler,
-    num_workers: int,
-    pin_memory: bool = False,
-    collate_fn: Callable = collate,
-    timeout_s: float = 0,
+    dataset: ImageDataset, sampler: StepSampler, num_workers: int, collate_fn: Callable = collate, **options
 ) -> DataLoader:
     """Give the batches of the sampler's epoch; RuntimeError at once where they do not fit into shared memory."""
     if num_workers:
         require_shared_memory(num_workers, sampler.micro_batch_size * dataset[SampleKey(0, 0)].image.nbytes)
-    return Loader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate_fn,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=pin_memory,
-        timeout_s=timeout_s,
-        # Without a generator of its own every pass would draw from the global one, and a resumed run would drift.
-        generator=torch.Generator(),
-    )
+    options |= dict(num_workers=num_workers, persistent_workers=num_workers > 0, collate_fn=collate_fn)
+    # Without a generator of its own every pass would draw from the global one, and a resumed run would drift
+    return Loader(dataset, batch_sampler=sampler, generator=torch.Generator(), **options)
 
 
 def build_eval_images(files: FileList, img_size: tuple[int, int], **options) -> ImageDataset:
@@ -686,24 +672,11 @@ def build_eval_images(files: FileList, img_size: tuple[int, int], **options) -> 
 
 
 def build_eval_loader(
-    dataset: ImageDataset,
-    batch_size: int,
-    num_workers: int,
-    rank: int = 0,
-    world_size: int = 1,
-    collate_fn: Callable = collate,
-    timeout_s: float = 0,
+    dataset: ImageDataset, *, rank: int = 0, world_size: int = 1, collate_fn: Callable = collate, **options
 ) -> DataLoader:
     """Give every image exactly once over all processes: each gets every `world_size`-th, without padding."""
-    return Loader(
-        dataset,
-        sampler=[SampleKey(EVAL_EPOCH, index) for index in range(rank, len(dataset), world_size)],
-        batch_size=batch_size,
-        collate_fn=collate_fn,
-        num_workers=num_workers,
-        timeout_s=timeout_s,
-        generator=torch.Generator(),
-    )
+    keys = [SampleKey(EVAL_EPOCH, index) for index in range(rank, len(dataset), world_size)]
+    return Loader(dataset, sampler=keys, collate_fn=collate_fn, generator=torch.Generator(), **options)
 
 
 def pick_samples(data: ImageDataset, count: int) -> list[Sample]:

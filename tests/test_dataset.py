@@ -314,7 +314,10 @@ def test_eval_loaders_of_all_processes_give_every_image_once(image_folder):
     data = ImageDataset(files, ResizeCenterCrop((16, 16)), seed=0, noise_size=16)
     expected = torch.stack([data[SampleKey(EVAL_EPOCH, index)].noise for index in range(8)])
     for world_size in (1, 3):
-        loaders = [build_eval_loader(data, 2, 0, rank, world_size) for rank in range(world_size)]
+        loaders = [
+            build_eval_loader(data, batch_size=2, num_workers=0, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
         noise = torch.cat([batch.noise for loader in loaders for batch in loader])
         assert torch.equal(noise.sort(dim=0).values, expected.sort(dim=0).values)
 
@@ -465,7 +468,7 @@ def test_undecodable_file_stops_an_evaluation_with_its_name(image_folder):
     files = list_images(image_folder / "val")
     data = ImageDataset(files, ResizeCenterCrop((16, 16)), replace_bad_files=False)
     with pytest.raises(ValueError, match=r"cannot decode .*broken\.jpg"):
-        list(build_eval_loader(data, 4, 0))
+        list(build_eval_loader(data, batch_size=4, num_workers=0))
 
 
 # -------------------------------------------------------------------------------- segmentation
@@ -748,7 +751,7 @@ def test_batches_are_put_into_shared_memory_by_the_worker_itself(image_folder, m
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
     data = ImageDataset(list_images(image_folder / "train"), ResizeCenterCrop((8, 8)), noise_size=2)
-    loader = build_eval_loader(data, 4, 1, collate_fn=collate_fn)
+    loader = build_eval_loader(data, batch_size=4, num_workers=1, collate_fn=collate_fn)
     images = [image for batch in loader for image in batch.images]
     assert all(image.is_shared() for image in images) and len(images) == 24
     monkeypatch.setattr("storage.workers.default_collate", no_room)
