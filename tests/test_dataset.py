@@ -314,7 +314,8 @@ def test_eval_loaders_of_all_processes_give_every_image_once(image_folder):
     data = ImageDataset(files, ResizeCenterCrop((16, 16)), seed=0, noise_size=16)
     expected = torch.stack([data[SampleKey(EVAL_EPOCH, index)].noise for index in range(8)])
     for world_size in (1, 3):
-        loaders = [
+        options = dict(batch_size=2, num_workers=0, world_size=world_size)
+        loaders = [build_eval_loader(data, rank=rank, **options) for rank in range(world_size)]
             build_eval_loader(data, batch_size=2, num_workers=0, rank=rank, world_size=world_size)
             for rank in range(world_size)
         ]
