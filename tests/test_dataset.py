@@ -316,9 +316,6 @@ def test_eval_loaders_of_all_processes_give_every_image_once(image_folder):
     for world_size in (1, 3):
         options = dict(batch_size=2, num_workers=0, world_size=world_size)
         loaders = [build_eval_loader(data, rank=rank, **options) for rank in range(world_size)]
-            build_eval_loader(data, batch_size=2, num_workers=0, rank=rank, world_size=world_size)
-            for rank in range(world_size)
-        ]
         noise = torch.cat([batch.noise for loader in loaders for batch in loader])
         assert torch.equal(noise.sort(dim=0).values, expected.sort(dim=0).values)
 
