@@ -180,6 +180,8 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 
 def test_run_goes_on_while_the_disk_is_full(small_disk, job, undisturbed, faults, full):
+    """Rows of the log may still fit into the block that it ends in; in some run they do not."""
+    refused = 0
     with faults(7, "disk full for two saves, then not, pretrain_mae") as count:
         for number in range(5 if full else 1):
             crowded = job("pretrain_mae", small_disk / str(number))
@@ -188,10 +190,12 @@ def test_run_goes_on_while_the_disk_is_full(small_disk, job, undisturbed, faults
             count.injected += 2
             printed = crowded.finish(steps, ("fill_disk", filler))
             assert printed.count("earlier ones are kept, and the run goes on") == 2, printed
-            assert "log.jsonl could not be written" in printed and "No space left on device" in printed
+            assert "No space left on device" in printed
+            refused += "log.jsonl could not be written" in printed
             check_exact(crowded.experiment, undisturbed("pretrain_mae"))
             count.survived += 2
             shutil.rmtree(crowded.work)
+        assert refused > 0
 
 
 def test_run_stops_when_the_disk_stays_full_and_goes_on_with_room(small_disk, job, undisturbed, faults):
