@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from storage.console import DataError
+from storage.decoding import DECODE_ERRORS
 from storage.files import fingerprint, is_text, is_whole, no_links, read_json, remove, write_json, written_whole
 from storage.packs import INDEX_SUFFIX, PACK_FILE, Pack, open_shard, read_pack_header
 
@@ -52,15 +53,15 @@ def mirror(url: str, cache: Path, cache_gb: float) -> Path:
             header = store.cat_file(f"{there}/{PACK_FILE}")
         except FileNotFoundError:
             continue
-        except Exception as error:  # each store has its own
+        except OSError as error:
             raise DataError(f"{url} cannot be read: {type(error).__name__}: {error}") from error
         found += 1
         if not (here / PACK_FILE).is_file() or (here / PACK_FILE).read_bytes() != header:
             for old in here.glob("shard-*"):
                 remove(old)
-            with written_whole(here / PACK_FILE) as temporary:
+            with written_whole(here / PACK_FILE, unique=True) as temporary:  # several machines may share the folder
                 temporary.write_bytes(header)
-        with written_whole(here / SOURCE_FILE) as temporary:
+        with written_whole(here / SOURCE_FILE, unique=True) as temporary:
             write_json(temporary, {"url": f"{url.rstrip('/')}/{split}".rstrip("/"), "cache_bytes": int(cache_gb * 1e9)})
         for shard in read_pack_header(here)["shards"]:
             index = Path(shard["file"]).with_suffix(INDEX_SUFFIX)
@@ -71,13 +72,16 @@ def mirror(url: str, cache: Path, cache_gb: float) -> Path:
 
 
 def copy(store, there: str, target: Path) -> None:
-    """Copy a file of a store, unless it is here; DataError where it does not come, also after some pauses."""
+    """Copy a file of a store, unless it is here; DataError where it does not come, also after some pauses.
+
+    That is for errors that would pass for a bad image, OSError first of all; others end the run as they are.
+    """
     for pause_s in () if target.is_file() else (*PAUSES_S, None):
         try:
             with written_whole(target, unique=True, flush=False) as temporary:
                 store.get_file(there, str(temporary))
             return
-        except Exception as error:  # each store has its own
+        except DECODE_ERRORS as error:
             if pause_s is None or isinstance(error, FileNotFoundError | PermissionError):
                 raise DataError(f"{there} does not come from its store: {type(error).__name__}: {error}") from error
             time.sleep(pause_s)

@@ -13,12 +13,13 @@ from test_pack_dataset import pack
 import finetune_classifier
 import finetune_segmentation
 import pretrain_mae
-from dataset import SHARDS_AT_ONCE, StepSampler
+from dataset import SHARDS_AT_ONCE, ImageDataset, SampleKey, StepSampler, build_pretraining_transform
 from storage import remote
 from storage.console import DataError
 from storage.lists import list_images
 from storage.packs import MAX_OPEN_REMOTE
 from storage.remote import is_url, mirror, open_pack
+from storage.workers import WaitInterrupted
 
 SIZES = "--img_size 16 --patch_size 4 --encoder_embed_dim 64 --encoder_depth 4 --encoder_num_heads 4"
 SCRIPTS = {
@@ -176,6 +177,25 @@ def test_store_that_fails_for_a_while_is_asked_again(store, tmp_path, monkeypatc
 
     monkeypatch.setattr(remote, "open_store", failing)
     assert list_images(folder).read_image(0, 3).size and not failures
+
+
+@pytest.mark.parametrize("error", [ValueError("of the store"), WaitInterrupted()])
+def test_no_error_of_a_store_passes_for_a_bad_image_and_a_signal_is_not_held_up(
+    store, tmp_path, monkeypatch, short_pauses, error
+):
+    files = list_images(mirror(f"file://{store}", tmp_path, 1) / "train")
+    asked = []
+
+    class Failing:
+        def get_file(self, *paths: str) -> None:
+            asked.append(paths)
+            raise error
+
+    monkeypatch.setattr(remote, "open_store", lambda url: (Failing(), "root"))
+    expected = DataError if isinstance(error, ValueError) else WaitInterrupted
+    with pytest.raises(expected):
+        ImageDataset(files, build_pretraining_transform((16, 16), 0.2))[SampleKey(0, 0)]
+    assert len(asked) == (3 if expected is DataError else 1)
 
 
 @pytest.mark.parametrize(
