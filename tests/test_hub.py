@@ -172,6 +172,23 @@ def test_finetuned_classifier_is_evaluated_on_the_held_out_split(places, tmp_pat
     assert figures["testing_top1_acc"] == record["testing"]["top1_acc"]
 
 
+def test_set_of_one_split_is_evaluated_whole(places, drawn_images, tmp_path):
+    run = train("finetune_classifier", places["parquet"], tmp_path)
+    only = write_parquet(tmp_path / "only", {"test": as_table(drawn_images, "val")})
+    found = []
+    for place in (places["parquet"], only):
+        arguments = ["--eval_only", "--path_to_data", place, "--path_to_pretrained_mae_weights", str(run)]
+        arguments += ["--num_workers", "0", "--per_gpu_batch_size", "4"]
+        found.append(finetune_classifier.main(finetune_classifier.parse_args(arguments)))
+    assert found[0] == found[1]
+
+
+def test_probe_on_a_set_with_two_splits_goes_with_held_out_images_of_the_run(places, drawn_images, tmp_path):
+    own = write_parquet(tmp_path / "own", {"train": as_table(drawn_images, "train")})
+    probed = ["--path_to_probe_data", places["parquet"], "--val_fraction", "0.25"]
+    assert 0 <= rows(train("pretrain_mae", own, tmp_path, *probed))[-1]["knn_top1_acc"] <= 100
+
+
 # -------------------------------------------------------------------------------- columns
 
 

@@ -77,6 +77,7 @@ def list_table_splits(
     accelerator: Accelerator, root: str, args: argparse.Namespace
 ) -> tuple[FileList, FileList | None]:
     """List training and held-out images of a data set of the Hub, as `list_splits` does of a folder."""
+    of_run = root == args.path_to_data
     tables = load_splits(accelerator, root, args)
     train, held_out = tables.find_split(TRAINING), tables.find_split(HELD_OUT)
     if train is None:
@@ -85,7 +86,8 @@ def list_table_splits(
     train_files = list_table(tables, train, columns)
     if held_out is None:
         return hold_out(accelerator, train_files, args) if args.val_fraction else (train_files, None)
-    refuse_second_split(Path(tables.name, held_out), args)
+    if of_run:
+        refuse_second_split(Path(tables.name, held_out), args)
     return train_files, list_table(tables, held_out, columns)
 
 
@@ -155,9 +157,12 @@ def list_labelled_splits(accelerator: Accelerator, args: argparse.Namespace) -> 
 
 def list_validation(accelerator: Accelerator, args: argparse.Namespace) -> FileList:
     """List the images that are to be evaluated: validation images, those held out, or of a folder all."""
-    if args.val_fraction or is_table(args.path_to_data):
-        train_files, val_files = list_splits(accelerator, args.path_to_data, args)
-        files = val_files or train_files
+    if args.val_fraction:
+        _, files = list_splits(accelerator, args.path_to_data, args)
+    elif is_table(args.path_to_data):
+        tables = load_splits(accelerator, args.path_to_data, args)
+        split = tables.find_split(HELD_OUT) or next(iter(tables.splits))
+        files = list_table(tables, split, Columns(args.image_column, args.label_column))
     else:
         root = Path(find_root(accelerator, args.path_to_data, args))
         files = list_folder(accelerator, find_validation(root) or root, args)
