@@ -1,18 +1,15 @@
 """Packs at an address: the runs on packs that are here, what is kept, and stores that fail."""
 
 import json
-import shlex
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import assert_close, weights
+from test_hub import SCRIPTS, flags, train
 from test_pack_dataset import pack
 
-import finetune_classifier
-import finetune_segmentation
-import pretrain_mae
 from dataset import SHARDS_AT_ONCE, ImageDataset, SampleKey, StepSampler, build_pretraining_transform
 from storage import remote
 from storage.console import DataError
@@ -20,15 +17,6 @@ from storage.lists import list_images
 from storage.packs import MAX_OPEN_REMOTE
 from storage.remote import is_url, mirror, open_pack
 from storage.workers import WaitInterrupted
-
-SIZES = "--img_size 16 --patch_size 4 --encoder_embed_dim 64 --encoder_depth 4 --encoder_num_heads 4"
-SCRIPTS = {
-    "pretrain_mae": f"{SIZES} --decoder_embed_dim 16 --decoder_depth 1 --decoder_num_heads 2",
-    "finetune_classifier": SIZES,
-    "finetune_segmentation": f"{SIZES} --from_scratch --num_classes 4 --norm group --channels 64",
-}
-COMMON = """--experiment_name run --warmup_epochs 1 --num_workers 0 --log_interval 1 --save_checkpoint_interval 2
- --epochs 4 --per_gpu_batch_size 4 --gradient_accumulation_steps 1"""
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +34,6 @@ def packed_pairs(drawn_pairs, tmp_path_factory) -> Path:
 def store(packed, tmp_path) -> Path:
     """A store that the test may damage."""
     return shutil.copytree(packed, tmp_path / "store")
-
-
-def flags(script: str, data: str | Path, work: Path, *more: str) -> list[str]:
-    given = shlex.split(f"{COMMON} {SCRIPTS[script]}")
-    return [*given, "--path_to_data", str(data), "--working_directory", str(work), *more]
-
-
-def train(script: str, data: str | Path, work: Path, *more: str) -> Path:
-    module = {m.__name__: m for m in (pretrain_mae, finetune_classifier, finetune_segmentation)}[script]
-    module.main(module.parse_args(flags(script, data, work, *more)))
-    return work / "run"
 
 
 def kept(work: Path) -> list[str]:
