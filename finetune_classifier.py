@@ -460,7 +460,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     compute_loss = build_loss(class_weights).to(device)
 
     # Decode every held-out image now: a broken file should stop the run at its start, not at its first evaluation
-    for held_out in filter(None, (eval_loader, test_loader)) if start.resume_from is None else ():
+    for held_out in filter(None, (eval_loader, test_loader)) if start.resume_from is None and not args.check else ():
         for _ in held_out:
             pass
 
@@ -473,7 +473,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     selection = {"chosen_on": training.mark_images(val_files)}
     averaged = average and average.module
     best = start.experiment / training.BEST_CHECKPOINT
-    with training.Run(accelerator, start, args, plan, model=model, average=averaged, keeps_best=True) as run:
+    keeper = training.Check if args.check else training.Run
+    with keeper(accelerator, start, args, plan, model=model, average=averaged, keeps_best=True) as run:
         model.train()
         for epoch in run.epochs():
             for batch in run.batches(loader):
@@ -626,4 +627,4 @@ def compare_with_scratch(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     with storage.explained_errors():
         arguments = parse_args()
-        compare_with_scratch(arguments) if arguments.demo else main(arguments)
+        compare_with_scratch(arguments) if arguments.demo and not arguments.check else main(arguments)

@@ -469,7 +469,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     figures: dict[str, float] = {}
     selection = {"chosen_on": training.mark_images(val_pairs)}
     best, last = start.experiment / training.BEST_CHECKPOINT, start.experiment / training.LAST_CHECKPOINT
-    with training.Run(accelerator, start, args, plan, model=model, keeps_best=True) as run:
+    keeper = training.Check if args.check else training.Run
+    with keeper(accelerator, start, args, plan, model=model, keeps_best=True) as run:
         model.train()
         for epoch in run.epochs():
             for batch in run.batches(loader):

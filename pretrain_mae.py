@@ -331,7 +331,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     identity = {"data": train_files.fingerprint() + crops}
     plan = training.Plan(sampler, train_files, args.epochs, total_steps, record, identity, "--init_from")
     figures: dict[str, float] = {}
-    with training.Run(accelerator, start, args, plan, model=model) as run:
+    with (training.Check if args.check else training.Run)(accelerator, start, args, plan, model=model) as run:
         run.bad_files.note(itertools.chain(*(sample.bad_files for sample in shown)))
         for epoch in run.epochs():
             for batch in run.batches(loader):

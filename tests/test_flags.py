@@ -25,7 +25,7 @@ from training.flags import Flags, micro_batch_size, size_flags
 
 SHARED = """experiment_name working_directory resume_from_checkpoint save_checkpoint_interval save_minutes
  keep_checkpoints max_nonfinite_steps deterministic timeout_minutes activation_checkpointing log_interval
- log_wandb wandb_run_name config seed demo path_to_data img_size input_channels value_range
+ log_wandb wandb_run_name config seed demo check path_to_data img_size input_channels value_range
  mean std show_channels num_workers val_fraction image_column shard_cache_gb
  max_image_pixels max_bad_fraction rescan_data epochs warmup_epochs per_gpu_batch_size gradient_accumulation_steps
  weight_decay max_grad_norm pin_memory bias_weight_decay norm_weight_decay help model patch_size
@@ -43,7 +43,7 @@ OWN = {
 eval_interval recipe eval_only slide multi_scale window_batch_size flip loss class_weights test_split
  label_values image_folder label_folder image_suffix label_suffix annotation_column""",
 }
-SWITCHES = """deterministic activation_checkpointing log_wandb demo rescan_data pin_memory bias_weight_decay
+SWITCHES = """check deterministic activation_checkpointing log_wandb demo rescan_data pin_memory bias_weight_decay
  norm_weight_decay norm_pix_loss custom_weight_init eval_only linear_probe knn from_scratch rel_pos_bias ignore_zero
  slide multi_scale flip balanced_sampling"""
 NOBODY = 65534

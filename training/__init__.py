@@ -4,6 +4,7 @@ from storage.lazily import import_lazily
 
 # What scripts use of it, by module
 NAMES = {
+    "training.check": "Check",
     "training.data": """choose_value_range draw_demo_data list_checked_pairs list_labelled_splits list_probe_files
         list_splits list_test list_validation""",
     "training.flags": "Flags check_command micro_batch_size size_flags",

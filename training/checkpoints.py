@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -290,6 +291,24 @@ class Checkpoints:
         if failure := self.find_failure(write):
             self.accelerator.print(f"{folder} could not be written ({failure}); the run goes on")
         return failure is None
+
+
+def time_save(
+    accelerator: Accelerator, place: Path, keep: int, model: nn.Module, config: Mapping, average: nn.Module | None
+) -> float:
+    """Write a state into a new folder at `place`, remove it, and give the seconds; every process calls this."""
+    folder = [None]
+    if accelerator.is_main_process:
+        place.mkdir(parents=True, exist_ok=True)
+        folder = [tempfile.mkdtemp(prefix="check-", dir=place)]
+    broadcast_object_list(folder)
+    began = time.perf_counter()
+    try:
+        Checkpoints(accelerator, Path(folder[0]), keep).save(model, config, {"epoch": 0, "step": 0}, average=average)
+        return time.perf_counter() - began
+    finally:
+        if accelerator.is_main_process:
+            remove(Path(folder[0]))
 
 
 # ------------------------------------------------------------------------------------------------ loading them

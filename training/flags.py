@@ -32,6 +32,7 @@ FIRST_FLAGS: dict[str, Rows] = {
         ("experiment_name", "experiment", "folder below --working_directory; W&B project"),
         ("working_directory", "work_dir", "where experiments and cached file lists are kept"),
         ("resume_from_checkpoint", str, "'latest' (the newest whole one, else a fresh start), a name or a folder"),
+        ("check", False, "measure data, disk, steps and memory for two minutes, say what to expect, and stop"),
         ("demo", False, "draw a small data set and train a small model on it; other flags still win"),
         ("config", str, "files of flags and values, such as a run's args.json; flags win", {"nargs": "+"}),
         ("seed", 0, "decides weights, order, crops and masks", (0, None)),
@@ -268,6 +269,9 @@ class Flags:
         if len(shown) != 3 or (max(shown) >= args.input_channels and shown != self.parser.get_default("show_channels")):
             self.error(f"--show_channels takes three bands of 0 to {args.input_channels - 1}, not {shown}")
         args.show_channels = [min(channel, args.input_channels - 1) for channel in shown]
+        for name in ("eval_only", "knn"):
+            if args.check and getattr(args, name, False):
+                self.error(f"--check measures a training, and --{name} trains nothing; leave one of them out")
         self.check_experiment(args)
 
     def check_path(self, name: str, path: str) -> None:

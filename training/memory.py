@@ -21,6 +21,7 @@ LOW_PRECISION = 0.6  # of float32's bytes, as sums along the residual stream sta
 IMAGE_COPIES = 3  # of an image's values: as read, normalised, as patches
 TEMPORARY = 1.2  # what the backward pass needs beside what was kept, as a factor
 OVERHEAD_BYTES = {"cpu": 0.8e9, "cuda": 0.8e9}  # Python, torch and decoded images; CUDA's context, kernels' work space
+SAFE_SHARE = 0.9  # of what is free, that a step may take
 CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of versions 2 and 1
 
 
@@ -50,6 +51,14 @@ def free_bytes(device: torch.device) -> float:
         if (limit := Path("/sys/fs/cgroup", name)).is_file() and (text := limit.read_text().strip()).isdigit():
             found.append(int(text))
     return min(found, default=float("inf"))
+
+
+def has_room(device: torch.device, peak_gb: float, now_gb: float) -> bool:
+    """Tell whether this process, whose peak is `now_gb`, can have one of `peak_gb` without taking all that is free."""
+    room = SAFE_SHARE * free_bytes(device) / 1e9
+    if device.type == "cuda":  # what torch holds is free as well
+        return peak_gb <= room + torch.cuda.memory_reserved(device) / 1e9
+    return peak_gb - now_gb <= room / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def note_memory(
