@@ -24,7 +24,7 @@ RUNS = {
     "finetune_classifier": [*CLASSIFICATION, *SCRATCH, "--epochs", "2"],
     "finetune_segmentation": ["--from_scratch", *SIZE, *SEGMENTATION, "--epochs", "3"],
 }
-PARTS = r"([\d,]+) steps x (\S+) s, (\d+) evaluations x (\S+) s, (\d+) saves x (\S+) s"
+PARTS = r"([\d,]+) steps x (\S+) s, ([\d,]+) evaluations x (\S+) s, ([\d,]+) saves x (\S+) s"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -7,9 +7,11 @@ import shlex
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from conftest import rows
+from test_hub import as_table
 from test_pack_dataset import pack
 
 from storage import inspection
@@ -60,7 +62,9 @@ def test_check_says_what_to_expect_and_leaves_nothing(script, drawn_images, draw
     measure(script, drawn_pairs if "segmentation" in script else drawn_images, tmp_path)
     printed = capsys.readouterr().out
     batch = 4 if "segmentation" in script else 8
-    assert re.search(rf"limit +(computing|data|cores): a step of {batch} images takes [\d.e-]+ s to compute", printed)
+    assert re.search(
+        rf"limit +(computing|data|cores, which .*): a step of {batch} images takes [\d.e-]+ s to compute", printed
+    )
     assert re.search(rf"take +--per_gpu_batch_size {batch} --gradient_accumulation_steps \d+ \(", printed)
     assert re.search(r" --num_workers \d+ \(", printed) and re.search(r"memory +peak in GB: [\d.]+ by 2[,\n]", printed)
     evaluations, saves = DUES[script]
@@ -70,7 +74,7 @@ def test_check_says_what_to_expect_and_leaves_nothing(script, drawn_images, draw
         printed,
     )
     total = 10 if "segmentation" in script else 24
-    assert re.search(rf"files +{total} heads of {total} and \d+ decoded images: all can be used\n", printed)
+    assert re.search(rf"files +{total} heads of {total} read, \d+ samples decoded: all can be used\n", printed)
     assert [entry.name for entry in tmp_path.iterdir()] == ["file_lists"]
 
 
@@ -97,9 +101,26 @@ def test_damaged_files_are_named(image_folder, tmp_path, capsys):
     second.write_bytes(second.read_bytes()[:-200])  # whose head is sound
     measure("pretrain_mae", image_folder, tmp_path)
     printed = capsys.readouterr().out
-    assert "decoded images: 2 cannot be used:\n" in printed and "more than --max_bad_fraction 0.01 allows" in printed
+    assert "samples decoded: 2 cannot be used:\n" in printed and "more than --max_bad_fraction 0.01 allows" in printed
     assert f"  {first}  UnidentifiedImageError" in printed and f"  {second}  OSError" in printed
     assert not (tmp_path / "run").exists()
+
+
+def test_packs_and_tables_are_checked_as_folders_are(drawn_images, tmp_path, capsys):
+    datasets.DatasetDict({split: as_table(drawn_images, split) for split in ("train", "val")}).save_to_disk(
+        tmp_path / "table"
+    )
+    for data in (pack(drawn_images, tmp_path / "pack", "--images_per_shard", "5"), tmp_path / "table"):
+        measure("finetune_classifier", data, tmp_path / "work")
+        printed = capsys.readouterr().out
+        assert "24 heads of 24 read" in printed and ": 9 steps x " in printed
+    assert "disk            not measured: nothing tells here" in printed  # of the table
+    assert not (tmp_path / "work" / "run").exists()
+
+
+def test_batch_norm_is_not_tried_on_one_image(drawn_pairs, tmp_path, capsys):
+    measure("finetune_segmentation", drawn_pairs, tmp_path, "--per_gpu_batch_size 3")
+    assert re.search(r"memory +peak in GB: [\d.]+ by 3\n", capsys.readouterr().out)
 
 
 def test_two_processes_agree(fork, drawn_images, tmp_path):
@@ -147,16 +168,18 @@ def test_disk_that_tells_nothing_is_not_measured(drawn_images, monkeypatch):
 
 
 def test_data_is_described():
-    disk = DiskReads(looked=10, looked_bytes=1000, cold=5, cold_bytes=5_000_000, seconds=0.5)
+    disk = DiskReads(looked=40, looked_bytes=4000, cold=20, cold_bytes=5_000_000, seconds=0.5)
     lines = describe_data(100, 60, 40, {"a\x1b.jpg": "OSError: cut\noff"}, 0.005, disk, free=5000.0)
     assert lines["files"] == (
-        "60 heads of 100 and 40 decoded images: 1 cannot be used:\n  a\\x1b.jpg  OSError: cut off\n  so the run would "
-        "stop: that is more than --max_bad_fraction 0.005 allows"
+        "60 heads of 100 read, 40 samples decoded: 1 cannot be used:\n  a\\x1b.jpg  OSError: cut off\n  so the run "
+        "would stop: that is more than --max_bad_fraction 0.005 allows"
     )
-    assert lines["disk"].startswith("10 MB/s or 10 images/s to one reader (of 5 of 10 images, ")
+    assert lines["disk"].startswith("10 MB/s, 40 images/s, to one reader (of 20 of 40 images, ")
     assert lines["disk"].endswith("all images have 1e-05 GB, and they do not fit into memory")
-    none_cold = describe_data(100, 60, 40, {}, 0.01, disk._replace(cold=0), free=1.0)
-    assert "all 10 images of a sample are in memory" in none_cold["disk"] and none_cold["files"].endswith("can be used")
+    none_cold = describe_data(100, 60, 40, {}, 0.01, disk._replace(cold=19), free=1.0)
+    assert "of 40 images of a sample 21 are in memory" in none_cold["disk"] and none_cold["files"].endswith(
+        "can be used"
+    )
 
 
 # -------------------------------------------------------------------------------- advice
@@ -213,8 +236,7 @@ def test_advice_worked_out_by_hand():
     lines = advise(found)
     assert lines["images/s"] == "computing alone, by images of a forward pass: 29.1 by 16"  # 32 / (0.5 + 0.6)
     assert lines["limit"] == (
-        "data: a step of 32 images takes 1.1 s to compute and 1.6 s to decode; that was too slow to be measured "
-        "together"
+        "data: a step of 32 images takes 1.1 s to compute, 1.6 s to decode; too slow to be measured together"
     )
     assert lines["take"] == (
         "--per_gpu_batch_size 32 --gradient_accumulation_steps 2 (as given) --num_workers 4 (not 2)"  # 1.25 x 3.2 / 4
@@ -224,7 +246,11 @@ def test_advice_worked_out_by_hand():
     )
     found.live_s = 2.5
     lines = advise(found)
-    assert lines["limit"].endswith("; together they took 2.5 s. Something else takes cores or memory from it")
+    assert lines["limit"].endswith("; together 2.5 s. Something else takes cores or memory from it")
     assert lines["duration"].startswith("2 h 37 min ")
-    found.cores, found.live_s = 2, None
+    found.workers, found.live_s = 0, None
+    assert advise(found)["limit"].startswith("data: ") and ": 3,600 steps x 4.3 s" in advise(found)["duration"]
+    found.workers, found.threads, found.cores = 2, 2, 2
+    assert advise(found)["limit"].startswith("cores, which computing and data workers share: ")
+    found.threads = 1
     assert "More cores would help; else pack the data" in advise(found)["limit"]

@@ -12,6 +12,7 @@ from training.progress import duration
 RESERVE = 1.25  # times the data that a step needs, which its workers should give
 CLOSE, SLOWED = 1.1, 1.25  # times the best: as good as it, as two measurements differ; and worth a word
 SHOWN = 10  # bad files that are named
+FEWEST_COLD = 20  # images that have to be read from a disk to say how fast it is
 FASTER_DATA = "pack the data (tools/pack_dataset.py), or pretrain with --repeated_sampling 4"
 
 
@@ -101,6 +102,10 @@ def count_due(first: int, last: int, intervals: Sequence[int]) -> int:
     return sum(e == last or any(e % interval == 0 for interval in intervals) for e in range(first + 1, last + 1))
 
 
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def describe_data(
     total: int, heads: int, decoded: int, bad: Mapping[str, str], max_bad: float, disk: DiskReads | None, free: float
 ) -> dict[str, str]:
@@ -111,16 +116,15 @@ def describe_data(
         found += f"\n  so the run would stop: that is more than --max_bad_fraction {max_bad:g} allows"
     if disk is None:
         text = "not measured: nothing tells here which images are in memory already"
-    elif not disk.cold:
-        text = f"not measured: all {disk.looked} images of a sample are in memory already"
+    elif disk.cold < FEWEST_COLD:
+        text = f"not measured: of {disk.looked} images of a sample {disk.looked - disk.cold} are in memory already"
     else:
         fits = "only the first epoch reads them, as they fit" if disk.size_of(total) < free else "they do not fit"
-        text = (
-            f"{disk.cold_bytes / disk.seconds / 1e6:.3g} MB/s or {disk.cold / disk.seconds:.3g} images/s to one reader"
-        )
+        rates = (number(rate / disk.seconds) for rate in (disk.cold_bytes / 1e6, disk.cold))
+        text = "{} MB/s, {} images/s, to one reader".format(*rates)
         text += f" (of {disk.cold} of {disk.looked} images, which were not in memory)"
         text += f"; all images have {disk.size_of(total) / 1e9:.3g} GB, and {fits} into memory"
-    return {"files": f"{heads:,} heads of {total:,} and {decoded:,} decoded images: {found}", "disk": text}
+    return {"files": f"{heads:,} heads of {total:,} read, {decoded:,} samples decoded: {found}", "disk": text}
 
 
 def advise(found: Findings) -> dict[str, str]:
@@ -130,31 +134,32 @@ def advise(found: Findings) -> dict[str, str]:
     alone_s = step_seconds(compute_s, data_s, found.workers, *shared)
     step_s, workers = found.live_s or alone_s, choose_workers(best_s, data_s, *shared)
     wait_s = data_s / max(1, min(found.workers, found.cores))
-    limit = "computing" if alone_s == compute_s else "data" if alone_s <= wait_s or not found.workers else "cores"
-    text = f"{limit}: a step of {found.batch} images takes {compute_s:.3g} s to compute and {wait_s:.3g} s to decode"
-    text += f"; together they took {step_s:.3g} s" if found.live_s else "; that was too slow to be measured together"
+    limit = "computing" if compute_s >= wait_s else "data"
+    if found.workers and alone_s > max(compute_s, wait_s):
+        limit = "cores, which computing and data workers share"
+    text = (
+        f"{limit}: a step of {found.batch} images takes {number(compute_s)} s to compute, {number(wait_s)} s to decode"
+    )
+    text += f"; together {number(step_s)} s" if found.live_s else "; too slow to be measured together"
     if step_seconds(best_s, data_s, workers, *shared) > SLOWED * best_s:
         text += f". More cores would help; else {FASTER_DATA}"
     elif step_s > SLOWED * alone_s:
         text += ". Something else takes cores or memory from it"
-    rates, peaks = (
-        ", ".join(f"{value:.3g} by {one.images}" for one, value in zip(found.passes, values, strict=True))
-        for values in (
-            [found.batch / one.step_s(found.batch) for one in found.passes],
-            [x.memory_gb for x in found.passes],
-        )
-    )
+    rates = ", ".join(f"{number(found.batch / one.step_s(found.batch))} by {one.images}" for one in found.passes)
+    peaks = ", ".join(f"{number(one.memory_gb)} by {one.images}" for one in found.passes)
     why = "as given" if best == found.given else f"forward passes of {best.images} images, not {found.images}"
     why += ", which batch norm notices" if best != found.given and found.keeps_pass else ""
     flags = f"--per_gpu_batch_size {found.batch} --gradient_accumulation_steps {found.batch // best.images}"
-    total_s = found.steps * step_s + found.evaluations * found.evaluation_s + found.saves * found.save_s
+    parts = {"steps": (found.steps, step_s), "evaluations": (found.evaluations, found.evaluation_s)}
+    parts["saves"] = found.saves, found.save_s
+    listed = ", ".join(f"{count:,} {name} x {number(seconds)} s" for name, (count, seconds) in parts.items())
+    total_s = sum(count * seconds for count, seconds in parts.values())
     return {
         "images/s": f"computing alone, by images of a forward pass: {rates}",
         "memory": f"peak in GB: {peaks}" + ("" if found.given else f"; {found.images} do not fit"),
-        "data worker": f"one decodes {1 / found.image_s:.3g} images/s",
+        "data worker": f"one decodes {number(1 / found.image_s)} images/s",
         "limit": text,
         "take": f"{flags} ({why}) --num_workers {workers} ("
         + ("as given)" if workers == found.workers else f"not {found.workers})"),
-        "duration": f"{duration(total_s)} with the flags as given: {found.steps:,} steps x {step_s:.3g} s, "
-        f"{found.evaluations} evaluations x {found.evaluation_s:.2g} s, {found.saves} saves x {found.save_s:.2g} s",
+        "duration": f"{duration(total_s)} with the flags as given: {listed}",
     }

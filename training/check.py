@@ -20,11 +20,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
 
 from storage.inspection import decode_some, find_bad_heads, read_cold, resize_batch
 from storage.workers import PREFETCHED, Loader
-from training.advice import Findings, Pass, advise, candidates, count_due, describe_data, extend
+from training.advice import FEWEST_COLD, Findings, Pass, advise, candidates, count_due, describe_data, extend
 from training.checkpoints import Start, time_save
 from training.data import print_lines
 from training.memory import free_bytes, has_room
@@ -106,9 +105,13 @@ class Check:
             time_save(self.accelerator, work, keep, self.model, self.plan.config, self.average)
         )
 
-    def watch(self, loader: DataLoader) -> Iterator:
+    def watch(self, loader: Loader) -> Iterator:
         """Give some batches of an evaluation, work out how long all of them would take, and leave it."""
         images, seen = math.ceil(len(loader.dataset) / process_slice(self.accelerator)[1]), 0
+        size = self.found.passes[-1].images
+        if self.found.live_s is None and size < loader.batch_size:  # which would take too long
+            options = {name: getattr(loader, name) for name in ("sampler", "collate_fn", "num_workers", "timeout_s")}
+            loader = Loader(loader.dataset, batch_size=size, generator=torch.Generator(), **options)
         batches, began, first = iter(loader), time.perf_counter(), None
         for _ in range(math.ceil(images / loader.batch_size)):
             if (batch := next(batches, None)) is not None:  # else this process has one less
@@ -175,7 +178,8 @@ class Check:
         found, depth, began = self.found, min(2, self.args.gradient_accumulation_steps), time.perf_counter()
         self.accelerator.gradient_accumulation_steps = depth  # two tell passes that accumulate from those that update
         compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO") != "NO"  # anew for every size, in minutes
-        for images in [found.images] if compiled else candidates(found.batch, found.images, part):
+        sizes = candidates(found.batch, found.images, part)
+        for images in [found.images] if compiled else [n for n in sizes if n > 1 or not found.keeps_pass]:
             if found.passes:
                 expected, left = extend(found.passes, images), LIMIT_S["passes"] - (time.perf_counter() - began)
                 too_long = FEWEST_ROUNDS * expected.step_s(depth * images) > left
@@ -192,8 +196,9 @@ class Check:
                     yield batch
                     rounds[-1].append(self.now() - asked)
                 enough = np.sum(rounds) > ENOUGH_S or len(rounds) == MOST_ROUNDS
-                over = self.agree(len(rounds) >= FEWEST_ROUNDS and enough)
-            seconds = [self.slowest(statistics.median(times)) for times in zip(*rounds[1:], strict=True)]
+                late = time.perf_counter() - began > LIMIT_S["passes"]
+                over = self.agree(late or (len(rounds) >= FEWEST_ROUNDS and enough))
+            seconds = [self.slowest(statistics.median(s)) for s in zip(*(rounds[1:] or rounds), strict=True)]
             found.passes.append(Pass(images, seconds[0], seconds[-1], self.slowest(peak_memory_gb(self.device))))
             found.given = found.passes[-1] if images == found.images else found.given
 
@@ -237,7 +242,7 @@ class Check:
         found.evaluations = count_due(*span, self.intervals[:1]) if found.evaluation_s else 0
         found.saves = count_due(*span, self.intervals)
         total, free = len(self.plan.files), free_bytes(torch.device("cpu"))
-        if disk is not None and disk.cold and disk.size_of(total) > free:  # every epoch reads the disk
+        if disk is not None and disk.cold >= FEWEST_COLD and disk.size_of(total) > free:  # every epoch reads the disk
             found.image_s += disk.seconds / disk.cold
         lines = {"check": f"{time.monotonic() - self.began:.0f} s; nothing is kept of it"}
         return lines | describe_data(total, *counts, bad, self.args.max_bad_fraction, disk, free) | advise(found)
