@@ -9,7 +9,8 @@ Shapes   N batch   D, D' channels   H W image   h w map   K classes
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ DROPOUT_RATIO = 0.1
 NUM_GROUPS = 32
 NORMS = ("batch", "group")
 
+Size = tuple[int, int]
 resize = functools.partial(F.interpolate, mode="bilinear", align_corners=False)
 
 
@@ -251,7 +253,15 @@ def resized_cross_entropy(scores: Tensor, labels: Tensor, ignore_index: int) -> 
 # ------------------------------------------------------------------------------------------------ whole images
 
 SCALE_FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of a test with several scales, MMSegmentation's
-BAND_ROWS = 128  # of an image, labelled at a time
+TILE_SCORES = {"cpu": 2**18, "cuda": 2**26}  # of pixels in memory at a time: a core's cache, or enough to fill a GPU
+
+
+class ViewScores(NamedTuple):
+    """Scores of cells (a, b, K), and how pixels are mixed of them: rows (h, a), columns (w, b), each of sum one."""
+
+    cells: Tensor
+    rows: Tensor
+    columns: Tensor
 
 
 def window_starts(length: int, crop_size: int, stride: int) -> list[int]:
@@ -260,53 +270,61 @@ def window_starts(length: int, crop_size: int, stride: int) -> list[int]:
     return [min(index * stride, max(length - crop_size, 0)) for index in range(count)]
 
 
-def slide_inference(
-    predict: Callable[[Tensor], Tensor],
-    images: Sequence[Tensor],
-    crop_size: tuple[int, int],
-    stride: tuple[int, int],
-    batch_size: int = 16,
-) -> Iterator[Tensor]:
-    """Score images of any sizes, (C, H, W) each, by overlapping windows: (K, H, W) each, the mean of the windows.
+def window_matrix(length: int, starts: list[int], crop_size: int, num_cells: int) -> Tensor:
+    """Give the matrix (length, windows * cells) that resizes windows of cells along one side, and averages them."""
+    window = resize_matrix(num_cells, crop_size, device=torch.device("cpu"), dtype=torch.float64)
+    matrix = window.new_zeros(length, len(starts), num_cells)
+    for index, start in enumerate(starts):
+        matrix[start : start + crop_size, index] = window[: length - start]
+    return (matrix / matrix.sum(dim=(1, 2), keepdim=True)).flatten(1)
 
-    `predict` scores windows, (n, C, *crop_size) -> (n, K, *crop_size), and gets up to `batch_size` of them at once,
-    across images. An image's scores are given as soon as its last window has been seen, so that those of the other
-    images are not in memory. Images smaller than a window are padded with zeros, and the padding is cut off again.
+
+def score_windows(
+    predict: Callable[[Tensor], Tensor], images: Iterable[Tensor], crop_size: Size, stride: Size, batch_size: int = 16
+) -> Iterator[ViewScores]:
+    """Score images of any sizes, (C, H, W) each, by overlapping windows; a pixel has the mean of those it is in.
+
+    `predict` scores windows, (n, C, *crop_size) -> (n, K, a, b), and gets up to `batch_size` of them at once, across
+    images. An image's scores are given as soon as its last window has been seen, so that those of the other images
+    are not in memory. Images smaller than a window are padded with zeros, and the padding is cut off again.
     """
-    places = []
-    for index, image in enumerate(images):
-        tops, lefts = (window_starts(*side) for side in zip(image.shape[-2:], crop_size, stride, strict=True))
-        places += [(index, top, left) for top in tops for left in lefts]
 
-    def cut(index: int, top: int, left: int) -> Tensor:
-        window = images[index][:, top : top + crop_size[0], left : left + crop_size[1]]
-        return F.pad(window, (0, crop_size[1] - window.shape[2], 0, crop_size[0] - window.shape[1]))
+    def cut() -> Iterator[tuple[Tensor, Size, list[list[int]]]]:
+        for image in images:
+            starts = [window_starts(*side) for side in zip(image.shape[1:], crop_size, stride, strict=True)]
+            for top, left in itertools.product(*starts):
+                window = image[:, top : top + crop_size[0], left : left + crop_size[1]]
+                padding = (0, crop_size[1] - window.shape[2], 0, crop_size[0] - window.shape[1])
+                yield F.pad(window, padding), image.shape[1:], starts
 
-    total, visits, current = None, None, 0
-    for first in range(0, len(places), batch_size):
-        chunk = places[first : first + batch_size]
-        scores = predict(torch.stack([cut(*place) for place in chunk]))  #   (n, K, *crop_size)
-        for (index, top, left), score in zip(chunk, scores, strict=True):
-            if index != current:
-                yield total.div_(visits)
-                total, current = None, index
-            height, width = images[index].shape[-2:]
-            if total is None:
-                total, visits = score.new_zeros(len(score), height, width), score.new_zeros(height, width)
-            area = (..., slice(top, top + crop_size[0]), slice(left, left + crop_size[1]))
-            total[area] += score[:, : height - top, : width - left]
-            visits[area] += 1
-    if total is not None:
-        yield total.div_(visits)
+    windows, scores = cut(), []
+    while batch := list(itertools.islice(windows, batch_size)):
+        for (_, size, starts), score in zip(batch, predict(torch.stack([x for x, *_ in batch])), strict=True):
+            scores.append(score)  #                                                      (K, a, b)
+            counts = [len(places) for places in starts]
+            if len(scores) == math.prod(counts):
+                cells = torch.stack(scores).unflatten(0, counts).permute(0, 3, 1, 4, 2)  # (rows, a, columns, b, K)
+                sides = zip(size, starts, crop_size, score.shape[1:], strict=True)
+                yield ViewScores(cells.flatten(2, 3).flatten(0, 1), *(window_matrix(*side) for side in sides))
+                scores = []
 
 
-def fit_within(height: int, width: int, long_side: float, short_side: float) -> tuple[int, int]:
+def slide_inference(
+    predict: Callable[[Tensor], Tensor], images: Iterable[Tensor], crop_size: Size, stride: Size, batch_size: int = 16
+) -> Iterator[Tensor]:
+    """Give the scores of every pixel by `score_windows`, (K, H, W) for each image."""
+    for cells, rows, columns in score_windows(predict, images, crop_size, stride, batch_size):
+        with torch.autocast(cells.device.type, enabled=False):
+            yield rows.to(cells) @ cells.permute(2, 0, 1) @ columns.to(cells).T
+
+
+def fit_within(height: int, width: int, long_side: float, short_side: float) -> Size:
     """Give the largest size of the same ratio whose long side is at most `long_side` and short at most `short_side`."""
     scale = min(long_side / max(height, width), short_side / min(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
-def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_image(image: Tensor, size: Size) -> Tensor:
     """Bilinear without antialiasing, as MMSegmentation resizes (OpenCV)."""
     return tvf.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=False)
 
@@ -316,9 +334,9 @@ def predict(
     images: Sequence[Tensor],
     *,
     normalize: Callable[[Tensor], Tensor],
-    crop_size: tuple[int, int],
+    crop_size: Size,
     patch_size: int,
-    resize_to: tuple[int, int],
+    resize_to: Size,
     slide: bool = True,
     multi_scale: bool = False,
     flip: bool = False,
@@ -331,35 +349,28 @@ def predict(
     by windows of `crop_size`, or whole without `slide`, and the scores are brought back to the images' own sizes.
     `multi_scale` and `flip` average the probabilities of six scales and of the mirror image.
     """
-    views, origins = [], []  # normalised pixels (C, h, w); the index of their image, and whether they are mirrored
-    for index, image in enumerate(images):
-        for size in choose_sizes(image.shape[-2:], resize_to, crop_size if slide else None, multi_scale):
-            pixels = normalize(resize_image(image, size)[None])[0]
-            for mirrored in (False, True) if flip else (False,):
-                views.append(pixels.flip(-1) if mirrored else pixels)
-                origins.append((index, mirrored))
-    score_batch = functools.partial(score_pixels, model)
+    mirrored, answers = (False, True) if flip else (False,), []
+    num_views = len(mirrored) * (len(SCALE_FACTORS) if multi_scale else 1)
+
+    def draw_views() -> Iterator[Tensor]:
+        for image in images:
+            for size in choose_sizes(image.shape[-2:], resize_to, crop_size if slide else None, multi_scale):
+                pixels = normalize(resize_image(image, size)[None])[0]  #     (C, h, w)
+                yield from (pixels.flip(-1) if mirror else pixels for mirror in mirrored)
+
+    score = functools.partial(score_windows, lambda windows: model(windows).logits.float(), batch_size=batch_size)
     if slide:
-        stride = tuple(2 * side // 3 for side in crop_size)
-        scores = slide_inference(score_batch, views, crop_size, stride, batch_size)
+        views = score(draw_views(), crop_size, tuple(2 * side // 3 for side in crop_size))
     else:
-        scores = whole_inference(score_batch, views, 2 * patch_size, batch_size)  # the pyramid halves the patches' grid
-    if not (multi_scale or flip):
-        return [label_pixels(score, image.shape[-2:]) for score, image in zip(scores, images, strict=True)]
-    answers = []
-    for index, group in itertools.groupby(zip(origins, scores, strict=True), key=lambda pair: pair[0][0]):
-        total = None
-        for (_, mirrored), score in group:
-            score = score.flip(-1) if mirrored else score
-            share = resize(score[None], size=images[index].shape[-2:])[0].softmax(dim=0)  # (K, H, W)
-            total = share if total is None else total.add_(share)
-        answers.append(total.argmax(dim=0))
+        views = score_whole(score, draw_views(), 2 * patch_size)  # the pyramid halves the patches' grid
+    for image in images:
+        own = zip(itertools.islice(views, num_views), itertools.cycle(mirrored), strict=False)
+        own = [view._replace(columns=view.columns.flip(0)) if mirror else view for view, mirror in own]
+        answers.append(label_pixels(own, image.shape[-2:]))
     return answers
 
 
-def choose_sizes(
-    size: tuple[int, int], resize_to: tuple[int, int], window: tuple[int, int] | None, multi_scale: bool
-) -> Iterator[tuple[int, int]]:
+def choose_sizes(size: Size, resize_to: Size, window: Size | None, multi_scale: bool) -> Iterator[Size]:
     """Give the sizes to which a test resizes an image: one, or several scales."""
     for factor in SCALE_FACTORS if multi_scale else (1.0,):
         long_side, short_side = (factor * side for side in resize_to)
@@ -368,31 +379,38 @@ def choose_sizes(
         yield fit_within(*size, long_side, short_side)
 
 
-def whole_inference(
-    predict: Callable[[Tensor], Tensor], images: Sequence[Tensor], unit: int, batch_size: int
-) -> Iterator[Tensor]:
+def score_whole(score: Callable, images: Iterable[Tensor], unit: int) -> Iterator[ViewScores]:
     """Score whole images, padded to multiples of `unit`: each is a window; neighbours of one size share a batch."""
     for size, group in itertools.groupby(images, lambda image: tuple(side + -side % unit for side in image.shape[1:])):
-        yield from slide_inference(predict, list(group), size, size, batch_size)
+        yield from score(group, size, size)
 
 
-def score_pixels(model: nn.Module, images: Tensor) -> Tensor:
-    """Score every pixel: normalised (N, C, H, W) -> float32 (N, K, H, W)."""
-    return resize(model(images).logits.float(), size=images.shape[-2:])
+def cut_side(matrix: Tensor, target: int, tile: int, like: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Resize one side of a view (h, a), and give for each tile the cells that it is made of, and their mix."""
+    resized = F.interpolate(matrix.T[None], target, mode="linear", align_corners=False)[0].T
+    near = [(part.any(dim=0).nonzero()[:, 0], part) for part in resized.split(tile)]
+    return [(places.to(like.device), part[:, places].to(like)) for places, part in near]
 
 
-def label_pixels(score: Tensor, size: tuple[int, int]) -> Tensor:
-    """Give the best class of each pixel of an image of another size: (K, h, w) -> int64 (H, W), `resize` and argmax.
+def label_pixels(views: Sequence[ViewScores], size: Size) -> Tensor:
+    """Give the best class of each pixel of an image, int64 (H, W), by the scores of one view or several, `resize`d.
 
-    In bands of rows, because the scores of all classes at the size of a photograph would take gigabytes.
+    Of several the probabilities are averaged. In tiles and from the cells at once, because the scores of all classes
+    at the size of a photograph would take gigabytes.
     """
-    height, width = size
-    rows = ((torch.arange(height, device=score.device) + 0.5) * (score.shape[1] / height) - 0.5).clamp(min=0)
-    above = rows.long()
-    below, share = (above + 1).clamp(max=score.shape[1] - 1), (rows - above)[:, None]
-    bands = []
-    for top in range(0, height, BAND_ROWS):
-        upper, lower = score[:, above[top : top + BAND_ROWS]], score[:, below[top : top + BAND_ROWS]]
-        band = upper + (lower - upper) * share[top : top + BAND_ROWS]  #      (K, band, w)
-        bands.append(resize(band[None], size=(band.shape[1], width))[0].argmax(dim=0))
-    return torch.cat(bands)
+    cells = views[0].cells
+    tile = max(1, math.isqrt(TILE_SCORES.get(cells.device.type, TILE_SCORES["cuda"]) // cells.shape[-1]))
+    sides = [[cut_side(*side, tile, cells) for side in zip(view[1:], size, strict=True)] for view in views]
+    answer = torch.empty(size, dtype=torch.int64, device=cells.device)
+    with torch.autocast(cells.device.type, enabled=False):
+        for i, j in itertools.product(*(range(math.ceil(side / tile)) for side in size)):
+            total = None
+            for view, (rows, columns) in zip(views, sides, strict=True):
+                (near_rows, mix_rows), (near_columns, mix_columns) = rows[i], columns[j]
+                near = view.cells[near_rows[:, None], near_columns]  #         (a, b, K)
+                score = mix_columns @ (mix_rows @ near.flatten(1)).unflatten(1, near.shape[1:])  # (tile, tile, K)
+                if len(views) > 1:
+                    score = score.softmax(dim=-1)
+                total = score if total is None else total.add_(score)
+            answer[i * tile : (i + 1) * tile, j * tile : (j + 1) * tile] = total.argmax(dim=-1)
+    return answer

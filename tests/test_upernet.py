@@ -22,6 +22,7 @@ from upernet import (
     Feature2Pyramid,
     PyramidPooling,
     UperNetHead,
+    ViewScores,
     build_norm,
     conv3x3_over_resized,
     label_pixels,
@@ -439,12 +440,12 @@ def test_every_mode_of_a_test_answers_otherwise(opinionated, odd_images):
 
 
 @pytest.mark.parametrize("size", [(40, 29), (7, 9), (13, 40), (25, 8), (13, 17)])
-def test_label_pixels_is_bilinear_then_argmax_however_the_rows_are_cut(monkeypatch, size):
+def test_label_pixels_is_bilinear_then_argmax_however_it_is_cut(monkeypatch, size):
     """But for one pixel in a thousand, where two classes may be as good as equal."""
-    monkeypatch.setattr(upernet, "BAND_ROWS", 6)
+    monkeypatch.setitem(upernet.TILE_SCORES, "cpu", 5 * 6 * 6)
     score = torch.randn(5, 13, 17, generator=torch.Generator().manual_seed(0))
     whole = F.interpolate(score[None], size, mode="bilinear", align_corners=False)[0].argmax(dim=0)
-    answer = label_pixels(score, size)
+    answer = label_pixels([ViewScores(score.permute(1, 2, 0), torch.eye(13), torch.eye(17))], size)
     assert answer.shape == size and (answer != whole).float().mean() <= 0.001
 
 
@@ -452,10 +453,11 @@ def test_no_scale_of_a_windowed_test_is_smaller_than_a_window(opinionated, monke
     seen = []
 
     def score_nothing(predict, views, crop_size, stride, batch_size):
-        seen.extend(tuple(view.shape[-2:]) for view in views)
-        return [torch.zeros(4, *view.shape[-2:]) for view in views]
+        for view in views:
+            seen.append(tuple(view.shape[-2:]))
+            yield ViewScores(torch.zeros(*view.shape[-2:], 4), *map(torch.eye, view.shape[-2:]))
 
-    monkeypatch.setattr(upernet, "slide_inference", score_nothing)
+    monkeypatch.setattr(upernet, "score_windows", score_nothing)
     label(opinionated, [torch.zeros(3, 40, 60, dtype=torch.uint8)], resize_to=(128, 32), multi_scale=True)
     assert seen == [(32, 48), (32, 48), (32, 48), (40, 60), (48, 72), (56, 84)]  # short side 32 x 0.5 ... 1.75
 
