@@ -102,7 +102,7 @@ class Segmenter(ViTMAEForSegmentation):
 class TransformersSegmenter(ViTMAEForSegmentation):
     """This project's encoder and neck under transformers' heads, with torch's loss of the scores at full size."""
 
-    def __init__(self, config: MAEConfig, num_classes: int):
+    def __init__(self, config: MAEConfig, num_classes: int, channels: int | None = None):
         import transformers
         from transformers.models.upernet import modeling_upernet
 
@@ -110,7 +110,7 @@ class TransformersSegmenter(ViTMAEForSegmentation):
         width = config.encoder_embed_dim
         heads = transformers.UperNetConfig(
             backbone_config=transformers.ResNetConfig(),
-            hidden_size=width,
+            hidden_size=channels or width,
             num_labels=num_classes,
             auxiliary_channels=256,
             auxiliary_in_channels=width,

@@ -120,9 +120,9 @@ def measure_step(args: argparse.Namespace, config: MAEConfig) -> None:
     print(json.dumps({"gb": memory_gb() - before, "seconds": seconds}))
 
 
-def measure_apart(flags: list[str]) -> dict[str, float]:
+def measure_apart(flags: list[str], script: str = __file__) -> dict[str, float]:
     """Give what a new process measures: where its memory happens to lie changes the time, too."""
-    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, encoding="utf-8", check=False)
+    done = subprocess.run([sys.executable, script, *flags], capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(flags)} failed ({done.returncode}):\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
