@@ -319,3 +319,11 @@ def test_resume_names_a_record_that_is_none(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         resume(Accelerator(cpu=True), tmp_path, {}, {}, keeps_best=True)
+
+
+def test_resume_refuses_pieces_of_a_sharded_optimizer_in_a_plain_run(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "state.json").write_text('{"epoch": 1, "step": 1, "row": {}}')
+    (tmp_path / "optimizer_0").mkdir()
+    with pytest.raises(ValueError, match="a sharded run saved it in pieces; go on from it sharded as well"):
+        resume(Accelerator(cpu=True), tmp_path, {}, {})

@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from storage.files import (
     checksum_of,
@@ -48,6 +49,7 @@ from training.states import (
 )
 
 DONE_FILE, AVERAGE_FILE = "DONE", "ema.safetensors"
+WEIGHTS_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.bin"  # Accelerate's, of a run that is not sharded
 MAX_FAILED_SAVES = 3  # in a row, then the run stops
 SPACE_FACTOR = 1.2  # free space that a save wants, in sizes of the one before
 # What a full or broken disk raises: torch reports it as a RuntimeError, safetensors with an error of its own.
@@ -172,6 +174,31 @@ def point_last_checkpoint(folder: Path) -> None:
     os.replace(link, last)
 
 
+def save_state(accelerator: Accelerator, folder: Path) -> None:
+    """Write what Accelerate does; of a run under FSDP2 no weights and no optimizer, which are then written whole.
+
+    So their files are those of a plain run, and either goes on from the other's.
+    """
+    if not accelerator.is_fsdp2:
+        accelerator.save_state(folder)
+        return
+    place = dict(process_index=accelerator.process_index, step=0, scaler=accelerator.scaler)
+    save_accelerator_state(folder, model_states=[], optimizers=[], schedulers=[], dataloaders=[], **place)
+
+
+def whole_optimizer_state(accelerator: Accelerator) -> dict:
+    """Give a sharded optimizer's state as a plain one has it, by the numbers of the parameters, on the main process."""
+
+    def whole(value: Tensor) -> Tensor:
+        full = getattr(value, "full_tensor", lambda: value)()
+        return full.cpu() if accelerator.is_main_process else value  # others need not hold it
+
+    (optimizer,) = accelerator._optimizers
+    state = optimizer.state_dict()
+    entries = {index: {name: whole(v) for name, v in entry.items()} for index, entry in state["state"].items()}
+    return {**state, "state": entries}
+
+
 class Checkpoints:
     """Write the states of a run: whole or not at all, each with a manifest, the newest and those kept for good.
 
@@ -214,10 +241,12 @@ class Checkpoints:
         folder, temporary = self.experiment / name, self.experiment / f"{name}.tmp"
         check_weights(self.accelerator, model, self.experiment, state["step"])
         failure = self.find_failure(self.begin, temporary)
-        failure = failure or self.find_failure(self.accelerator.save_state, temporary, everywhere=True)
+        failure = failure or self.find_failure(save_state, self.accelerator, temporary, everywhere=True)
         tensors = {AVERAGE_FILE: average.state_dict()} if average is not None else {}
         if failure is None and self.accelerator.distributed_type in SHARDING:  # saved in pieces; weights go on whole
-            tensors["model.safetensors"] = self.accelerator.get_state_dict(model)
+            tensors[WEIGHTS_FILE] = self.accelerator.get_state_dict(model)
+        if failure is None and self.accelerator.is_fsdp2:
+            tensors[OPTIMIZER_FILE] = whole_optimizer_state(self.accelerator)
         records = {"config.json": config, STATE_FILE: {**state, "for_good": for_good}}
         failure = failure or self.find_failure(self.complete, temporary, folder, tensors, records)
         self.saved_at = time.monotonic()
@@ -245,7 +274,7 @@ class Checkpoints:
     def complete(self, temporary: Path, folder: Path, tensors: Mapping, records: Mapping) -> None:
         """Write what Accelerate does not, then the manifest of all, and give the folder its name."""
         for name, content in tensors.items():
-            save_file(content, temporary / name)
+            (torch.save if name == OPTIMIZER_FILE else save_file)(content, temporary / name)
         for name, content in records.items():
             write_json(temporary / name, content)
         files = {
@@ -285,7 +314,7 @@ class Checkpoints:
             with written_whole(folder) as temporary:
                 temporary.mkdir()
                 tensors = {name: value.contiguous() for name, value in state_dict.items()}
-                save_file(tensors, temporary / "model.safetensors")
+                save_file(tensors, temporary / WEIGHTS_FILE)
                 write_json(temporary / "config.json", config)
 
         if failure := self.find_failure(write):
@@ -314,6 +343,35 @@ def time_save(
 # ------------------------------------------------------------------------------------------------ loading them
 
 
+def load_state(accelerator: Accelerator, folder: Path) -> None:
+    """Load what `save_state` wrote; under FSDP2 each process takes its slices of the files of a plain run."""
+    in_pieces = (folder / "optimizer_0").is_dir()  # as Accelerate writes it, and our older states have it
+    if in_pieces and accelerator.distributed_type not in SHARDING:
+        raise ValueError("a sharded run saved it in pieces; go on from it sharded as well, as with configs/fsdp.yaml")
+    if in_pieces or not accelerator.is_fsdp2:
+        accelerator.load_state(folder)
+        return
+    (model,), (optimizer,) = accelerator._models, accelerator._optimizers
+    weights, current = load_file(folder / WEIGHTS_FILE), model.state_dict()
+    model.load_state_dict({name: sliced(value, current.get(name)) for name, value in weights.items()})
+    saved = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", mmap=True, weights_only=True)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, entry in saved["state"].items():
+        saved["state"][index] = {name: sliced(value, parameters[index]) for name, value in entry.items()}
+    optimizer.load_state_dict(saved)
+    place = dict(process_index=accelerator.process_index, scaler=accelerator.scaler)
+    load_accelerator_state(folder, models=[], optimizers=[], schedulers=[], dataloaders=[], **place)
+
+
+def sliced(value: Tensor, like: Tensor | None) -> Tensor:
+    """Cut a whole tensor as `like` is cut, where it is; the first process's counts, and all call this together."""
+    from torch.distributed.tensor import DTensor, distribute_tensor  # seconds, for sharded runs alone
+
+    if isinstance(like, DTensor) and value.shape == like.shape:
+        return distribute_tensor(value, like.device_mesh, like.placements)
+    return value
+
+
 def resume(
     accelerator: Accelerator,
     folder: Path,
@@ -337,7 +395,7 @@ def resume(
     if not isinstance(state.get("row"), dict) or (keeps_best and not isinstance(state.get("best"), int | float)):
         raise ValueError(f"{folder / STATE_FILE} does not hold the row that waits and the best figure of a run")
     try:
-        accelerator.load_state(folder)
+        load_state(accelerator, folder)
         if average is not None:
             average.load_state_dict(load_file(folder / AVERAGE_FILE))
     except LOAD_ERRORS as error:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from accelerate import DistributedType
 from accelerate.state import PartialState
+from torch.distributed.tensor import DTensor
 
 import training
 import utils
@@ -72,9 +73,19 @@ def in_float64() -> None:
 
 
 def shard_on_cpu() -> None:
-    """Make Accelerate shard on the CPU; by itself it shards on GPUs alone, and elsewhere trains without a word."""
+    """Make Accelerate shard on the CPU; by itself it shards on GPUs alone, and elsewhere trains without a word.
+
+    The run fails where its weights are whole.
+    """
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    original = checkpoints.Checkpoints.save
+
+    def save(self, model, *args, **options) -> bool:
+        assert any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        return original(self, model, *args, **options)
+
+    checkpoints.Checkpoints.save = save
 
 
 def in_double() -> None:
