@@ -21,9 +21,11 @@ from timm.models import vision_transformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from storage.files import refuse_missing
 from storage.layouts import BIAS_TABLE
 from storage.sizes import MODEL_CONFIGS, MAEConfig, num_kept_patches
 from storage.weights import (
+    OF_DECODER,
     PREDICTION,
     LoadReport,
     adapt_channels,
@@ -708,6 +710,8 @@ def load_pretrained_mae(path: str | Path, *, norm_pix_loss: bool = True) -> ViTM
             "in the original release's mae_visualize_vit_*.pth and mae_pretrain_vit_*_full.pth"
         )
     record = read_config(file)
+    if record:
+        refuse_missing(file.with_name("config.json"), record["config"], OF_DECODER)
     config = MAEConfig(**record["config"]) if record else infer_config(state_dict, path, norm_pix_loss)
     model = ViTMAEForPreTraining(config)
     load_all(model, state_dict, file, f"a masked autoencoder of {config}")

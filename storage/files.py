@@ -387,3 +387,9 @@ def check_entries(file: Path, entries: Mapping[str, object], kinds: Mapping[Kind
                 raise ValueError(f"{name} in {file} has to be {kind.words}, not {reprlib.repr(entries[name])}")
             if kind is TABLE and name in entries:
                 check_entries(file, entries[name], kinds)
+
+
+def refuse_missing(file: Path, entries: Mapping[str, object], names: str) -> None:
+    """Raise ValueError where a record lacks entries, whose names have spaces between them."""
+    if missing := [name for name in names.split() if name not in entries]:
+        raise ValueError(f"{file} lacks {', '.join(missing)}; give the checkpoint folder as the training wrote it")

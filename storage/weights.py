@@ -186,6 +186,9 @@ SIZES = {
     files.NOT_NEGATIVE: "encoder_mlp_ratio decoder_mlp_ratio",
     files.TRUE_OR_FALSE: "norm_pix_loss",
 }
+OF_ENCODER = "img_size patch_size input_channels encoder_embed_dim encoder_depth encoder_num_heads encoder_mlp_ratio"
+OF_DECODER = "decoder_embed_dim decoder_depth decoder_num_heads decoder_mlp_ratio norm_pix_loss"
+OF_SEGMENTER = "num_classes taps channels norm rel_pos_bias ignore_zero resize_to class_names"
 # and all else in JSON files beside weights: ours, transformers' and timm's
 ENTRIES = {
     files.ONE_OR_TWO: "img_size image_size",
@@ -258,6 +261,9 @@ def read_config(weights: Path) -> dict | None:
         raise ValueError(f"{sorted(unknown)[0]} in {file} is no size of a model here")
     if weights != file:  # the conversion gives that, and compares all sizes with the tensors
         refuse_sizes_beyond(weights, record)
+    files.refuse_missing(file, record["config"], OF_ENCODER)
+    if record.get("architecture") == "ViTMAEForSegmentation":
+        files.refuse_missing(file, record, OF_SEGMENTER)
     return record
 
 

@@ -67,6 +67,8 @@ def write_checkpoint(folder: Path, model: torch.nn.Module) -> Path:
     if isinstance(model, ViTMAEForSegmentation):
         norm = "batch" if "running_mean" in "".join(state_dict) else "group"
         record |= dict(
+            ignore_zero=False,
+            resize_to=[64, 16],
             taps=model.taps,
             channels=model.decode_head.conv_seg.in_channels,
             norm=norm,

@@ -1091,13 +1091,41 @@ def test_load_segmenter_gives_back_what_was_written_and_refuses_the_rest(tmp_pat
     folder.mkdir()
     save_file(model.state_dict(), folder / "model.safetensors")
     record = {"architecture": "ViTMAEForSegmentation", "config": dataclasses.asdict(model.backbone.config)}
-    (folder / "config.json").write_text(json.dumps({**record, "num_classes": 5, **options}))
+    record |= {"num_classes": 5, "ignore_zero": False, "resize_to": [64, 16], "class_names": list("abcde"), **options}
+    (folder / "config.json").write_text(json.dumps(record))
     loaded, _ = load_segmenter(folder)
     images = torch.randn(1, 3, 16, 16)
     assert torch.equal(loaded.eval()(images).logits, model(images).logits)
     write_checkpoint(tmp_path / "checkpoint_1", random_model(TINY))
     with pytest.raises(ValueError, match="holds no segmenter"):
         load_segmenter(tmp_path / "checkpoint_1")
+    del record["taps"], record["class_names"]
+    (folder / "config.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"config\.json lacks taps, class_names; give the checkpoint folder as the"):
+        load_segmenter(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "load"),
+    [
+        ("encoder_num_heads", load_pretrained_mae),
+        ("decoder_num_heads", load_pretrained_mae),
+        ("norm_pix_loss", load_pretrained_mae),
+        ("encoder_num_heads", load_classifier),
+        ("encoder_mlp_ratio", load_classifier),
+    ],
+)
+def test_sizes_that_config_json_lacks_are_named_and_no_default_stands_for_them(name, load, tmp_path):
+    is_mae = load is load_pretrained_mae
+    model = random_model(TINY) if is_mae else ViTMAEForImageClassification(TINY, 3)
+    folder = tmp_path / "checkpoint_1"
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    sizes = TINY.as_record(decoder=is_mae)
+    del sizes[name]
+    (folder / "config.json").write_text(json.dumps({"config": sizes}))
+    with pytest.raises(ValueError, match=rf"config\.json lacks {name}; give the checkpoint folder"):
+        load(folder)
 
 
 def test_patches_without_data_count_as_predicted_without_error():
