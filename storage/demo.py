@@ -3,16 +3,13 @@
 Only drawing and writing; the scenes are read like any other folder of images.
 """
 
-import contextlib
-import fcntl
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from storage.files import read_json, write_json, written_whole
+from storage.files import hold, read_json, write_json, written_whole
 
 # One large object of ten kinds before a gradient and a pattern. Colour, place, size and tilt are drawn without regard
 # to the kind, so only the outline gives it away. A scene follows from (seed, kind, size) alone.
@@ -126,15 +123,6 @@ def draw_demo_scene(seed: int, kind: int, size: int = 80) -> tuple[Image.Image, 
     return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))), Image.fromarray(labels)
 
 
-@contextlib.contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Hold a lock file, which stays; wait while another process holds it. A process that is killed holds nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("ab") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
-        yield
-
-
 def write_demo_data(root: Path, num_train: int = 3000, num_val: int = 400) -> None:
     """Write the scenes below `root` as imagefolder/ and as ADEChallengeData2016/, unless they are there already.
 
@@ -143,7 +131,8 @@ def write_demo_data(root: Path, num_train: int = 3000, num_val: int = 400) -> No
     recipe = {"version": DEMO_VERSION, "num_train": num_train, "num_val": num_val}
     if holds_demo_data(root, recipe):
         return
-    with locked(root.with_name(f".{root.name}.lock")):  # so what a killed drawing left is nobody's, and removed
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with hold(root.with_name(f".{root.name}.lock"), waits=True):  # what a killed drawing left is nobody's, and removed
         if not holds_demo_data(root, recipe):
             draw_demo_data(root, recipe)
 

@@ -4,6 +4,7 @@ What lies in the files is known elsewhere.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -17,7 +18,7 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 
 def unused_name(path: Path, suffix: str) -> Path:
@@ -74,6 +75,18 @@ def only_regular(path: str, flags: int) -> int:
 def no_links(path: str, flags: int) -> int:
     """Be the `opener` of `open` for what a run writes: others may plant links in a shared folder; OSError for one."""
     return only_regular(path, flags | os.O_NOFOLLOW)
+
+
+def hold(file: Path, *, waits: bool = False) -> TextIO:
+    """Open a file as this process's alone until it is closed; BlockingIOError where another has it, unless it waits."""
+    lock = os.fdopen(no_links(file, os.O_RDWR | os.O_CREAT), "r+")
+    try:
+        # A record lock, not flock's, which a data worker that outlives a killed process for seconds would hold on
+        fcntl.lockf(lock, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+    except OSError:
+        lock.close()
+        raise
+    return lock
 
 
 CHUNK_BYTES = 1 << 24

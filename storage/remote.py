@@ -5,16 +5,14 @@ pack.json, its indexes, and source.json, which says where the shards are.
 """
 
 import contextlib
-import fcntl
 import os
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from storage.console import DataError
 from storage.decoding import DECODE_ERRORS
-from storage.files import fingerprint, is_text, is_whole, no_links, read_json, remove, write_json, written_whole
+from storage.files import fingerprint, hold, is_text, is_whole, read_json, remove, write_json, written_whole
 from storage.packs import INDEX_SUFFIX, PACK_FILE, Pack, open_shard, read_pack_header
 
 SOURCE_FILE = "source.json"
@@ -99,7 +97,7 @@ class RemoteShards:
     def open(self, name: str, size: int) -> int:
         """Open a shard, which comes here first; DataError where it does not, or is not the one that was packed."""
         path, descriptor = self.folder / name, None
-        with self.locked(name):
+        with hold(self.folder / f".{name}.lock", waits=True):  # one process fetches it, others wait
             while descriptor is None:
                 try:
                     descriptor = open_shard(path)
@@ -125,13 +123,6 @@ class RemoteShards:
             total += size
             if number >= FEWEST_SHARDS and total > self.cache_bytes:
                 path.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def locked(self, name: str) -> Iterator[None]:
-        """Let one process of this machine fetch a shard, and the others wait for it."""
-        with open(self.folder / f".{name}.lock", "w", opener=no_links) as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX)
-            yield
 
 
 def open_pack(folder: Path, kind: str) -> Pack:

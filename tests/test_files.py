@@ -17,6 +17,7 @@ from storage.files import (
     append_lines,
     check_entries,
     cut_rows,
+    hold,
     open_regular,
     read_json,
     recover,
@@ -383,3 +384,18 @@ def test_rows_take_any_name_that_a_disk_can_hold(tmp_path):
         b"",
     ]
     assert files.escape(names[4], also_bytes=True) == r"\udcff\udcfe"
+
+
+def test_file_is_held_by_one_process_and_free_when_that_ends(tmp_path):
+    held = "import sys; from storage.files import hold; lock = hold(sys.argv[1]); print('held', flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", held, tmp_path / "lock"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout.readline() == b"held\n"
+    with pytest.raises(BlockingIOError):
+        hold(tmp_path / "lock")
+    other.kill()
+    with hold(tmp_path / "lock", waits=True), pytest.raises(OSError, match="link"):
+        (tmp_path / "planted").symlink_to(tmp_path / "lock")
+        hold(tmp_path / "planted")
+    other.communicate()

@@ -14,7 +14,6 @@ resized label map would score another task. Images that cannot be decoded are le
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import io
@@ -36,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from storage import explained_errors, packs
 from storage.bands import has_8_bits
 from storage.decoding import DECODE_ERRORS, NamedBytes, is_plain_jpeg, load_file, open_image, read_image
-from storage.files import no_links, read_json, recover, user_path, write_json, written_whole
+from storage.files import hold, read_json, recover, user_path, write_json, written_whole
 from storage.lists import FileList, as_text, find_splits, list_images, name_some
 from storage.packs import Pack, is_inner_path, is_packed
 from storage.pairs import list_pairs
@@ -212,11 +211,11 @@ def pack(job: Job, num_workers: int) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for this process; BlockingIOError where another one packs into it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK_FILE, "w", opener=no_links) as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BlockingIOError(f"another process packs into {folder}; wait for it") from error
+    try:
+        lock = hold(folder / LOCK_FILE)
+    except BlockingIOError as error:
+        raise BlockingIOError(f"another process packs into {folder}; wait for it") from error
+    with lock:
         yield
         (folder / LOCK_FILE).unlink()
 

@@ -4,7 +4,6 @@ Everything here but the folder's lock is for people: what cannot be written cost
 """
 
 import argparse
-import fcntl
 import importlib
 import json
 import netrc
@@ -28,7 +27,7 @@ from storage.files import (
     append_lines,
     cut_rows,
     escape,
-    no_links,
+    hold,
     optional_write,
     read_bytes,
     read_json,
@@ -54,15 +53,10 @@ def lock_experiment(experiment: Path) -> TextIO:
     """Hold the experiment's folder while this process lives and has the file open; BlockingIOError if another does."""
     experiment.mkdir(parents=True, exist_ok=True)
     rename_irregular(experiment / ".lock")
-    lock = os.fdopen(no_links(experiment / ".lock", os.O_RDWR | os.O_CREAT), "r+")
     try:
-        # A record lock, which is this process's alone: data workers that outlive a killed run for seconds would
-        # hold one of flock's, and the next start would be refused.
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return hold(experiment / ".lock")
     except BlockingIOError as error:
-        lock.close()
         raise BlockingIOError(f"another run is training in {experiment}; choose another --experiment_name") from error
-    return lock
 
 
 def write_args(experiment: Path, args: argparse.Namespace, resumed_from: Path | None) -> list[str]:
