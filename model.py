@@ -9,7 +9,8 @@ Masks    1 = removed, 0 = kept
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -311,6 +312,49 @@ class VisionTransformer(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ masked autoencoder
 
+BLOCK_MIN_SHARE = 16 / 196  # of the patches: the smallest block
+BLOCK_MIN_ASPECT, BLOCK_TRIES = 0.3, 10
+
+
+def block_masking(noise: Tensor, grid_size: tuple[int, int], mask_ratio: float) -> Tensor:
+    """Raise the noise (L,) of the patches in random blocks, so that these are removed first (paper, table 1f).
+
+    Blocks are drawn as in the release of BEiT (arXiv 2106.08254, algorithm 1), one after the other; draws from torch.
+    Where no further block fits in, patches of highest noise are removed, so that the ratio is exact.
+    """
+    (h, w), limit = grid_size, -math.log(BLOCK_MIN_ASPECT)
+    num_removed = h * w - num_kept_patches(h * w, mask_ratio)
+    removed, tries = torch.zeros(h, w), 0
+    while (room := num_removed - int(removed.sum())) and tries < BLOCK_TRIES:
+        tries += 1
+        area, ratio, y, x = torch.rand(4, dtype=torch.float64).tolist()
+        area = BLOCK_MIN_SHARE * h * w * (1 - area) + room * area
+        ratio = math.exp(limit * (2 * ratio - 1))
+        height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < height < h and 0 < width < w:
+            top, left = int(y * (h - height + 1)), int(x * (w - width + 1))
+            block = removed[top : top + height, left : left + width]
+            if 0 < block.numel() - int(block.sum()) <= room:
+                block.fill_(1)
+                tries = 0
+    return noise + removed.flatten()
+
+
+def grid_masking(noise: Tensor, grid_size: tuple[int, int], mask_ratio: float) -> Tensor:
+    """Raise the noise (L,) of all but one of every four patches, which stay (paper, table 1f; mask ratio 0.75)."""
+    removed = torch.ones(grid_size)
+    removed[::2, ::2] = 0
+    return noise + removed.flatten()
+
+
+def build_masking(name: str, grid_size: tuple[int, int], mask_ratio: float) -> Callable[[Tensor], Tensor] | None:
+    """Give the function of an image's noise (L,) after which the patches of smallest noise stay; None leaves it.
+
+    Data workers call it under the image's seed, so that what it draws is a function of (seed, epoch, index).
+    """
+    masking = {"random": None, "block": block_masking, "grid": grid_masking}[name]
+    return masking and functools.partial(masking, grid_size=grid_size, mask_ratio=mask_ratio)
+
 
 class Masking(NamedTuple):
     """Which patches stay: `ids_keep` (N, kept), `ids_restore` (N, L), and `mask` (N, L), 1 = removed."""
@@ -321,7 +365,7 @@ class Masking(NamedTuple):
 
 
 class MAEOutput(NamedTuple):
-    """`loss`, a float32 scalar; `pred` (N, L, P*P*C); `mask` (N, L), 1 = removed."""
+    """`loss`, a float32 scalar; `pred` (N, L, T), T = P*P*C for pixels; `mask` (N, L), 1 = removed."""
 
     loss: Tensor
     pred: Tensor
@@ -343,14 +387,18 @@ class ViTMAEForPreTraining(VisionTransformer):
         super().__init__(config)
         width = config.decoder_embed_dim
         self.decoder_embed = nn.Linear(config.encoder_embed_dim, width)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        masked_width = config.encoder_embed_dim if config.encode_mask_tokens else width
+        self.mask_token = nn.Parameter(torch.empty(1, 1, masked_width))
         table = get_2d_sincos_pos_embed(width, config.grid_size)
         self.decoder_pos_embed = nn.Parameter(table[None], requires_grad=False)
         self.decoder_blocks = build_blocks(
             width, config.decoder_depth, config.decoder_num_heads, config.decoder_mlp_ratio
         )
         self.decoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.decoder_pred = nn.Linear(width, config.patch_dim)
+        self.decoder_pred = nn.Linear(width, config.pca_target or config.patch_dim)
+        if config.pca_target:  # zero until `fit_pca`; kept in the checkpoint
+            self.register_buffer("pca_mean", torch.zeros(config.patch_dim))
+            self.register_buffer("pca_basis", torch.zeros(config.patch_dim, config.pca_target))
         self.initialize_weights(custom_weight_init)
 
     def unpatchify(self, patches: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
@@ -376,7 +424,8 @@ class ViTMAEForPreTraining(VisionTransformer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Encode the visible patches only: (N, C, H, W) -> latent (N, 1 + kept, D), mask and ids_restore (N, L).
 
-        The mask is drawn first and the kept patches are gathered as pixels, so that nothing removed is embedded.
+        The mask is drawn first and the kept patches are gathered as pixels, so that nothing removed is embedded. With
+        `encode_mask_tokens` the latent has all patches, in grid order, removed ones from the mask token (table 1c).
         """
         patches = self.patchify(images)  #                                 (N, L, P*P*C)
         pos_embed = self.positions(images)  #                              (1, 1 + L, D)
@@ -387,8 +436,12 @@ class ViTMAEForPreTraining(VisionTransformer):
                 f"noise has shape {tuple(noise.shape)}, but the images have {tuple(patches.shape[:2])} patches"
             )
         ids_keep, ids_restore, mask = self.random_masking(noise, mask_ratio)
-        visible = take_tokens(patches, ids_keep)  #                        (N, kept, P*P*C)
-        x = self.embed_patches(visible) + pos_embed[0, 1:][ids_keep]  #    (N, kept, D)
+        if self.config.encode_mask_tokens:
+            x = self.embed_patches(patches)  #                             (N, L, D)
+            x = torch.where(mask[:, :, None].bool(), self.mask_token.to(x.dtype), x) + pos_embed[:, 1:]
+        else:
+            visible = take_tokens(patches, ids_keep)  #                    (N, kept, P*P*C)
+            x = self.embed_patches(visible) + pos_embed[0, 1:][ids_keep]  # (N, kept, D)
         x = self.prepend_cls(x, pos_embed)  #                              (N, 1 + kept, D)
         for block in self.blocks:
             x = self.run_block(block, x)
@@ -399,23 +452,57 @@ class ViTMAEForPreTraining(VisionTransformer):
     ) -> Tensor:
         """Predict every patch from the visible ones, or those at the indices `only` (N, m). The cls token takes part.
 
-        (N, 1 + kept, D) -> (N, L, P*P*C) or (N, m, P*P*C).
+        (N, 1 + kept, D) -> (N, L, T) or (N, m, T), where T is P*P*C, or `pca_target`.
         """
         pos_embed = resample_pos_embed(
             self.decoder_pos_embed, self.config.grid_size, grid_size or self.config.grid_size
         )
         x = self.decoder_embed(latent)  #                                  (N, 1 + kept, D')
-        cls_token, visible = x[:, :1], x[:, 1:]
-        num_removed = ids_restore.shape[1] - visible.shape[1]
-        mask_tokens = self.mask_token.to(x.dtype).expand(len(x), num_removed, -1)
-        x = torch.cat([visible, mask_tokens], dim=1)  #                    (N, L, D'), shuffled
-        x = take_tokens(x, ids_restore)  #                                 (N, L, D'), in grid order
-        x = torch.cat([cls_token, x], dim=1) + pos_embed  #                (N, 1 + L, D')
+        if not self.config.encode_mask_tokens:
+            cls_token, visible = x[:, :1], x[:, 1:]
+            num_removed = ids_restore.shape[1] - visible.shape[1]
+            mask_tokens = self.mask_token.to(x.dtype).expand(len(x), num_removed, -1)
+            x = torch.cat([visible, mask_tokens], dim=1)  #                (N, L, D'), shuffled
+            x = take_tokens(x, ids_restore)  #                             (N, L, D'), in grid order
+            x = torch.cat([cls_token, x], dim=1)  #                        (N, 1 + L, D')
+        x = x + pos_embed
         *blocks, last = self.decoder_blocks
         for block in blocks:
             x = self.run_block(block, x)
         x = self.run_block(last, x)[:, 1:] if only is None else self.run_block(last, x, only=1 + only)
-        return self.decoder_pred(self.decoder_norm(x))  #                  (N, L or m, P*P*C)
+        return self.decoder_pred(self.decoder_norm(x))  #                  (N, L or m, T)
+
+    def make_target(self, patches: Tensor) -> Tensor:
+        """Turn patches into what is predicted, (N, L, P*P*C) -> (N, L, T) (paper, table 1d).
+
+        Pixels, pixels normalised in each patch, or the principal components of `fit_pca`. (The paper's fourth target,
+        the tokens of a discrete VAE, needs that network's weights, and is not here.)
+        """
+        if self.config.norm_pix_loss:
+            mean, std = patch_statistics(patches)
+            return (patches - mean) / std
+        return (patches - self.pca_mean) @ self.pca_basis if self.config.pca_target else patches
+
+    def undo_target(self, pred: Tensor, patches: Tensor) -> Tensor:
+        """Turn predictions into patches, (N, L, T) -> (N, L, P*P*C), with the help of the true ones for norm_pix."""
+        if self.config.norm_pix_loss:
+            mean, std = patch_statistics(patches)
+            return pred * std + mean
+        return pred @ self.pca_basis.T + self.pca_mean if self.config.pca_target else pred
+
+    @torch.no_grad()
+    def fit_pca(self, images: Tensor) -> None:
+        """Take the leading principal components of the patches of normalised images (N, C, H, W) as the target.
+
+        Computed in float64; the entry of largest magnitude of a component is positive. Components keep their scale.
+        """
+        patches = self.patchify(images).flatten(0, 1).double()  #          (N*L, P*P*C)
+        centred = patches - patches.mean(dim=0)
+        _, components = torch.linalg.eigh(centred.T @ centred)  #          columns, the smallest variance first
+        basis = components[:, -self.config.pca_target :].flip(1)
+        largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
+        self.pca_mean.copy_(patches.mean(dim=0))
+        self.pca_basis.copy_(basis * largest.sign())
 
     def forward_loss(self, images: Tensor, pred: Tensor, mask: Tensor, valid: Tensor | None = None) -> Tensor:
         """Mean squared error on the removed patches, float32 scalar (paper, section 3 and table 1d).
@@ -423,10 +510,7 @@ class ViTMAEForPreTraining(VisionTransformer):
         Patches where `valid` (N, L) is 0 hold no data and count as predicted without error.
         """
         with torch.autocast(images.device.type, enabled=False):
-            target = self.patchify(images.float())  #                      (N, L, P*P*C)
-            if self.config.norm_pix_loss:
-                mean, std = patch_statistics(target)
-                target = (target - mean) / std
+            target = self.make_target(self.patchify(images.float()))  #    (N, L, T)
             loss = (pred.float() - target).square().mean(dim=2)  #         (N, L)
             counted = mask if valid is None else mask * valid
             return (loss * counted).sum() / mask.sum()
@@ -450,7 +534,8 @@ class ViTMAEForPreTraining(VisionTransformer):
         if predict_visible:
             pred = self.forward_decoder(latent, ids_restore, grid)
         else:
-            removed = torch.argsort(ids_restore, dim=1)[:, latent.shape[1] - 1 :]  # (N, L - kept)
+            kept = num_kept_patches(mask.shape[1], mask_ratio)
+            removed = torch.argsort(ids_restore, dim=1)[:, kept:]  #       (N, L - kept)
             found = self.forward_decoder(latent, ids_restore, grid, removed)
             places = removed[:, :, None].expand_as(found)
             pred = found.new_zeros(*mask.shape, found.shape[2]).scatter(1, places, found)
@@ -463,10 +548,8 @@ class ViTMAEForPreTraining(VisionTransformer):
         A model trained with `norm_pix_loss` predicts every patch without its brightness and contrast: the true mean
         and standard deviation of each patch are put back, so its pictures flatter it. Say so where they are shown.
         """
-        grid, patches, pred, removed = self.grid_of(images), self.patchify(images), pred.float(), mask[:, :, None]
-        if self.config.norm_pix_loss:
-            mean, std = patch_statistics(patches.float())
-            pred = pred * std + mean
+        grid, patches, removed = self.grid_of(images), self.patchify(images), mask[:, :, None]
+        pred = self.undo_target(pred.float(), patches.float())
         panels = patches * (1 - removed), pred, patches * (1 - removed) + pred * removed
         return Reconstruction(*(self.unpatchify(panel, grid) for panel in panels))
 
@@ -750,7 +833,7 @@ def load_segmenter(path: str | Path) -> tuple[ViTMAEForSegmentation, dict]:
     return model, record
 
 
-OF_PRETRAINING = ("decoder_", "mask_token")
+OF_PRETRAINING = ("decoder_", "mask_token", "pca_")
 
 
 def load_pretrained_encoder(model: VisionTransformer, path: str | Path) -> LoadReport:

@@ -14,6 +14,7 @@ This code at that size: not run yet.
 """
 
 import argparse
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable
@@ -75,8 +76,12 @@ DEMO_RECIPE = dict(
 )
 ADAM_BETAS = (0.9, 0.95)
 NUM_PICTURES = 8
+NUM_COMPONENTS, PCA_IMAGES = 96, 256  # of --target pca (paper, table 1d), and how many images they are found in
 
 BASE = "mae_vit_base_patch16"
+MASKINGS = ("random", "block", "grid")
+AUGMENTATIONS = ("none", "fixed_crop", "random_crop", "random_crop_jitter")
+TARGET = f"table 1d: --norm_pix_loss by another name, or {NUM_COMPONENTS} principal components of each patch"
 NOTHING_REMOVED = "as there is nothing to learn where nothing is removed; the paper removes 0.75"
 FLAGS = {
     "masked autoencoder": [
@@ -85,7 +90,10 @@ FLAGS = {
         ("patch_size", int, "side of a patch in pixels (default: the model's)"),
         *training.size_flags(MAEConfig, ("encoder", "decoder"), "the model's"),
         ("mask_ratio", 0.75, "share of the patches that is removed", (1e-9, 1, NOTHING_REMOVED)),
+        ("masking", "random", "table 1f: random patches, random blocks, or three of every four", {"choices": MASKINGS}),
+        ("encode_mask_tokens", False, "table 1c: the encoder sees removed patches too, as mask tokens"),
         ("norm_pix_loss", True, "predict each patch without its mean and contrast"),
+        ("target", str, TARGET, {"choices": ("pixels", "normalized_pixels", "pca")}),
         ("custom_weight_init", True, "initialise as the original release, not as the layers do"),
     ],
     "optimisation": [
@@ -95,6 +103,12 @@ FLAGS = {
         ("schedule_epochs", int, "epochs at which the cosine ends, if the run may go on (default: all)", (1, None)),
     ],
     "data": [
+        (
+            "augmentation",
+            "random_crop",
+            "table 1e; all but none flip, none cuts the middle",
+            {"choices": AUGMENTATIONS},
+        ),
         ("min_crop_scale", 0.2, "smallest share of the image that a random crop covers", (1e-9, 1)),
         ("repeated_sampling", 1, "crops R of each decoded image; an epoch then visits 1/R of the images", (1, None)),
     ],
@@ -117,10 +131,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         flags.error(
             "give --path_to_data FOLDER to train on your images, or --demo to draw a small data set and train on it"
         )
+    if args.target:
+        if "norm_pix_loss" in given and given["norm_pix_loss"] != (args.target == "normalized_pixels"):
+            no = "" if args.norm_pix_loss else "no-"
+            flags.error(f"--target {args.target} and --{no}norm_pix_loss exclude each other; leave the second out")
+        args.norm_pix_loss = args.target == "normalized_pixels"
     try:
-        num_kept_patches(build_config(args).num_patches, args.mask_ratio)
+        config = build_config(args)
+        num_kept_patches(config.num_patches, args.mask_ratio)
     except ValueError as error:
         flags.error(str(error))
+    if args.masking == "grid" and (args.mask_ratio != 0.75 or any(side % 2 for side in config.grid_size)):
+        h, w = config.grid_size
+        flags.error(
+            f"--masking grid keeps one of every four patches: --mask_ratio must be 0.75, not {args.mask_ratio:g}, and "
+            f"the grid even, not {h} x {w}"
+        )
+    if args.augmentation == "random_crop_jitter" and (args.input_channels not in (1, 3) or args.value_range):
+        flags.error("--augmentation random_crop_jitter changes the colours of 8-bit pictures of 1 or 3 channels alone")
     images = training.micro_batch_size(args)
     if images % args.repeated_sampling:
         flags.error(
@@ -141,12 +169,16 @@ def start_defaults(flags: training.Flags, given: dict) -> dict[str, object]:
     sizes = MAEConfig(**record["config"]).as_record(decoder="decoder_embed_dim" in record["config"])
     named = (name for name, config in MODEL_CONFIGS.items() if config.encoder_embed_dim == sizes["encoder_embed_dim"])
     defaults = {"model": next(named, BASE)} | flags.size_defaults(given, record, sizes, source)
-    return defaults | {name: sizes[name] for name in ("norm_pix_loss",) if name in record["config"]}
+    targets = ("norm_pix_loss", "encode_mask_tokens") if "decoder_embed_dim" in record["config"] else ()
+    defaults |= {name: sizes[name] for name in targets if name in sizes}
+    return defaults | ({"target": "pca"} if sizes.get("pca_target") else {})
 
 
 def build_config(args: argparse.Namespace) -> MAEConfig:
     """Take the named size and override what was given by flag."""
-    return MAEConfig.from_flags(args, MODEL_CONFIGS[args.model])
+    config = MAEConfig.from_flags(args, MODEL_CONFIGS[args.model])
+    components = min(NUM_COMPONENTS, config.patch_dim) if args.target == "pca" else 0
+    return dataclasses.replace(config, pca_target=components)
 
 
 # ------------------------------------------------------------------------------------------------ imports
@@ -163,7 +195,7 @@ from torch import Tensor
 
 import dataset
 import utils
-from model import ViTMAEForPreTraining, load_pretrained_encoder, read_sizes
+from model import ViTMAEForPreTraining, build_masking, load_pretrained_encoder, read_sizes
 
 # ------------------------------------------------------------------------------------------------ evaluation
 
@@ -289,7 +321,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     training.choose_value_range(accelerator, args, train_files)
     values = dataset.build_values(args.value_range, args.mean, args.std)  # None for photographs
     sample = dict(seed=args.seed, channels=args.input_channels, values=values, noise_size=config.num_patches)
-    augment = dataset.build_pretraining_transform(config.image_hw, args.min_crop_scale)
+    sample["masking"] = build_masking(args.masking, config.grid_size, args.mask_ratio)
+    augment = dataset.build_pretraining_transform(config.image_hw, args.min_crop_scale, args.augmentation)
     train_data = dataset.ImageDataset(train_files, augment, keep_decoded=args.repeated_sampling > 1, **sample)
     eval_data = dataset.ImageDataset(val_files or train_files, dataset.ResizeCenterCrop(config.image_hw), **sample)
     sampler = dataset.StepSampler(
@@ -309,13 +342,18 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     model.global_pool = args.probe_pool
     model.activation_checkpointing = args.activation_checkpointing
     origin = load_start(model, start.resume_from, args)
+    if config.pca_target and not start.resume_from and not model.pca_basis.any():  # as --init_from may have one
+        images = torch.stack([sample.image for sample in dataset.pick_samples(train_data, PCA_IMAGES)])
+        model.fit_pca(dataset.normalize(images, args.mean, args.std))
     peak = utils.scaled_lr(args.base_learning_rate, sampler.images_per_step)
     # Linear warmup from 0, then half a cosine (utils.cosine_lr); run.step counts complete optimizer steps, from 0
     warmup_steps = args.warmup_epochs * sampler.steps_per_epoch
     total_steps = args.epochs * sampler.steps_per_epoch
     schedule_steps = (args.schedule_epochs or args.epochs) * sampler.steps_per_epoch
     lines = {"start": origin} | describe(model, peak, sampler.images_per_step, args) | {"image decoder": args.decoder}
-    tokens = dict(encoder=1 + num_kept_patches(config.num_patches, args.mask_ratio), decoder=1 + config.num_patches)
+    kept = num_kept_patches(config.num_patches, args.mask_ratio)
+    encoded = config.num_patches if args.encode_mask_tokens else kept
+    tokens = dict(encoder=1 + encoded, decoder=1 + config.num_patches)
     lines |= training.note_memory(accelerator, args, model, config, tokens)
     training.describe_run(accelerator, args, sampler, train_files, val_files, lines)
     groups = param_groups_weight_decay(model, args.weight_decay)
@@ -397,11 +435,13 @@ def describe(
     decoder = sum(p.numel() for name, p in model.named_parameters() if name.startswith(("decoder", "mask_token")))
     total, trainable = utils.count_parameters(model)
     kept = num_kept_patches(model.config.num_patches, args.mask_ratio)
+    target = "pixels normalised in each patch" if args.norm_pix_loss else "plain pixels"
+    if model.config.pca_target:
+        target = f"{model.config.pca_target} principal components of each patch"
     lines = {
         "model": f"encoder {total - decoder:,} + decoder {decoder:,} = {total:,} parameters, "
         f"{trainable:,} of them trainable",
-        "patches": f"{kept} of {model.config.num_patches} visible, predicting "
-        + ("pixels normalised in each patch" if args.norm_pix_loss else "plain pixels"),
+        "patches": f"{kept} of {model.config.num_patches} visible ({args.masking} masking), predicting {target}",
         "learning rate": f"{peak:.2e} = {args.base_learning_rate:.2e} x {images_per_step} / 256",
     }
     if args.repeated_sampling > 1:

@@ -376,6 +376,7 @@ def is_list(value: object, check: Callable[[object], bool]) -> bool:
 
 
 WHOLE = Kind("a whole number above 0", is_whole)
+WHOLE_OR_ZERO = Kind("a whole number of at least 0", lambda value: is_whole(value, 0))
 WHOLE_OR_NULL = Kind("a whole number above 0, or null", lambda value: value is None or is_whole(value))
 ONE_OR_TWO = Kind(
     "one or two whole numbers above 0", lambda value: is_whole(value) or (is_list(value, is_whole) and len(value) == 2)

@@ -8,6 +8,9 @@ ADE20K_NUM_CLASSES = 150
 BEST_CHECKPOINT, LAST_CHECKPOINT = "best_checkpoint", "last_checkpoint"  # weights alone, and a link to the newest state
 
 
+VARIANTS = ("pca_target", "encode_mask_tokens")  # fields of MAEConfig that are off in the paper's default
+
+
 @dataclass(frozen=True)
 class MAEConfig:
     """Give the sizes of a masked autoencoder; the defaults are ViT-B/16 (paper, section 4 and appendix A.1).
@@ -27,6 +30,8 @@ class MAEConfig:
     decoder_num_heads: int = 16
     decoder_mlp_ratio: float = 4.0
     norm_pix_loss: bool = True
+    pca_target: int = 0  # predict so many principal components of a patch instead of its pixels (table 1d)
+    encode_mask_tokens: bool = False  # the encoder sees removed patches too, as mask tokens (table 1c)
 
     def __post_init__(self):
         if not isinstance(self.img_size, int):
@@ -50,6 +55,11 @@ class MAEConfig:
                 raise ValueError(f"{part}_embed_dim {dim} is not a multiple of 4, as 2-D sin-cos positions need")
         if self.norm_pix_loss and self.patch_dim < 2:
             raise ValueError("norm_pix_loss needs at least two values in a patch; a 1x1 patch of one channel has one")
+        if not 0 <= self.pca_target <= self.patch_dim or (self.pca_target and self.norm_pix_loss):
+            raise ValueError(
+                f"pca_target must lie in 0..{self.patch_dim}, the values of a patch, and excludes norm_pix_loss; "
+                f"not {self.pca_target}"
+            )
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace, base: "MAEConfig | None" = None) -> "MAEConfig":
@@ -59,8 +69,11 @@ class MAEConfig:
         return dataclasses.replace(base or cls(), **given)
 
     def as_record(self, *, decoder: bool) -> dict:
-        """Give the sizes as config.json holds them; what has no decoder leaves out the decoder's."""
-        sizes = dataclasses.asdict(self)
+        """Give the sizes as config.json holds them; what has no decoder leaves out the decoder's.
+
+        Variants that the paper only studies are left out where they are not used.
+        """
+        sizes = {name: value for name, value in dataclasses.asdict(self).items() if value or name not in VARIANTS}
         return sizes if decoder else without_decoder(sizes)
 
     @property
@@ -83,7 +96,7 @@ class MAEConfig:
 
 def without_decoder(sizes: dict) -> dict:
     """Leave out the fields of MAEConfig that only pretraining needs."""
-    return {name: value for name, value in sizes.items() if not name.startswith(("decoder", "norm_pix"))}
+    return {name: value for name, value in sizes.items() if not name.startswith(("decoder", "norm_pix", *VARIANTS))}
 
 
 # B, L and H are the paper's, with its one decoder for all. Tiny and small are ViT-Ti and ViT-S of DeiT.

@@ -33,7 +33,8 @@ OF_AN_EXPERIMENT = (BEST_CHECKPOINT, LAST_CHECKPOINT)  # the checkpoint that its
 FEW_WEIGHTS = 10**8  # which are built before anybody notices
 SMALL_TENSOR = 1 << 20  # bytes up to which a file may hold a tensor as repetitions of a part
 WRAPPERS = ("model", "state_dict", "module")
-FIRST_LAYER, PREDICTION = "patch_embed.proj.weight", ("decoder_pred.weight", "decoder_pred.bias")
+FIRST_LAYER = "patch_embed.proj.weight"
+PREDICTION = ("decoder_pred.weight", "decoder_pred.bias", "pca_mean", "pca_basis")
 PREFIXES = ("module.", "_orig_mod.", "model.")
 # Objects of logs and arguments that trainings save beside the weights; `Inert` is built in their place.
 BESIDE_WEIGHTS = (
@@ -183,8 +184,9 @@ SIZES = {
     files.ONE_OR_TWO: "img_size",
     files.WHOLE: "patch_size input_channels encoder_embed_dim encoder_depth encoder_num_heads decoder_embed_dim "
     "decoder_depth decoder_num_heads",
+    files.WHOLE_OR_ZERO: "pca_target",
     files.NOT_NEGATIVE: "encoder_mlp_ratio decoder_mlp_ratio",
-    files.TRUE_OR_FALSE: "norm_pix_loss",
+    files.TRUE_OR_FALSE: "norm_pix_loss encode_mask_tokens",
 }
 OF_ENCODER = "img_size patch_size input_channels encoder_embed_dim encoder_depth encoder_num_heads encoder_mlp_ratio"
 OF_DECODER = "decoder_embed_dim decoder_depth decoder_num_heads decoder_mlp_ratio norm_pix_loss"
@@ -194,9 +196,10 @@ ENTRIES = {
     files.ONE_OR_TWO: "img_size image_size",
     files.WHOLE: f"{SIZES[files.WHOLE]} num_channels hidden_size num_hidden_layers num_attention_heads num_heads "
     "decoder_hidden_size decoder_num_hidden_layers decoder_num_attention_heads",
+    files.WHOLE_OR_ZERO: SIZES[files.WHOLE_OR_ZERO],
     files.WHOLE_OR_NULL: "channels",  # of a segmenter; null is the encoder's width
     files.NOT_NEGATIVE: f"{SIZES[files.NOT_NEGATIVE]} layer_norm_eps",
-    files.TRUE_OR_FALSE: "norm_pix_loss rel_pos_bias ignore_zero",
+    files.TRUE_OR_FALSE: f"{SIZES[files.TRUE_OR_FALSE]} rel_pos_bias ignore_zero",
     files.TEXT: "architecture global_pool norm",
     files.TEXTS: "class_names",
     files.Kind("null, or names by label value or colour", lambda given: is_label_values(given)): "label_values",

@@ -34,13 +34,27 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_runs_do_not_depend_on_processes_nor_accumulation(script, fork, drawn_images, drawn_pairs, tmp_path, request):
+# What the paper compares in table 1, each value of each flag once
+VARIANTS = [
+    "--masking block --target pca --encode_mask_tokens --augmentation random_crop_jitter",
+    "--masking grid --target pixels --augmentation fixed_crop",
+    "--augmentation none --target normalized_pixels",
+]
+
+
+@pytest.mark.parametrize(
+    "script, more", [*((name, "") for name in SCRIPTS), *(("pretrain_mae", flags) for flags in VARIANTS)]
+)
+def test_runs_do_not_depend_on_processes_nor_accumulation(
+    script, more, fork, drawn_images, drawn_pairs, tmp_path, request
+):
     data, steps_per_epoch = (drawn_pairs, 2) if "segmentation" in script else (drawn_images, 6)
     num_steps = 50 if request.config.getoption("--full") else 12
     epochs = -(-num_steps // steps_per_epoch)
     epoch = epochs // 2  # from whose checkpoint one process goes on alone
-    flags = f"{COMMON} {SCRIPTS[script]} --epochs {epochs} --save_checkpoint_interval {epoch} --path_to_data {data}"
+    flags = (
+        f"{COMMON} {SCRIPTS[script]} {more} --epochs {epochs} --save_checkpoint_interval {epoch} --path_to_data {data}"
+    )
     whole, half = (f"{flags} --per_gpu_batch_size {size}" for size in (4, 2))
     one, sums, two, resumed = (tmp_path / name for name in ("one", "sums", "two", "resumed"))
 

@@ -33,7 +33,8 @@ SHARED = """experiment_name working_directory resume_from_checkpoint save_checkp
 OWN = {
     "pretrain_mae": """decoder_embed_dim decoder_depth decoder_num_heads decoder_mlp_ratio mask_ratio norm_pix_loss
  custom_weight_init base_learning_rate min_learning_rate min_crop_scale repeated_sampling probe_every
- path_to_probe_data probe_images probe_pool init_from recipe schedule_epochs label_column""",
+ path_to_probe_data probe_images probe_pool init_from recipe schedule_epochs label_column masking target
+ encode_mask_tokens augmentation""",
     "finetune_classifier": """path_to_pretrained_mae_weights num_classes global_pool custom_weight_init eval_only
  linear_probe knn finetune_blocks recipe learning_rate base_learning_rate min_learning_rate layer_decay adam_betas
  drop_path random_aug_magnitude random_erasing mixup_alpha cutmix_alpha label_smoothing ema_decay eval_interval
@@ -45,7 +46,7 @@ eval_interval recipe eval_only slide multi_scale window_batch_size flip loss cla
 }
 SWITCHES = """check deterministic activation_checkpointing log_wandb demo rescan_data pin_memory bias_weight_decay
  norm_weight_decay norm_pix_loss custom_weight_init eval_only linear_probe knn from_scratch rel_pos_bias ignore_zero
- slide multi_scale flip balanced_sampling"""
+ slide multi_scale flip balanced_sampling encode_mask_tokens"""
 NOBODY = 65534
 MINIMAL = {"per_gpu_batch_size": 4}
 # Lowest and highest value, both allowed; None where there is no end.
