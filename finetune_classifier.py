@@ -141,6 +141,11 @@ FLAGS = {
     ],
     "test": [
         ("test_folder", str, "class folders on which the best weights are scored once, at the end"),
+        (
+            "class_subset",
+            False,
+            "with --eval_only: images of some classes, scores of others masked (paper, table 13)",
+        ),
     ],
 }
 
@@ -195,6 +200,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.linear_probe and training.micro_batch_size(args) < 2:
         flags.error("--linear_probe normalises over a forward pass, here of 1 image: give more --per_gpu_batch_size")
+    if args.class_subset and not args.eval_only:
+        flags.error("--class_subset judges finished weights: give --eval_only as well, or leave it out")
     if args.test_folder is not None and (args.eval_only or args.knn):
         flags.error("--test_folder is scored after a training; without one give that folder as --path_to_data")
     try:
@@ -260,17 +267,19 @@ def evaluate(
     batches: Iterable[dataset.Batch],
     data: dataset.ImageDataset,
     args: argparse.Namespace,
+    classes: list[int] | None = None,
 ) -> training.ImageEvaluation:
-    """Classify every image exactly once, whatever the number of processes and the remainder.
+    """Classify every image exactly once, whatever the number of processes and the remainder; of `classes` alone.
 
     The scores stay on the device until all are there: 200 MB for ImageNet, over all processes.
     """
-    results = [torch.zeros(0, model.num_classes, device=accelerator.device)]  # a process may have no image at all
+    classes = list(range(model.num_classes)) if classes is None else classes
+    results = [torch.zeros(0, len(classes), device=accelerator.device)]  # a process may have no image at all
     with utils.evaluating(model):
         for batch in batches:
             images = dataset.normalize(batch.images.to(accelerator.device), args.mean, args.std)
             with accelerator.autocast():
-                results.append(model(images).float())  # (N, K)
+                results.append(model(images).float()[:, classes])  # (N, K)
 
     def image_of(index: int) -> Tensor:
         return data[dataset.SampleKey(dataset.EVAL_EPOCH, index)].image
@@ -285,17 +294,27 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
     accelerator, loading = training.open_evaluation(args)
     weights = training.find_writable_weights(args.path_to_pretrained_mae_weights)
     model, record = load_classifier(weights)
-    files = training.list_validation(accelerator, args)
-    class_names = record.get("class_names") or list(files.classes)
-    storage.check_same_classes(files.classes, tuple(class_names) or ("",), files.root, f"the classifier in {weights}")
-    for what, number in ((str(files.root), len(class_names)), ("--num_classes", args.num_classes)):
-        if number not in (None, model.num_classes):
-            raise ValueError(f"{weights} tells {model.num_classes} classes apart, but {what} has {number}")
-    data = build_eval_data(files, args)
-    accelerator.print(f"{'evaluating':<16}{weights} on {files.describe()}")
-    loader = dataset.build_eval_loader(data, **loading)
-    evaluation = evaluate(accelerator, model.to(accelerator.device), loader, data, args)
-    figures = training.report_evaluation(accelerator, weights, files, evaluation, record)
+    model.to(accelerator.device)
+
+    def score(files: storage.FileList) -> training.ImageEvaluation:
+        names, classes = record.get("class_names"), None
+        if args.class_subset:
+            classes = training.choose_classes(files, names, model.num_classes, weights)
+        else:
+            names = names or list(files.classes)
+            storage.check_same_classes(files.classes, tuple(names) or ("",), files.root, f"the classifier in {weights}")
+            for what, number in ((str(files.root), len(names)), ("--num_classes", args.num_classes)):
+                if number not in (None, model.num_classes):
+                    raise ValueError(f"{weights} tells {model.num_classes} classes apart, but {what} has {number}")
+        data = build_eval_data(files, args)
+        accelerator.print(f"{'evaluating':<16}{weights} on {files.describe()}")
+        return evaluate(accelerator, model, dataset.build_eval_loader(data, **loading), data, args, classes)
+
+    if corruptions := training.find_corruptions(args.path_to_data):
+        figures = training.evaluate_corruptions(accelerator, weights, corruptions, score, args)
+    else:
+        files = training.list_validation(accelerator, args)
+        figures = training.report_evaluation(accelerator, weights, files, score(files), record)
     accelerator.end_training()
     return figures
 

@@ -14,6 +14,7 @@ NAMES = {
         note_selection read_class_weights report_best report_evaluation report_test""",
     "training.process": "SHARDING broadcast_buffers collect_features prepare process_slice",
     "training.records": "describe_run print_figures",
+    "training.robustness": "choose_classes evaluate_corruptions find_corruptions",
     "training.run": "Plan Run open_evaluation open_run",
     "training.schedule": "Span settle",
     "training.states": "BEST_CHECKPOINT LAST_CHECKPOINT",

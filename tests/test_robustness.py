@@ -1,0 +1,124 @@
+"""Scores on some of a classifier's classes, and on ImageNet-C's corruptions, by hand on drawn images."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import draw_images, weights
+from safetensors.torch import save_file
+from timm.data import ImageNetInfo
+
+from dataset import IMAGENET_MEAN, IMAGENET_STD, ResizeCenterCrop, normalize
+from finetune_classifier import main, parse_args
+from model import ViTMAEForImageClassification
+from storage.decoding import read_image
+from storage.lists import list_images
+from storage.sizes import MAEConfig
+from training.robustness import ALEXNET_ERRORS, find_corruptions, summarize_corruptions
+
+CONFIG = MAEConfig(img_size=16, patch_size=4, encoder_embed_dim=16, encoder_depth=1, encoder_num_heads=2)
+NAMES = [f"class{number}" for number in range(10)]
+
+
+@pytest.fixture
+def classifier(tmp_path) -> Path:
+    """A classifier of ten classes whose answers vary."""
+    torch.manual_seed(0)
+    model = ViTMAEForImageClassification(CONFIG, 10)
+    torch.nn.init.normal_(model.head.weight)
+    folder = tmp_path / "classifier"
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    record = {"architecture": "ViTMAEForImageClassification", "config": CONFIG.as_record(decoder=False)}
+    (folder / "config.json").write_text(json.dumps({**record, "num_classes": 10, "class_names": NAMES}))
+    return folder
+
+
+def evaluate(data: Path, classifier: Path, *more: str) -> dict[str, float]:
+    given = ["--path_to_data", str(data), "--path_to_pretrained_mae_weights", str(classifier), "--eval_only"]
+    return main(parse_args([*given, "--working_directory", str(data.parent / "work"), "--num_workers", "0", *more]))
+
+
+def score(folder: Path, classifier: Path) -> torch.Tensor:
+    """Give the scores of the images of a folder, in the order of its list, (M, 10)."""
+    model = ViTMAEForImageClassification(CONFIG, 10).eval()
+    model.load_state_dict(weights(classifier))
+    files = list_images(folder)
+    images = torch.stack([ResizeCenterCrop((16, 16), 0.875)(read_image(files.path(i))) for i in range(len(files))])
+    with torch.no_grad():
+        return model(normalize(images, IMAGENET_MEAN, IMAGENET_STD))
+
+
+def test_other_classes_are_masked_where_images_have_some_of_them_alone(classifier, tmp_path):
+    chosen = [2, 5, 7]
+    for number in chosen:
+        draw_images(tmp_path / "some" / NAMES[number], 8, seed=number)
+    figures = evaluate(tmp_path / "some", classifier, "--class_subset")
+    scores, labels = score(tmp_path / "some", classifier), torch.tensor(chosen).repeat_interleave(8)
+    masked = torch.full_like(scores, -torch.inf)
+    masked[:, chosen] = scores[:, chosen]
+    assert figures["testing_top1_acc"] == pytest.approx(100 * (masked.argmax(dim=1) == labels).float().mean().item())
+    assert figures["testing_loss"] == pytest.approx(torch.nn.functional.cross_entropy(masked, labels).item(), rel=1e-5)
+    assert (masked.argmax(dim=1) != scores.argmax(dim=1)).any()  # so that the mask decides something
+
+
+def test_a_class_that_the_classifier_does_not_know_is_named(classifier, tmp_path):
+    for name in ("class3", "class11"):
+        draw_images(tmp_path / "some" / name, 1)
+    with pytest.raises(ValueError, match=r"class11"):
+        evaluate(tmp_path / "some", classifier, "--class_subset")
+    with pytest.raises(ValueError, match=r"it lacks"):  # without the flag all ten are needed
+        evaluate(tmp_path / "some", classifier)
+
+
+def test_weights_of_the_original_release_have_imagenets_classes(tmp_path):
+    torch.manual_seed(0)
+    config = MAEConfig(img_size=32, encoder_embed_dim=192, encoder_depth=1, encoder_num_heads=3)
+    model = ViTMAEForImageClassification(config, 1000)
+    torch.nn.init.normal_(model.head.weight)
+    torch.save({"model": model.state_dict()}, tmp_path / "mae_finetuned_vit.pth")
+    classes = ImageNetInfo("imagenet-1k").label_names()
+    assert len(classes) == 1000 and classes == sorted(classes) and classes[0] == "n01440764"
+    for number in (0, 3):
+        draw_images(tmp_path / "some" / classes[number], 4, seed=number)
+    figures = evaluate(tmp_path / "some", tmp_path / "mae_finetuned_vit.pth", "--class_subset")
+    assert 0 <= figures["testing_top1_acc"] <= 100 and figures["testing_top5_acc"] == 100  # of two classes
+
+
+def test_corruptions_are_scored_by_severity(classifier, tmp_path, capsys):
+    root = tmp_path / "corrupted"
+    for name, seed in (("noise/gaussian_noise", 0), ("fog", 50)):
+        for severity in range(1, 6):
+            for number, label in enumerate(NAMES):
+                draw_images(root / name / str(severity) / label, 2, seed=seed + 10 * severity + number)
+    figures = evaluate(root, classifier)
+    errors = {}
+    for name, folder in (("gaussian_noise", root / "noise" / "gaussian_noise"), ("fog", root / "fog")):
+        answers = [score(folder / str(severity), classifier).argmax(dim=1) for severity in range(1, 6)]
+        labels = torch.arange(10).repeat_interleave(2)
+        errors[name] = [100 * (found != labels).double().mean().item() for found in answers]
+    ratios = [sum(found) / 5 / ALEXNET_ERRORS[name] for name, found in errors.items()]
+    assert figures["mCE"] == pytest.approx(sum(ratios) / 2) and figures["corruptions"] == 2
+    assert figures["mean_error"] == pytest.approx(sum(map(sum, errors.values())) / 10)
+    header, *rows = [line.split("\t") for line in (classifier / "corruptions.tsv").read_text().splitlines()]
+    assert header == ["corruption", "1", "2", "3", "4", "5"]
+    assert {name: [float(cell) for cell in cells] for name, *cells in rows} == errors
+    assert "mCE" in capsys.readouterr().out
+
+
+def test_corruptions_without_all_severities_have_no_mce(tmp_path):
+    for severity in ("1", "3"):
+        (tmp_path / "snow" / severity).mkdir(parents=True)
+    assert find_corruptions(tmp_path) == {"snow": {s: tmp_path / "snow" / s for s in ("1", "3")}}
+    assert summarize_corruptions({"snow": {"1": 20.0, "3": 60.0}}) == {"mean_error": 40.0}
+    shutil.rmtree(tmp_path / "snow")
+    draw_images(tmp_path / "cats", 1)
+    assert find_corruptions(tmp_path) == {}
+
+
+def test_subset_needs_eval_only(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--path_to_data", str(tmp_path), "--class_subset"])
+    assert "--class_subset judges finished weights: give --eval_only" in capsys.readouterr().err
