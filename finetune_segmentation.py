@@ -2,7 +2,7 @@
 
 Try it, after the demo of pretrain_mae.py:
     accelerate launch finetune_segmentation.py --demo
-ADE20K, ViT-B/16, MMSegmentation's recipe, effective batch 16, on one GPU (published with --rel_pos_bias as well):
+ADE20K, ViT-B/16, MMSegmentation's recipe, effective batch 16, on one GPU (published with --rel_pos_bias --layer_scale):
     accelerate launch finetune_segmentation.py --path_to_data ADE20K --path_to_backbone_checkpoint CHECKPOINT_FOLDER
 Published: 48.1 mIoU (paper, table 5); 48.13, and 48.70 with several scales and flips, on V100s of which each used
 9.96 GB (MMSegmentation). This code at that size: not run yet.
@@ -64,7 +64,7 @@ CANDIDATES, VISIBLE_SHARE = 64, 0.01  # label maps that pictures are chosen from
 PICTURE_SIDE = 256
 LEGEND_NAMES = 24
 EVALUATIONS = 10  # in a run, where --eval_interval does not say otherwise
-MODEL_FLAGS = ("taps", "channels", "norm", "rel_pos_bias")
+MODEL_FLAGS = ("taps", "channels", "norm", "rel_pos_bias", "layer_scale")
 SEGMENTER_FLAGS = (*MODEL_FLAGS, "num_classes")  # what a segmenter is, beside its encoder's sizes
 BASE = "mae_vit_base_patch16"
 LOSSES = ("cross_entropy", "dice", "focal", "cross_entropy+dice", "focal+dice")
@@ -81,6 +81,7 @@ FLAGS = {
         ("channels", int, "width of the head (default: the encoder's)", (1, None)),
         ("norm", "batch", "of the heads; group works with one image a pass", {"choices": ("batch", "group")}),
         ("rel_pos_bias", False, "add relative positions to the attention, at zero, as the paper"),
+        ("layer_scale", False, "scale each branch of a block by a trained vector, at one, as MMSegmentation"),
     ],
     "labels": [
         ("num_classes", storage.ADE20K_NUM_CLASSES, "that a pixel can be of", (2, 255, ONE_CLASS)),
@@ -142,6 +143,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     elif source and not given.get("from_scratch"):
         if record.get("architecture") != ViTMAEForSegmentation.__name__:
             flags.error(f"--eval_only judges a segmenter, and {source} is none; give a checkpoint of this script")
+        record.setdefault("layer_scale", False)  # which checkpoints before it do not have
         sizes |= {name: record[name] for name in (*SEGMENTER_FLAGS, "ignore_zero", "resize_to", "class_names")}
         sizes["label_values"] = None if "ignore_zero" in given else record.get("label_values")
     if "label_values" in given:
@@ -553,7 +555,7 @@ def build_record(args: argparse.Namespace) -> dict[str, object]:
         "image_mean": args.mean,
         "image_std": args.std,
         "value_range": args.value_range,
-        **{name: getattr(args, name) for name in MODEL_FLAGS},
+        **{name: getattr(args, name) for name in MODEL_FLAGS if name != "layer_scale" or args.layer_scale},
     }
 
 

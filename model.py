@@ -95,14 +95,24 @@ class SampleDropPath(DropPath):
 
 
 class Block(vision_transformer.Block):
-    """timm's pre-norm block, which can leave out the MLP of tokens that nothing asks for afterwards."""
+    """timm's pre-norm block, which can leave out the MLP of tokens that nothing asks for afterwards.
+
+    `gamma_1` and `gamma_2` (D,), where they are not None, scale what the branches add (`add_layer_scale`).
+    """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register_parameter("gamma_1", None)
+        self.register_parameter("gamma_2", None)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, only: Tensor | None = None) -> Tensor:
         """Give all tokens, (N, l, D) -> (N, l, D), or those at the indices `only` (N, m): (N, l, D) -> (N, m, D)."""
-        x = x + self.drop_path1(self.attn(self.norm1(x), attn_mask=attn_mask))
+        attended = self.attn(self.norm1(x), attn_mask=attn_mask)
+        x = x + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
         if only is not None:
             x = take_tokens(x, only)
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        added = self.mlp(self.norm2(x))
+        return x + self.drop_path2(added if self.gamma_2 is None else self.gamma_2 * added)
 
 
 def take_tokens(x: Tensor, ids: Tensor) -> Tensor:
@@ -245,6 +255,11 @@ class VisionTransformer(nn.Module):
         for block in self.blocks:
             table = torch.zeros((2 * h - 1) * (2 * w - 1) + 3, self.config.encoder_num_heads)
             block.attn.relative_position_bias_table = nn.Parameter(table)
+
+    def add_layer_scale(self) -> None:
+        """Scale what each branch of a block adds by a trained vector that starts at one, as MMSegmentation's MAE."""
+        for block in self.blocks:
+            block.gamma_1, block.gamma_2 = (nn.Parameter(torch.ones(self.config.encoder_embed_dim)) for _ in range(2))
 
     def relative_index(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         if (grid, device) not in self.relative_indices:
@@ -669,9 +684,9 @@ class ViTMAEForSegmentation(nn.Module):
 
     `taps` are 0-based blocks, whose raw outputs are used; `channels` is the heads' width (default: the encoder's).
 
-    Deviation: MMSegmentation's blocks scale each branch by a trained vector that starts at one (LayerScale). Reason:
-    the paper's encoder has none, and the vectors can be multiplied into the weights. Effect: the same functions from
-    the same start, on another path of the optimizer; not measured.
+    Deviation: MMSegmentation's blocks scale each branch by a trained vector that starts at one (LayerScale), here only
+    with `layer_scale`. Reason: the paper's encoder has none, and the vectors can be multiplied into the weights.
+    Effect: the same functions from the same start, on another path of the optimizer; not measured.
     """
 
     def __init__(
@@ -684,6 +699,7 @@ class ViTMAEForSegmentation(nn.Module):
         norm: str = "batch",
         drop_path_rate: float = 0.0,
         rel_pos_bias: bool = False,
+        layer_scale: bool = False,
     ):
         super().__init__()
         self.taps = list(taps or default_taps(config.encoder_depth))
@@ -694,6 +710,8 @@ class ViTMAEForSegmentation(nn.Module):
         self.backbone.pos_embed.requires_grad_(True)
         if rel_pos_bias:
             self.backbone.add_relative_positions()
+        if layer_scale:
+            self.backbone.add_layer_scale()
         self.backbone.blocks[max(self.taps) + 1 :].requires_grad_(False)  # nothing looks at these
         width = config.encoder_embed_dim
         self.neck = Feature2Pyramid(width, norm)
@@ -828,6 +846,7 @@ def load_segmenter(path: str | Path) -> tuple[ViTMAEForSegmentation, dict]:
     if record.get("architecture") != "ViTMAEForSegmentation":
         raise ValueError(f"{file} holds no segmenter; give a checkpoint folder of finetune_segmentation.py")
     options = {name: record[name] for name in ("taps", "channels", "norm", "rel_pos_bias")}
+    options["layer_scale"] = record.get("layer_scale", False)  # which checkpoints before it do not have
     model = ViTMAEForSegmentation(MAEConfig(**record["config"]), record["num_classes"], **options)
     load_all(model, state_dict, file, "the segmenter of its config.json")
     return model, record
@@ -846,6 +865,7 @@ def load_pretrained_encoder(model: VisionTransformer, path: str | Path) -> LoadR
     file, state_dict = read_weights(path)
     own = model.state_dict()
     tables = {key for key in own if key.endswith(BIAS_TABLE)}
+    scales = {key for key in own if key.endswith(("gamma_1", "gamma_2"))}
     refuse_as_encoder(path, state_dict, relative_positions=bool(tables))
     heads = [{key: value.shape for key, value in of.items() if key.startswith("head.")} for of in (state_dict, own)]
     taken = {
@@ -861,7 +881,7 @@ def load_pretrained_encoder(model: VisionTransformer, path: str | Path) -> LoadR
     new = ("head.", "fc_norm.", *(PREDICTION if adapted else ()), *(() if has_decoder else OF_PRETRAINING))
     left_out = ("head.", *(PREDICTION if isinstance(model, ViTMAEForPreTraining) else (*OF_PRETRAINING, "norm.")))
     left_out += () if isinstance(model, ViTMAEForImageClassification) else ("fc_norm.",)
-    may_be_missing = [key for key in own if key.startswith(new) or key in tables]
+    may_be_missing = [key for key in own if key.startswith(new) or key in tables | scales]
     report = match_tensors(file, state_dict, taken, own, may_be_missing, left_out)
     model.load_state_dict(taken, strict=False)
     return report._replace(resampled=resampled, adapted=adapted)

@@ -111,7 +111,11 @@ LAYOUTS = {
     "tutorial": Layout("PyTorch-Adventures'", TUTORIAL, ".safetensors", True, OF_THE_TUTORIALS_ENCODER, *NOT_OF_IT),
 }
 # Names of what only blocks and pyramids of BEiT's kind have, and of what has no counterpart in ours
-BEIT_ONLY = r"\.(ls[12]\.gamma|gamma_[12]|attn\.(q_bias|v_bias|relative_position_index))$|^(backbone\.)?fpn[12]\."
+# (backbone.blocks.N.gamma_1 is our own segmenter's, of --layer_scale)
+BEIT_ONLY = (
+    r"^(?!backbone\.blocks\.).*\.(ls[12]\.gamma|gamma_[12]|attn\.(q_bias|v_bias|relative_position_index))$"
+    r"|^(backbone\.)?fpn[12]\."
+)
 NO_COUNTERPART = r"(^|\.)(pooler|embeddings\.mask_token|embed2image|dec_pos_embed|upernet)(\.|$)"
 # Widths of published encoders, from which the number of heads follows: tiny, small, base, large and huge
 PUBLISHED_WIDTHS = (192, 384, 768, 1024, 1280)

@@ -199,7 +199,7 @@ ENTRIES = {
     files.WHOLE_OR_ZERO: SIZES[files.WHOLE_OR_ZERO],
     files.WHOLE_OR_NULL: "channels",  # of a segmenter; null is the encoder's width
     files.NOT_NEGATIVE: f"{SIZES[files.NOT_NEGATIVE]} layer_norm_eps",
-    files.TRUE_OR_FALSE: f"{SIZES[files.TRUE_OR_FALSE]} rel_pos_bias ignore_zero",
+    files.TRUE_OR_FALSE: f"{SIZES[files.TRUE_OR_FALSE]} rel_pos_bias layer_scale ignore_zero",
     files.TEXT: "architecture global_pool norm",
     files.TEXTS: "class_names",
     files.Kind("null, or names by label value or colour", lambda given: is_label_values(given)): "label_values",

@@ -83,7 +83,7 @@ def write_ours(folder: Path, model: nn.Module) -> Path:
     folder.mkdir()
     save_file(model.state_dict(), folder / "model.safetensors")
     segmenter = isinstance(model, ViTMAEForSegmentation)
-    fields = dataclasses.asdict((model.backbone if segmenter else model).config)
+    fields = (model.backbone if segmenter else model).config.as_record(decoder=True)
     if not isinstance(model, ViTMAEForPreTraining):
         fields = {key: value for key, value in fields.items() if not key.startswith(("decoder", "norm_pix"))}
     record = {"architecture": type(model).__name__, "config": fields, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
@@ -691,6 +691,25 @@ def test_layer_scales_of_mmsegmentation_act_through_the_layers_before_them(tmp_p
     with torch.no_grad():
         logits, theirs = loaded.double().eval()(images).logits, expected.double()(images).logits
         torch.testing.assert_close(logits, theirs, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("layout", ["ours", "mmseg"])
+def test_layer_scales_of_our_segmenter_are_multiplied_into_its_weights(layout, tmp_path):
+    model = build("segmenter with relative positions")
+    model.backbone.add_layer_scale()
+    for block in model.backbone.blocks:
+        torch.nn.init.normal_(block.gamma_1), torch.nn.init.normal_(block.gamma_2)
+    folder = write_ours(tmp_path / "scaled", model)
+    record = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**record, "layer_scale": True}))
+    images = torch.randn(2, 3, 16, 16)
+    expected = model.eval()(images).logits
+    assert torch.equal(load_segmenter(folder)[0].eval()(images).logits, expected)
+    there = convert(folder, tmp_path / f"there{tool.LAYOUTS[layout].suffix if layout != 'ours' else ''}", layout)
+    back = there if layout == "ours" else convert(there, tmp_path / "back", "ours")
+    plain, record = load_segmenter(back)
+    assert not record.get("layer_scale") and not any("gamma" in name for name in plain.state_dict())
+    torch.testing.assert_close(plain.eval()(images).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("gamma", ["gamma_1", "gamma_2"])

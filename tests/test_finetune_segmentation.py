@@ -178,7 +178,7 @@ def without(arguments: list[str], *names: str) -> list[str]:
 # -------------------------------------------------------------------------------- the same run, otherwise
 
 
-@pytest.mark.parametrize("more", ["--max_grad_norm 0.5", "--rel_pos_bias"])
+@pytest.mark.parametrize("more", ["--max_grad_norm 0.5", "--rel_pos_bias --layer_scale"])
 def test_run_equals_the_same_steps_in_plain_torch(drawn_pairs, pretrained, tmp_path, more):
     """Replay the recipe by hand, 6 steps of which 2 are warmup, from samples of the data set.
 
@@ -191,7 +191,7 @@ def test_run_equals_the_same_steps_in_plain_torch(drawn_pairs, pretrained, tmp_p
 
     torch.manual_seed(0)
     config = dataclasses.replace(ENCODER, img_size=32)
-    options = dict(channels=24, drop_path_rate=0.3, rel_pos_bias="rel_pos_bias" in more)
+    options = dict(channels=24, drop_path_rate=0.3, rel_pos_bias="pos" in more, layer_scale="scale" in more)
     model = ViTMAEForSegmentation(config, 4, **options)
     model.load_state_dict(model.state_dict() | pretrained_backbone(pretrained, (8, 8)))
     groups = []

@@ -38,15 +38,16 @@ OWN = {
     "finetune_classifier": """path_to_pretrained_mae_weights num_classes global_pool custom_weight_init eval_only
  linear_probe knn finetune_blocks recipe learning_rate base_learning_rate min_learning_rate layer_decay adam_betas
  drop_path random_aug_magnitude random_erasing mixup_alpha cutmix_alpha label_smoothing ema_decay eval_interval
- balanced_sampling class_weights test_folder schedule_epochs label_column""",
+ balanced_sampling class_weights test_folder schedule_epochs label_column
+ class_subset""",
     "finetune_segmentation": """path_to_backbone_checkpoint from_scratch taps channels norm rel_pos_bias num_classes
  ignore_zero class_names resize_to iterations warmup_iterations learning_rate layer_decay drop_path auxiliary_weight
 eval_interval recipe eval_only slide multi_scale window_batch_size flip loss class_weights test_split
- label_values image_folder label_folder image_suffix label_suffix annotation_column""",
+ label_values image_folder label_folder image_suffix label_suffix annotation_column layer_scale""",
 }
 SWITCHES = """check deterministic activation_checkpointing log_wandb demo rescan_data pin_memory bias_weight_decay
  norm_weight_decay norm_pix_loss custom_weight_init eval_only linear_probe knn from_scratch rel_pos_bias ignore_zero
- slide multi_scale flip balanced_sampling encode_mask_tokens"""
+ slide multi_scale flip balanced_sampling encode_mask_tokens layer_scale class_subset"""
 NOBODY = 65534
 MINIMAL = {"per_gpu_batch_size": 4}
 # Lowest and highest value, both allowed; None where there is no end.

@@ -1074,6 +1074,75 @@ def test_a_classifier_may_become_a_segmenters_backbone_and_a_segmenter_may_not(t
         load_pretrained_encoder(model.backbone, tmp_path / "segmenter")
 
 
+def test_layer_scale_is_beits_in_logits_and_in_an_optimizer_step():
+    """MMSegmentation's MAE has BEiT's blocks: against transformers' own, with the same weights under the same heads."""
+    torch.manual_seed(0)
+    model = random_segmenter(rel_pos_bias=True, layer_scale=True, channels=16).double()
+    encoder, config = model.backbone, model.backbone.config
+    theirs = transformers.BeitModel(
+        transformers.BeitConfig(
+            hidden_size=config.encoder_embed_dim,
+            num_hidden_layers=config.encoder_depth,
+            num_attention_heads=config.encoder_num_heads,
+            intermediate_size=int(config.encoder_embed_dim * config.encoder_mlp_ratio),
+            image_size=config.img_size,
+            patch_size=config.patch_size,
+            layer_norm_eps=1e-6,
+            use_relative_position_bias=True,
+            use_absolute_position_embeddings=True,
+            layer_scale_init_value=1.0,
+            drop_path_rate=0.0,
+            attn_implementation="eager",
+        ),
+        add_pooling_layer=False,
+    ).double()
+    names = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"}
+    leaves = ("weight", "bias")
+    names |= {f"patch_embed.proj.{leaf}": f"embeddings.patch_embeddings.projection.{leaf}" for leaf in leaves}
+    pairs = dict(norm1="layernorm_before", norm2="layernorm_after")
+    pairs |= {"attn.proj": "attention.o_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    for layer in range(config.encoder_depth):
+        our, their = f"blocks.{layer}.", f"layers.{layer}."
+        names |= {f"{our}{a}.{leaf}": f"{their}{b}.{leaf}" for a, b in pairs.items() for leaf in leaves}
+        names |= {f"{our}gamma_{number}": f"{their}lambda_{number}" for number in (1, 2)}
+        table = "relative_position_bias_table"
+        names[f"{our}attn.{table}"] = f"{their}relative_position_bias.{table}"
+    ours, own = dict(encoder.named_parameters()), dict(theirs.named_parameters())
+    with torch.no_grad():
+        for name, parameter in ours.items():
+            if "gamma" in name or "relative" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            if "qkv.bias" in name:
+                parameter.chunk(3)[1].zero_()  # BEiT's keys have no bias
+        for name, their_name in names.items():
+            own[their_name].copy_(ours[name])
+        for layer in range(config.encoder_depth):
+            for part, part_name in enumerate("qkv"):
+                for leaf in leaves:
+                    target = own.get(f"layers.{layer}.attention.{part_name}_proj.{leaf}")
+                    if target is not None:
+                        target.copy_(ours[f"blocks.{layer}.attn.qkv.{leaf}"].chunk(3)[part])
+    images = torch.randn(2, 3, *config.image_hw, dtype=torch.float64)
+
+    def run_theirs() -> list[torch.Tensor]:
+        states = theirs(images, output_hidden_states=True).hidden_states[1:]
+        return [states[tap][:, 1:].transpose(1, 2).unflatten(2, config.grid_size) for tap in model.taps]
+
+    model.eval(), theirs.eval()
+    expected = model.decode_head(model.neck(run_theirs()))
+    torch.testing.assert_close(model(images).logits, expected)
+
+    answers = encoder.get_intermediate_layers(images, model.taps)
+    for maps, parameters in ((answers, ours), (run_theirs(), own)):
+        sum(part.square().mean() + part.mean() for part in maps).backward()
+        trained = [p for p in parameters.values() if p.grad is not None]
+        torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.05, eps=1e-5).step()  # 1e-8 makes steps of rounding
+    for name, their_name in names.items():
+        torch.testing.assert_close(ours[name].grad, own[their_name].grad)
+        torch.testing.assert_close(ours[name], own[their_name], rtol=0, atol=1e-7)  # of steps of 1e-3
+    assert all((ours[f"blocks.{layer}.gamma_1"].grad != 0).any() for layer in range(config.encoder_depth))
+
+
 def test_blocks_behind_the_last_tap_are_not_trained():
     """Two processes would wait for their gradients."""
     model = ViTMAEForSegmentation(dataclasses.replace(TINY, encoder_depth=5), 4, taps=[0, 1, 2, 3], channels=48)
@@ -1084,8 +1153,9 @@ def test_blocks_behind_the_last_tap_are_not_trained():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_load_segmenter_gives_back_what_was_written_and_refuses_the_rest(tmp_path):
-    options = dict(taps=[0, 1, 2, 3], channels=32, norm="batch", rel_pos_bias=True)
+@pytest.mark.parametrize("more", [{}, {"layer_scale": True}])
+def test_load_segmenter_gives_back_what_was_written_and_refuses_the_rest(more, tmp_path):
+    options = dict(taps=[0, 1, 2, 3], channels=32, norm="batch", rel_pos_bias=True) | more
     model = random_segmenter(**options)
     folder = tmp_path / "best_checkpoint"
     folder.mkdir()

@@ -273,6 +273,7 @@ def flags_for(untold: list[str]) -> str:
 def build_record(source: Source, config: model.MAEConfig, args: argparse.Namespace) -> dict:
     """Build the config.json that the training scripts write; ValueError where what is told contradicts the weights."""
     told, seen = source.record, options_of(source, config)
+    told = {name: value for name, value in told.items() if name != "layer_scale"}  # multiplied into the weights
     fields, num_classes = config.as_record(decoder=source.kind == "masked autoencoder"), seen.get("num_classes")
     record = {"architecture": KINDS[source.kind].__name__, "config": fields}
     if source.kind == "segmenter":
