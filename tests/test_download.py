@@ -31,10 +31,12 @@ from conftest import ROOT, load_tool
 from PIL import Image
 from torchvision.datasets import Imagenette, OxfordIIITPet
 
-from storage import transfer
+from model import ViTMAEForImageClassification, load_classifier
+from storage import published, transfer
 from storage.labels import IGNORE_INDEX, label_table, read_label_map
 from storage.lists import find_splits, list_images
 from storage.pairs import check_pairs, list_pairs
+from storage.sizes import MAEConfig
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 
@@ -505,6 +507,29 @@ def test_words_of_the_server_cannot_steer_the_terminal(server, tool, tmp_path, c
     assert "\x1b" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("digits", ["right", "wrong", "none"])
+def test_weights_at_an_address_are_fetched_checked_and_converted(digits, server, tmp_path, capsys):
+    torch.manual_seed(0)
+    config = MAEConfig(img_size=32, encoder_embed_dim=192, encoder_depth=1, encoder_num_heads=3)
+    model = ViTMAEForImageClassification(config, 3)
+    torch.save({"model": model.state_dict()}, tmp_path / "source.pth")
+    content = (tmp_path / "source.pth").read_bytes()
+    known = {"right": "-" + hashlib.sha256(content).hexdigest()[:8], "wrong": "-" + "0" * 8, "none": ""}[digits]
+    server.files[f"/vit{known}.pth"] = content
+    converter = load_tool("convert_weights")
+    given = [f"{server.url}/vit{known}.pth", str(tmp_path / "ours"), "--to", "ours"]
+    if digits == "wrong":
+        with pytest.raises(ValueError, match="has the sha256"):
+            converter.main(converter.parse_args(given))
+        assert not (tmp_path / "ours").exists() and not (tmp_path / f"vit{known}.pth").exists()
+        return
+    converter.main(converter.parse_args(given))
+    told = "the first 8 digits of its sha256" if digits == "right" else "not verified, no published checksum"
+    assert told in capsys.readouterr().out and (tmp_path / f"vit{known}.pth").read_bytes() == content
+    loaded, _ = load_classifier(tmp_path / "ours")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
 def test_weights_of_an_old_torch_are_never_called_verified(server, tool, tmp_path, capsys):
     """Only a digest of the whole file finds each flipped bit; without one nothing may be claimed."""
     file = tmp_path / "source.pth"
@@ -517,14 +542,14 @@ def test_weights_of_an_old_torch_are_never_called_verified(server, tool, tmp_pat
         file.write_bytes(damaged)
         for known in (checksum(content), checksum(content, 6)):
             with pytest.raises(ValueError, match="has the md5"):
-                tool.verify(file, url, known, "remove it")
+                published.verify(file, url, known, "remove it")
         with contextlib.suppress(ValueError):  # of the first bytes, by which such a file is known
-            assert tool.verify(file, url, None, "remove it") == "not verified, no published checksum"
+            assert published.verify(file, url, None, "remove it") == "not verified, no published checksum"
             taken += 1
     assert taken >= 190
     file.write_bytes(content)
-    assert tool.verify(file, url, checksum(content), "").startswith("verified, it has the published md5 ")
-    assert "verified" not in tool.verify(file, url, checksum(content, 6), "")
+    assert published.verify(file, url, checksum(content), "").startswith("verified, it has the published md5 ")
+    assert "verified" not in published.verify(file, url, checksum(content, 6), "")
     serve(server, tool, "mae_base", {WEIGHTS: content}, lambda _: None)
     run(tool, "mae_base", tmp_path / "output")
     assert f"{WEIGHTS}: not verified, no published checksum" in capsys.readouterr().out

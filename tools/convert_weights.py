@@ -3,7 +3,8 @@
     python tools/convert_weights.py SOURCE TARGET --to {ours,original,timm,huggingface,mmseg,tutorial}
     python tools/convert_weights.py --inspect SOURCE
 
-SOURCE is a weight file or a folder with one; its layout is read from its keys. LAYOUTS of storage/layouts.py is the
+SOURCE is a weight file, a folder with one, or the address of a file, which is kept beside TARGET; its layout is read
+from its keys. LAYOUTS of storage/layouts.py is the
 map, one table for each layout, read both ways. Tensors are renamed, and q, k and v cut or joined, without touching a
 bit. What a target has no place for is named, and needs --drop. A target is whole or not there: it is written as
 TARGET.unfinished.tmp and renamed. A kill between the two renames of --overwrite leaves a folder as TARGET.replaced.old,
@@ -31,8 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
 from dataset import IMAGENET_MEAN, IMAGENET_STD
 from storage import files, layouts, weights
+from storage.console import escape_lines
 from storage.labels import ADE20K_CLASS_NAMES, LABEL_COLOURS
 from storage.layouts import LAYOUTS, NOT_OF_THE_ENCODER, describe_names, their_names
+from storage.published import get_weights, is_url
 from storage.sizes import ADE20K_NUM_CLASSES, without_decoder
 from storage.sources import Source, add_backbone, describe_shapes, rename, simplify
 
@@ -457,7 +460,7 @@ def inspect(path: str, args: argparse.Namespace) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", nargs="?", metavar="SOURCE", help="weight file, or folder with one")
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help="weight file, folder with one, or http(s)://...")
     parser.add_argument(
         "target", nargs="?", type=files.user_path, metavar="TARGET", help="a folder, or a file, by --to"
     )
@@ -488,6 +491,8 @@ def main(args: argparse.Namespace) -> None:
     if not os.path.lexists(place):
         files.recover(place)
     check_target(args.target, args.to, args.overwrite)
+    if is_url(args.source):
+        args.source = str(get_weights(args.source, place.parent))
     source, sizes = open_source(args.source, args)
     converted = convert(source, args.to)
     if converted.left_out and not args.drop:
@@ -509,4 +514,4 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(escape_lines(f"error: {error}"))  # a server's words may hold control characters

@@ -14,13 +14,11 @@ and none of the addresses below has been tried.
 """
 
 import argparse
-import hashlib
 import os
 import shutil
 import sys
 import tarfile
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +27,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from storage.files import beside, escape, open_regular, publish, read_json, remove, user_path, write_json
+from storage.files import beside, escape, read_json, remove, user_path, write_json
 from storage.labels import read_label_map
 from storage.lists import contents
-from storage.transfer import Part, check_disk, fetch, private_folder
+from storage.published import DAMAGED_ARCHIVE, get_file
+from storage.transfer import check_disk, private_folder
 
-# What unpacking raises for damage, and RuntimeError for a password or an unknown compression.
-DAMAGED_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError)
 UNPACKED_RATIO = 1.1  # unpacked size to archive size: images hardly shrink in an archive
-PICKLE_START = b"\x80\x02"  # of weights that torch wrote before its files were archives
 STAMP = "download.json"  # in a data set that this tool has finished
 
 IMAGENETTE = "https://s3.amazonaws.com/fast-ai-imageclas"
@@ -109,34 +105,6 @@ def arrange_pets(unpacked: Path, target: Path) -> None:
             Image.fromarray(read_label_map(trimap, TRIMAP_CLASSES)).save(label_maps / trimap.name)
 
 
-def verify(file: Path, url: str, checksum: str | None, advice: str) -> str:
-    """Check a file against all that is known of it, and say what that was; ValueError where it is another."""
-    found = "not verified, no published checksum"
-    with open_regular(file) as content:
-        start = content.read(len(PICKLE_START))
-        content.seek(0)
-        if checksum:
-            algorithm, digits = checksum.split(":")
-            digest = hashlib.file_digest(content, algorithm).hexdigest()
-            if not digest.startswith(digits):
-                raise ValueError(f"{file} has the {algorithm} {digest}, but that of {url} is {digits}; {advice}")
-            if digest == digits:
-                return f"verified, it has the published {algorithm} {digits}"
-            found = f"the first {len(digits)} digits of its {algorithm}, all that are published, agree ({digits})"
-    if zipfile.is_zipfile(file):  # as torch writes weights, with a checksum for each tensor
-        try:
-            with zipfile.ZipFile(file) as content:
-                damaged = content.testzip()
-        except DAMAGED_ARCHIVE as error:
-            damaged = error
-        if damaged:
-            raise ValueError(f"{file} is damaged: {damaged} does not have its checksum; {advice}")
-        return f"{found}; the checksums of the parts inside it agree"
-    if not checksum and url.endswith(".pth") and start != PICKLE_START:  # a page that asks to log in, for example
-        raise ValueError(f"{file} is no file of weights: it begins with {start!r}; {advice}")
-    return found
-
-
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack a .zip or a tar file, once name, type and size of all that it holds are checked; ValueError otherwise."""
     is_zip = archive.suffix == ".zip"
@@ -158,28 +126,6 @@ def unpack(archive: Path, folder: Path) -> None:
     except DAMAGED_ARCHIVE as error:
         reason = str(error).partition("\n")[0].rstrip(":")
         raise ValueError(f"{archive} cannot be unpacked: {reason}; remove it and run the command again") from error
-
-
-def get_file(url: str, checksum: str | None, file: Path, work: Path, room: float = 1) -> None:
-    """Download a file unless it exists; ValueError when another one does. `room` is the disk space, in file sizes."""
-    if os.path.lexists(file):
-        print(f"{file} is there: {verify(file, url, checksum, 'move it away and run the command again')}")
-        return
-    print(f"downloading {url}")
-    for last in (False, True):
-        with Part(work / f"{file.name}.part") as part:
-            continued = fetch(url, file, part, room)
-        try:
-            found = verify(part.path, url, checksum, "it was removed")
-            break
-        except ValueError as error:
-            part.remove()
-            if last or not continued:  # continued: pieces of several answers, perhaps of several files
-                raise ValueError(f"{error}, run the command again") from error
-            print(f"{error}; it came in several pieces, so the download starts over")
-    publish(part.path, file)
-    part.remove()
-    print(f"{file}: {found}")
 
 
 def get_data(sources: dict[str, str | None], target: Path, work: Path) -> None:
