@@ -413,7 +413,7 @@ class ImageDataset(Dataset):
     in `bad_files`; ValueError when that goes on for MAX_REPLACEMENTS files, and at once with `replace_bad_files` off:
     a score has to be over the very images it says. Indices past the end start over, each time with new random draws.
 
-    `masking` turns an image's noise into another one of the same size (model.py, MASKINGS).
+    `masking` turns an image's noise into another one of the same size (utils.build_masking).
 
     `keep_decoded` keeps the last picture for samplers that ask for several crops of it in a row. Worth 2.5 times the
     crops a second, at 4 crops of a decoded image, to those whose GPU waits for data.

@@ -597,8 +597,8 @@ def draw_predictions(
         f"true: {names[sample.label]}\nis: {names[answer]} {100 * probability:.0f} %"
         for sample, answer, probability in zip(samples, answers.tolist(), probabilities.tolist(), strict=True)
     ]
-    panels = utils.show_values([dataset.denormalize(images, args.mean, args.std)], args.show_channels)
-    return utils.draw_rows({title: panels[0]}, {title: captions}, caption_width=CAPTION_WIDTH)
+    panels = training.show_values([dataset.denormalize(images, args.mean, args.std)], args.show_channels)
+    return training.draw_rows({title: panels[0]}, {title: captions}, caption_width=CAPTION_WIDTH)
 
 
 def describe(

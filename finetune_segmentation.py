@@ -321,20 +321,20 @@ def draw_predictions(
 
     labels = [sample.label.long() for sample in samples]
     scale = 255 if args.show_channels is None else 1
-    images = [utils.show_values([sample.image[None] / scale], args.show_channels)[0][0] for sample in samples]
+    images = [training.show_values([sample.image[None] / scale], args.show_channels)[0][0] for sample in samples]
     rows = {
-        "image" + utils.describe_channels(args.show_channels): [fit(image, "bilinear") for image in images],
-        "label (black is ignored)": [fit(utils.colour_classes(label, LABEL_COLOURS)) for label in labels],
-        "prediction": [fit(utils.colour_classes(answer, LABEL_COLOURS)) for answer in answers],
+        "image" + training.describe_channels(args.show_channels): [fit(image, "bilinear") for image in images],
+        "label (black is ignored)": [fit(training.colour_classes(label, LABEL_COLOURS)) for label in labels],
+        "prediction": [fit(training.colour_classes(answer, LABEL_COLOURS)) for answer in answers],
     }
-    picture = utils.draw_rows(rows, min_side=1)
+    picture = training.draw_rows(rows, min_side=1)
     pixels = torch.cat([x.flatten() for x in (*answers, *labels)])
     counts = torch.bincount(pixels[pixels != IGNORE_INDEX], minlength=args.num_classes)
     order = [k for k in counts.argsort(descending=True, stable=True).tolist() if counts[k]]
     names = {args.class_names[k]: tuple(LABEL_COLOURS[k]) for k in order[:LEGEND_NAMES]}
     if len(order) > LEGEND_NAMES:
         names[f"and {len(order) - LEGEND_NAMES} more"] = (255, 255, 255)
-    legend = utils.draw_legend(names, picture.width)
+    legend = training.draw_legend(names, picture.width)
     canvas = Image.new("RGB", (picture.width, picture.height + legend.height), "white")
     canvas.paste(picture, (0, 0))
     canvas.paste(legend, (0, picture.height))

@@ -9,8 +9,7 @@ Masks    1 = removed, 0 = kept
 """
 
 import functools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -326,49 +325,6 @@ class VisionTransformer(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------ masked autoencoder
-
-BLOCK_MIN_SHARE = 16 / 196  # of the patches: the smallest block
-BLOCK_MIN_ASPECT, BLOCK_TRIES = 0.3, 10
-
-
-def block_masking(noise: Tensor, grid_size: tuple[int, int], mask_ratio: float) -> Tensor:
-    """Raise the noise (L,) of the patches in random blocks, so that these are removed first (paper, table 1f).
-
-    Blocks are drawn as in the release of BEiT (arXiv 2106.08254, algorithm 1), one after the other; draws from torch.
-    Where no further block fits in, patches of highest noise are removed, so that the ratio is exact.
-    """
-    (h, w), limit = grid_size, -math.log(BLOCK_MIN_ASPECT)
-    num_removed = h * w - num_kept_patches(h * w, mask_ratio)
-    removed, tries = torch.zeros(h, w), 0
-    while (room := num_removed - int(removed.sum())) and tries < BLOCK_TRIES:
-        tries += 1
-        area, ratio, y, x = torch.rand(4, dtype=torch.float64).tolist()
-        area = BLOCK_MIN_SHARE * h * w * (1 - area) + room * area
-        ratio = math.exp(limit * (2 * ratio - 1))
-        height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < height < h and 0 < width < w:
-            top, left = int(y * (h - height + 1)), int(x * (w - width + 1))
-            block = removed[top : top + height, left : left + width]
-            if 0 < block.numel() - int(block.sum()) <= room:
-                block.fill_(1)
-                tries = 0
-    return noise + removed.flatten()
-
-
-def grid_masking(noise: Tensor, grid_size: tuple[int, int], mask_ratio: float) -> Tensor:
-    """Raise the noise (L,) of all but one of every four patches, which stay (paper, table 1f; mask ratio 0.75)."""
-    removed = torch.ones(grid_size)
-    removed[::2, ::2] = 0
-    return noise + removed.flatten()
-
-
-def build_masking(name: str, grid_size: tuple[int, int], mask_ratio: float) -> Callable[[Tensor], Tensor] | None:
-    """Give the function of an image's noise (L,) after which the patches of smallest noise stay; None leaves it.
-
-    Data workers call it under the image's seed, so that what it draws is a function of (seed, epoch, index).
-    """
-    masking = {"random": None, "block": block_masking, "grid": grid_masking}[name]
-    return masking and functools.partial(masking, grid_size=grid_size, mask_ratio=mask_ratio)
 
 
 class Masking(NamedTuple):

@@ -195,7 +195,7 @@ from torch import Tensor
 
 import dataset
 import utils
-from model import ViTMAEForPreTraining, build_masking, load_pretrained_encoder, read_sizes
+from model import ViTMAEForPreTraining, load_pretrained_encoder, read_sizes
 
 # ------------------------------------------------------------------------------------------------ evaluation
 
@@ -207,7 +207,7 @@ def evaluate(
 
     `testing_loss` is the loss of training, on held-out images. For a model that predicts plain pixels also the mean
     squared error on the removed patches, with 0 black and 1 white, beside two answers that need no learning (see
-    `trivial_answers`).
+    `utils.trivial_answers`).
     """
     sums, num_images = {}, 0
     with utils.evaluating(model):
@@ -223,7 +223,10 @@ def evaluate(
                 target, answer = (
                     model.patchify(dataset.denormalize(x, args.mean, args.std)) for x in (images, reconstructed)
                 )
-                answers = {"model_error": answer, **trivial_answers(target, mask, model)}
+                answers = {
+                    "model_error": answer,
+                    **utils.trivial_answers(target, mask, model.config.grid_size, args.input_channels),
+                }
                 counted = mask if valid is None else mask * valid
                 for name, answer in answers.items():
                     values[name] = ((answer - target).square().mean(dim=2) * counted).sum() / mask.sum()
@@ -233,26 +236,6 @@ def evaluate(
     shares = gather_object([(sums, num_images)])  # as objects, because the share of a process may be empty
     total = sum(count for _, count in shares)
     return {name: sum(share.get(name, 0.0) for share, _ in shares) / total for name in shares[0][0]}
-
-
-def trivial_answers(target: Tensor, mask: Tensor, model: ViTMAEForPreTraining) -> dict[str, Tensor]:
-    """Answer for all patches, each (N, L, P*P*C), without learning anything.
-
-    `mean_colour_error` is of the mean colour of the image's visible patches, `nearest_patch_error` of a copy of the
-    visible patch that is nearest in the grid (the first in reading order, where several are).
-    """
-    visible = (1 - mask)[:, :, None]  #                                               (N, L, 1)
-    pixels = target.unflatten(2, (-1, model.config.input_channels))  #                (N, L, P*P, C)
-    colour = (pixels.mean(dim=2) * visible).sum(dim=1) / visible.sum(dim=1)  #        (N, C)
-    h, w = model.config.grid_size
-    places = torch.cartesian_prod(torch.arange(h), torch.arange(w)).to(target.device)  # (L, 2)
-    distances = (places[:, None] - places).square().sum(dim=2)  #                     (L, L), whole numbers
-    distances = distances + mask[:, None, :] * (h * h + w * w)  #                     (N, L, L), removed ones too far
-    nearest = distances.argmin(dim=2)  #                                              (N, L)
-    return {
-        "mean_colour_error": colour[:, None, None].expand_as(pixels).flatten(2),
-        "nearest_patch_error": torch.gather(target, 1, nearest[:, :, None].expand_as(target)),
-    }
 
 
 def probe(
@@ -292,13 +275,13 @@ def draw_reconstructions(
     with utils.evaluating(model), accelerator.autocast():
         loss, pred, mask = model(images, args.mask_ratio, batch.noise.to(accelerator.device), valid=valid)
     panels = [dataset.denormalize(x, args.mean, args.std) for x in (images, *model.reconstruct(images, pred, mask))]
-    panels = utils.show_values(panels, args.show_channels)
-    panels[2] = utils.hide_visible(panels[2], mask, model.config.grid_size)
+    panels = training.show_values(panels, args.show_channels)
+    panels[2] = training.hide_visible(panels[2], mask, model.config.grid_size)
     look = args.mask_ratio, args.norm_pix_loss, args.show_channels
-    titles = utils.reconstruction_titles(*look, loss=loss.item(), step=step)
+    titles = training.reconstruction_titles(*look, loss=loss.item(), step=step)
     paths = ["another for a bad file" if s.bad_files else data.files.path(s.key.index) for s in samples]
     names = [storage.escape(Path(path).name, also_bytes=True) for path in paths]
-    return utils.draw_rows(dict(zip(titles, panels, strict=True)), {titles[0]: names})
+    return training.draw_rows(dict(zip(titles, panels, strict=True)), {titles[0]: names})
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -321,7 +304,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     training.choose_value_range(accelerator, args, train_files)
     values = dataset.build_values(args.value_range, args.mean, args.std)  # None for photographs
     sample = dict(seed=args.seed, channels=args.input_channels, values=values, noise_size=config.num_patches)
-    sample["masking"] = build_masking(args.masking, config.grid_size, args.mask_ratio)
+    sample["masking"] = utils.build_masking(args.masking, config.grid_size, args.mask_ratio)
     augment = dataset.build_pretraining_transform(config.image_hw, args.min_crop_scale, args.augmentation)
     train_data = dataset.ImageDataset(train_files, augment, keep_decoded=args.repeated_sampling > 1, **sample)
     eval_data = dataset.ImageDataset(val_files or train_files, dataset.ResizeCenterCrop(config.image_hw), **sample)

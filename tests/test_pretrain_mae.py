@@ -32,10 +32,11 @@ from dataset import (
     normalize,
 )
 from model import MAEConfig, ViTMAEForPreTraining, load_pretrained_mae
-from pretrain_mae import build_config, evaluate, main, parse_args, trivial_answers
+from pretrain_mae import build_config, evaluate, main, parse_args
 from storage import decoding
 from storage.demo import write_demo_data
 from storage.lists import list_images
+from utils import trivial_answers
 
 TINY_FLAGS = """--experiment_name run --img_size 16 --patch_size 4 --encoder_embed_dim 32 --encoder_depth 2
  --encoder_num_heads 4 --decoder_embed_dim 16 --decoder_depth 1 --decoder_num_heads 2 --epochs 4 --warmup_epochs 1
@@ -697,7 +698,7 @@ def test_trivial_answers_of_a_hand_made_image():
     for patch, colour in enumerate([(1.0, 0.0, 0.0), (0.0, 0.5, 0.0), (0.0, 0.0, 0.2), (0.0, 1.0, 0.6)]):
         images[0, :, :, 2 * patch : 2 * patch + 2] = torch.tensor(colour)[:, None, None]
     mask = torch.tensor([[0.0, 1.0, 1.0, 0.0]])  # the middle two of four patches in a row are removed
-    answers = trivial_answers(model.patchify(images), mask, model)
+    answers = trivial_answers(model.patchify(images), mask, model.config.grid_size, model.config.input_channels)
     copied = model.unpatchify(answers["nearest_patch_error"])[0, :, 0, ::2].T
     assert copied.tolist() == images[0, :, 0, [0, 0, 6, 6]].T.tolist()
     mean = model.unpatchify(answers["mean_colour_error"])[0, :, 0, ::2].T

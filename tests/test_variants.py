@@ -13,10 +13,11 @@ from sklearn.decomposition import PCA
 from torch.utils.flop_counter import FlopCounterMode
 
 import dataset
-from model import MODEL_CONFIGS, ViTMAEForPreTraining, block_masking, build_masking, load_pretrained_mae
+from model import MODEL_CONFIGS, ViTMAEForPreTraining, load_pretrained_mae
 from pretrain_mae import build_config, main, parse_args
 from storage.lists import list_images
 from storage.sizes import MAEConfig, num_kept_patches
+from utils import block_masking, build_masking
 
 SMALL = MAEConfig(
     img_size=16,

@@ -22,7 +22,7 @@ from storage import explained_errors
 from storage.files import escape, user_path
 from storage.lists import find_images
 from storage.values import ImageReader, patches_with_data
-from utils import draw_rows, hide_visible, reconstruction_titles, show_values
+from training.pictures import draw_rows, hide_visible, reconstruction_titles, show_values
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

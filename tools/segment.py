@@ -22,8 +22,8 @@ from storage.files import user_path
 from storage.labels import LABEL_COLOURS, raw_labels
 from storage.lists import find_images
 from storage.values import ImageReader, fill_values
+from training.pictures import colour_classes, draw_legend, show_values
 from upernet import predict
-from utils import colour_classes, draw_legend, show_values
 
 SHOWN_CLASSES = 12
 

@@ -28,9 +28,10 @@ from storage.files import (
 )
 from storage.lists import as_text
 from storage.weights import find_weights
+from training.pictures import draw_rows, show_values
 from training.process import gather_slices, process_slice
 from training.records import print_figures
-from utils import ConfusionMatrix, accuracy, class_scores, describe_class, draw_rows, show_values
+from utils import ConfusionMatrix, accuracy, class_scores, describe_class
 
 EVALUATION_FILE = "evaluation.json"
 TOP = 5
