@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from conftest import assert_close, launch, rows, weights
 from PIL import Image
+from torch._dynamo.utils import counters
 
 import finetune_classifier
 import model as model_module
@@ -36,6 +37,7 @@ from pretrain_mae import build_config, evaluate, main, parse_args
 from storage import decoding
 from storage.demo import write_demo_data
 from storage.lists import list_images
+from training.run import Run
 from utils import trivial_answers
 
 TINY_FLAGS = """--experiment_name run --img_size 16 --patch_size 4 --encoder_embed_dim 32 --encoder_depth 2
@@ -249,15 +251,26 @@ def test_workers_do_not_change_the_run(finished, drawn_images, tmp_path):
     assert_close(weights(experiment / "checkpoint_4"), weights(finished / "checkpoint_4"), atol=0)
 
 
-def test_compiled_run_writes_keys_without_a_prefix(finished, drawn_images, tmp_path):
-    printed = launch(
-        "pretrain_mae.py",
-        flags(drawn_images, tmp_path, "--epochs", "2"),
-        dynamo_backend="eager",
-        TORCH_LOGS="dynamo",
-    )
-    assert "torchdynamo start compiling" in printed or "torchdynamo start tracing" in printed
-    assert weights(tmp_path / "run" / "checkpoint_2").keys() == weights(finished / "checkpoint_2").keys()
+@pytest.mark.parametrize("more", [(), ("--activation_checkpointing",)])
+def test_compiled_run_breaks_no_graph_and_compiles_nothing_after_its_first_epoch(
+    more, finished, drawn_images, tmp_path, monkeypatch
+):
+    """A graph for training, one for evaluation, and one for any size of its last batch. Keys have no prefix."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")  # as `accelerate launch --dynamo_backend` sets it
+    graphs, finish_epoch = [], Run.finish_epoch
+
+    def note(self, *args, **how):
+        graphs.append(counters["stats"]["unique_graphs"])
+        return finish_epoch(self, *args, **how)
+
+    monkeypatch.setattr(Run, "finish_epoch", note)
+    torch.compiler.reset()
+    counters.clear()
+    often = ("--epochs", "3", "--save_checkpoint_interval", "1", "--per_gpu_batch_size", "6")
+    experiment = train(drawn_images, tmp_path, *often, *more)
+    assert not counters["graph_break"]
+    assert 1 <= graphs[0] <= 3 and graphs == graphs[:1] * 3
+    assert weights(experiment / "checkpoint_3").keys() == weights(finished / "checkpoint_4").keys()
 
 
 def test_run_on_grey_rectangles_without_classes_or_validation(image_folder, tmp_path):
