@@ -1,7 +1,14 @@
-"""What step.py compares: this project's networks and transformers' of the same sizes, each of which gives its loss."""
+"""What is compared: this project's networks and others' of the same sizes, each of which gives its loss."""
 
+import importlib
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.models import vision_transformer
 from torch import Tensor, nn
 
 from model import MAEConfig, ViTMAEForPreTraining, ViTMAEForSegmentation, num_kept_patches
@@ -43,6 +50,60 @@ def build_transformers(config: MAEConfig, mask_ratio: float) -> nn.Module:
             return super().forward(images).loss
 
     return Loss(sizes)
+
+
+def build_lightly(config: MAEConfig, mask_ratio: float) -> nn.Module:
+    """Put lightly's parts together as its documentation does: only removed patches are predicted, as plain pixels."""
+    from lightly.models import modules, utils
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            width, decoder_width = config.encoder_embed_dim, config.decoder_embed_dim
+            sizes = dict(embed_dim=width, depth=config.encoder_depth, num_heads=config.encoder_num_heads)
+            vit = vision_transformer.VisionTransformer(config.image_hw, config.patch_size, num_classes=0, **sizes)
+            self.encoder = modules.MaskedVisionTransformerTIMM(vit)
+            self.embed = nn.Linear(width, decoder_width)
+            self.decoder = modules.MaskedVisionTransformerDecoderTIMM(
+                config.num_patches, decoder_width, config.decoder_depth, config.decoder_num_heads
+            )
+            self.predict = nn.Linear(decoder_width, config.patch_dim)
+
+        def forward(self, images: Tensor) -> Tensor:
+            size = len(images), self.encoder.sequence_length
+            keep, removed = utils.random_token_mask(size, mask_ratio, device=images.device)
+            x = self.embed(self.encoder.encode(images, idx_keep=keep))
+            tokens = utils.repeat_token(self.decoder.mask_token, size)
+            tokens = utils.set_at_index(tokens, keep, x.type_as(tokens))
+            pred = self.predict(utils.get_at_index(self.decoder(tokens), removed))
+            target = utils.get_at_index(utils.patchify(images, config.patch_size), removed - 1)
+            return F.mse_loss(pred, target)
+
+    return Loss()
+
+
+def build_original(config: MAEConfig, mask_ratio: float, *, checkout: Path) -> nn.Module:
+    """Build the network of a checkout of facebookresearch/mae; it is for timm 0.3.2, here it gets today's blocks."""
+
+    class Block(vision_transformer.Block):
+        def __init__(self, *args, qk_scale: None = None, **options):  # which timm no longer has
+            super().__init__(*args, **options)
+
+    sys.path.append(str(checkout))
+    with mock.patch.object(vision_transformer, "Block", Block):
+        models_mae = importlib.import_module("models_mae")
+
+    class Loss(models_mae.MaskedAutoencoderViT):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images, mask_ratio)[0]
+
+    sizes = {  # without "encoder_", and three others by their names there
+        name.removeprefix("encoder_"): value
+        for name, value in config.as_record(decoder=True).items()
+        if name not in ("input_channels", "encoder_mlp_ratio", "decoder_mlp_ratio")
+    }
+    with mock.patch.object(np, "float", float, create=True):  # which numpy no longer has
+        return Loss(in_chans=config.input_channels, mlp_ratio=config.encoder_mlp_ratio, **sizes)
 
 
 class FullEncoder(ViTMAEForPreTraining):
