@@ -5,6 +5,7 @@ A benchmark that imports this finds the project's modules, whatever folder it is
 
 import argparse
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def build_parser(description: str, *, rounds: int = 5) -> argparse.ArgumentParse
 
 def describe_machine(device: torch.device) -> str:
     """Say in one line on what, when and at which commit this was measured."""
-    git = ["git", "-C", str(ROOT)]
+    git = ["git", "-C", str(ROOT)] if shutil.which("git") else ["true"]  # which says nothing
     commit, changes = (
         subprocess.run([*git, *words], capture_output=True, encoding="utf-8", check=False).stdout.strip()
         for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
@@ -109,4 +110,8 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     """Print a Markdown table under its title."""
     print(f"\n{title}\n")
     for cells in (header, ["---"] * len(header), *rows):
-        print("| " + " | ".join(cells) + " |", flush=True)
+        print_row(cells)
+
+
+def print_row(cells: Sequence[str]) -> None:
+    print("| " + " | ".join(cells) + " |", flush=True)

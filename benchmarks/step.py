@@ -13,14 +13,17 @@ because on a CPU this project keeps the memory that it frees, as it does when it
 import argparse
 import dataclasses
 import functools
+import gc
 import importlib.util
 import json
 import resource
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from measure import alternate, build_parser, describe_machine, print_table, ratio, take_turns, time_run
@@ -68,16 +71,17 @@ def build_optimizer(network: nn.Module) -> torch.optim.Optimizer:
 
 
 def build_step(
-    network: nn.Module, optimizer: torch.optim.Optimizer, inputs: Sequence[Tensor], mode: str
+    network: nn.Module, optimizer: torch.optim.Optimizer, inputs: Sequence[Tensor], mode: str, compiler="inductor"
 ) -> Callable[[], None]:
     """Give one optimizer step: loss, gradients, clipping to a norm of one, AdamW."""
     dtype, compiled = MODES[mode]
     parameters = [p for p in network.parameters() if p.requires_grad]
-    compute_loss = torch.compile(network) if compiled else network
+    if compiled:
+        network.compile(backend=compiler)  # in place, as the scripts do
 
     def step() -> None:
         with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = compute_loss(*inputs)
+            loss = network(*inputs)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -96,6 +100,34 @@ def memory_gb() -> float:
         (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
         return int(peak) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+class Measured(NamedTuple):
+    """Seconds of a call, those of the first one, and peak memory."""
+
+    seconds: float
+    first_s: float
+    gb: float
+
+
+def time_calls(run: Callable[[], object], timed_s: float) -> Measured:
+    """Time a function: the median of three rounds of many calls, each of `timed_s`, whose ends alone are waited for."""
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    first_s, _, once = (time_run(run, DEVICE, time.perf_counter) for _ in range(3))
+    calls = max(1, min(50, int(timed_s / once)))
+    rounds = [time_run(lambda: [run() for _ in range(calls)], DEVICE, time.perf_counter) for _ in range(3)]
+    return Measured(statistics.median(rounds) / calls, first_s, memory_gb())
+
+
+def build_on_device(build: Callable[..., nn.Module], *args: object, **options: object) -> nn.Module:
+    """Build a network where it trains: a GPU draws the random numbers of a billion weights in no time."""
+    torch.compiler.reset()
+    gc.collect()  # a compiled network that nobody needs any more refers to itself
+    with DEVICE:
+        network = build(*args, **options)
+    return network.to(DEVICE).train()
 
 
 def measure_step(args: argparse.Namespace, config: MAEConfig) -> None:
@@ -168,15 +200,15 @@ def compare_peers(args: argparse.Namespace, config: MAEConfig, table: str = "pee
 def compare_mask_ratios(args: argparse.Namespace, config: MAEConfig) -> None:
     inputs, mode = [draw_images(args.batch_size, config)], f"{'bfloat16' if DEVICE.type == 'cuda' else 'float32'} eager"
     networks = {  # all predict every patch, so that only what is encoded differs
-        f"{mask_ratio:g} removed": build_ours(config, mask_ratio, predict_visible=True) for mask_ratio in MASK_RATIOS
+        f"{mask_ratio:g} removed": build_on_device(build_ours, config, mask_ratio, predict_visible=True)
+        for mask_ratio in MASK_RATIOS
     }
     usual, everything = f"{MASK_RATIO:g} removed", f"{MASK_RATIO:g} removed, all encoded with mask tokens"
-    networks[everything] = FullEncoder(config, MASK_RATIO)
+    networks[everything] = build_on_device(FullEncoder, config, MASK_RATIO)
     for network in networks.values():  # one set of weights, as there may be no room for four
         for name, parameter in networks[usual].named_parameters():
             owner, _, leaf = name.rpartition(".")
             setattr(network.get_submodule(owner), leaf, parameter)
-        network.to(DEVICE).train()
     optimizer = build_optimizer(networks[everything])
     steps = {name: build_step(network, optimizer, inputs, mode) for name, network in networks.items()}
     times = alternate(steps, args.rounds, DEVICE)

@@ -119,6 +119,15 @@ def load_tool(name: str) -> ModuleType:
     return tool
 
 
+def load_benchmark(name: str, monkeypatch) -> ModuleType:
+    """Import a file of benchmarks/, which is no package."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    return benchmark
+
+
 def launch(
     script: str, arguments: list[str], *, num_processes: int = 1, dynamo_backend: str = "no", **environment: str
 ) -> str:

@@ -1,26 +1,16 @@
 """The benchmarks: what they count, that every network they time trains, what they print. No speed is asserted."""
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY, load_benchmark
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import MODEL_CONFIGS, ViTMAEForPreTraining
 from storage.pairs import IGNORE_INDEX
-
-
-def load_benchmark(name: str, monkeypatch) -> ModuleType:
-    """Import a file of benchmarks/, which is no package."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    return benchmark
 
 
 @pytest.fixture
