@@ -1,12 +1,12 @@
 """What is compared: this project's networks and others' of the same sizes, each of which gives its loss."""
 
+import dataclasses
 import importlib
 import sys
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from timm.models import vision_transformer
 from torch import Tensor, nn
@@ -106,27 +106,9 @@ def build_original(config: MAEConfig, mask_ratio: float, *, checkout: Path) -> n
         return Loss(in_chans=config.input_channels, mlp_ratio=config.encoder_mlp_ratio, **sizes)
 
 
-class FullEncoder(ViTMAEForPreTraining):
+def build_full_encoder(config: MAEConfig, mask_ratio: float) -> nn.Module:
     """What masking saves: an encoder that sees every position, removed ones as a mask token (paper, table 1c)."""
-
-    def __init__(self, config: MAEConfig, mask_ratio: float):
-        super().__init__(config)
-        self.mask_ratio = mask_ratio
-        self.encoder_mask_token = nn.Parameter(torch.zeros(1, 1, config.encoder_embed_dim))
-
-    def forward(self, images: Tensor) -> Tensor:
-        patches = self.patchify(images)
-        noise = torch.rand(patches.shape[:2], device=images.device)
-        mask = self.random_masking(noise, self.mask_ratio).mask
-        pos_embed = self.positions(images)
-        x = self.embed_patches(patches)
-        x = torch.where(mask[:, :, None].bool(), self.encoder_mask_token.to(x.dtype), x) + pos_embed[:, 1:]
-        x = self.prepend_cls(x, pos_embed)
-        for block in self.blocks:
-            x = block(x)
-        in_order = torch.arange(noise.shape[1], device=images.device).expand_as(noise)
-        pred = self.forward_decoder(self.norm(x), in_order)
-        return self.forward_loss(images, pred, mask)
+    return build_ours(dataclasses.replace(config, encode_mask_tokens=True), mask_ratio, predict_visible=True)
 
 
 def training_flops(config: MAEConfig, mask_ratio: float) -> float:

@@ -27,7 +27,14 @@ from typing import NamedTuple
 
 import torch
 from measure import alternate, build_parser, describe_machine, print_table, ratio, take_turns, time_run
-from networks import FullEncoder, Segmenter, TransformersSegmenter, build_ours, build_transformers, training_flops
+from networks import (
+    Segmenter,
+    TransformersSegmenter,
+    build_full_encoder,
+    build_ours,
+    build_transformers,
+    training_flops,
+)
 from torch import Tensor, nn
 
 from model import MODEL_CONFIGS, MAEConfig
@@ -204,11 +211,12 @@ def compare_mask_ratios(args: argparse.Namespace, config: MAEConfig) -> None:
         for mask_ratio in MASK_RATIOS
     }
     usual, everything = f"{MASK_RATIO:g} removed", f"{MASK_RATIO:g} removed, all encoded with mask tokens"
-    networks[everything] = build_on_device(FullEncoder, config, MASK_RATIO)
+    networks[everything] = build_on_device(build_full_encoder, config, MASK_RATIO)
     for network in networks.values():  # one set of weights, as there may be no room for four
         for name, parameter in networks[usual].named_parameters():
             owner, _, leaf = name.rpartition(".")
-            setattr(network.get_submodule(owner), leaf, parameter)
+            if leaf != "mask_token":  # which may be the encoder's, of another width
+                setattr(network.get_submodule(owner), leaf, parameter)
     optimizer = build_optimizer(networks[everything])
     steps = {name: build_step(network, optimizer, inputs, mode) for name, network in networks.items()}
     times = alternate(steps, args.rounds, DEVICE)

@@ -56,7 +56,7 @@ def test_fewer_flops_are_made_than_counted(step):
 
 
 def test_every_network_takes_steps_that_lower_its_loss(step):
-    for build in [*step.PRETRAINING.values(), step.FullEncoder]:
+    for build in [*step.PRETRAINING.values(), step.build_full_encoder]:
         torch.manual_seed(0)
         network, images = build(TINY, 0.75).train(), torch.randn(2, 3, 16, 16)
         run = step.build_step(network, step.build_optimizer(network), [images], "float32 eager")
@@ -74,7 +74,7 @@ def test_networks_compared_have_as_many_weights_to_train(step):
 
     ours = count(step.build_ours(TINY, 0.75))
     assert count(step.build_transformers(TINY, 0.75)) == ours
-    assert count(step.FullEncoder(TINY, 0.75)) == ours + TINY.encoder_embed_dim
+    assert count(step.build_full_encoder(TINY, 0.75)) == ours + TINY.encoder_embed_dim - TINY.decoder_embed_dim
 
 
 def test_segmenters_compared_give_the_same_loss_and_gradients(step):
