@@ -63,7 +63,8 @@ PAPER_SCRATCH_LARGER = dict(epochs=200, drop_path=0.2)
 PROBE = training.Span(steps=0, lowest_batch=64, highest_batch_per_process=2048)  # its epochs are the paper's
 # For 500 to 5,000 images (--recipe small): a batch of 32 to 128 and epochs that make the steps of SMALL, more of them
 # from scratch. The rate is the paper's (2e-3 at 1024), scaled by the root of the batch; layer decay is weaker than for
-# ViT-B, as the model is narrower, and CutMix, which needs long schedules, is off. By these reasons, not measured.
+# ViT-B, as the model is narrower, and CutMix, which needs long schedules, is off. Beside the defaults, at 64 pixels:
+# benchmarks/RESULTS.md, "A recipe for small data".
 SMALL_RECIPE = dict(
     model="mae_vit_tiny_patch16",
     epochs=None,

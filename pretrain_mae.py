@@ -38,7 +38,8 @@ RECIPE = dict(
 )
 # For 500 to 5,000 images (--recipe small): a batch of 64 to 256, so that an epoch has several steps, and as many epochs
 # as make SMALL.steps. ViT-Ti, because a night on a few CPU cores suffices for it; on a GPU --model takes a larger one.
-# The rate is the paper's peak (2.4e-3 at 4096), scaled by the root of the batch. Chosen by these reasons, not measured.
+# The rate is the paper's peak (2.4e-3 at 4096), scaled by the root of the batch. Beside the defaults, at 64 pixels:
+# benchmarks/RESULTS.md, "A recipe for small data".
 SMALL_RECIPE = dict(
     model="mae_vit_tiny_patch16",
     epochs=None,
