@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
-from model import MAEConfig, ViTMAEForPreTraining, ViTMAEForSegmentation, num_kept_patches
+from model import MAEConfig, SegmentationOutput, ViTMAEForPreTraining, ViTMAEForSegmentation, num_kept_patches
 from storage.pairs import IGNORE_INDEX
 from upernet import resize, resized_cross_entropy
 
@@ -161,9 +161,13 @@ class TransformersSegmenter(ViTMAEForSegmentation):
         self.decode_head = modeling_upernet.UperNetHead(heads, [width] * 4)
         self.auxiliary_head = modeling_upernet.UperNetFCNHead(heads, [width] * 4)
 
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | SegmentationOutput:
+        """Give the loss, or without labels the scores, for which nobody needs the auxiliary head."""
         maps = self.backbone.get_intermediate_layers(images, self.taps)
-        logits, auxiliary = self.decode_head(self.neck(maps)), self.auxiliary_head(maps)  # which looks at the third
+        logits = self.decode_head(self.neck(maps))
+        if labels is None:
+            return SegmentationOutput(logits, None)
+        auxiliary = self.auxiliary_head(maps)  # which looks at the third
         resized = [resize(scores.float(), size=labels.shape[-2:]) for scores in (logits, auxiliary)]
         losses = [F.cross_entropy(scores, labels, ignore_index=IGNORE_INDEX, reduction="sum") for scores in resized]
         return (losses[0] + 0.4 * losses[1]) / labels.numel()

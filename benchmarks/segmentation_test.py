@@ -1,12 +1,10 @@
 r"""What does it cost to label an image, in time and memory, beside MMSegmentation's loop and transformers'?
 
     OMP_NUM_THREADS=1 python benchmarks/segmentation_test.py
-    OMP_NUM_THREADS=1 python benchmarks/segmentation_test.py --networks base --tests windows whole
+    OMP_NUM_THREADS=1 python benchmarks/segmentation_test.py --networks base --tests windows whole --rounds 3
 
-MMSegmentation is not needed: its loop is written out here as it is documented, and a test's labels are compared. Its
-network, and transformers' (`pip install transformers`), is this project's encoder and neck under transformers' head,
-which computes what MMSegmentation's does, with the same weights. "none" gives drawn scores in place of a network, and
-so shows the rest alone. Every run is in a process of its own, and labels an image once before it is measured.
+Needs transformers. MMSegmentation's loop is written out as documented. The peers' network is ours under transformers'
+head, which computes what MMSegmentation's does; "none" gives drawn scores at once. A process for each run.
 """
 
 import argparse
@@ -18,21 +16,21 @@ import statistics
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from measure import CPU, build_parser, describe_machine, print_table, ratio, take_turns, time_run
 from networks import TransformersSegmenter
 from step import measure_apart, memory_gb
 from torch import Tensor, nn
+from transformers import BeitImageProcessor
 
 from dataset import IMAGENET_MEAN, IMAGENET_STD, normalize
 from model import MODEL_CONFIGS, ViTMAEForSegmentation
 from training.process import keep_freed_memory
-from upernet import choose_sizes, predict, resize_image, window_starts
+from upernet import choose_sizes, predict, resize, resize_image, window_starts
 
-CROP, STRIDE, RESIZE_TO, NUM_CLASSES, PATCH_SIZE = (512, 512), (341, 341), (2048, 512), 150, 16
+CROP, STRIDE, RESIZE_TO, NUM_CLASSES = 512, 341, (2048, 512), 150
 NETWORKS = {"none": None, "tiny": ("mae_vit_tiny_patch16", 128), "base": ("mae_vit_base_patch16", None)}
 OURS, MMSEG, TRANSFORMERS = "this project", "MMSegmentation's loop", "transformers"
-TESTS = {  # size of the image; how it is tested; by whom. Whole images are of whole cells, so that nobody pads
+TESTS = {  # size of the image; how it is tested; by whom. The whole image is of whole cells, so that nobody pads it
     "windows": ((512, 683), {}, (OURS, MMSEG)),
     "windows of a photograph": ((1536, 2048), {}, (OURS, MMSEG)),
     "whole": ((512, 704), {"slide": False}, (OURS, MMSEG, TRANSFORMERS)),
@@ -50,44 +48,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class DrawnScores(nn.Module):
-    """Answers at once, with the same scores whatever it is shown."""
-
-    def __init__(self):
-        super().__init__()
-        self.scores = 3 * torch.randn(1, NUM_CLASSES, 128, 176)
+    scores = torch.randn(1, NUM_CLASSES, 128, 176, generator=torch.Generator().manual_seed(0))
 
     def forward(self, images: Tensor) -> SimpleNamespace:
-        height, width = (side // 4 for side in images.shape[-2:])
-        return SimpleNamespace(logits=self.scores[..., :height, :width].expand(len(images), -1, -1, -1))
-
-
-class TheirNetwork(TransformersSegmenter):
-    def forward(self, images: Tensor) -> SimpleNamespace:
-        maps = self.backbone.get_intermediate_layers(images, self.taps)
-        return SimpleNamespace(logits=self.decode_head(self.neck(maps)))
+        scores = self.scores[..., : images.shape[2] // 4, : images.shape[3] // 4]
+        return SimpleNamespace(logits=scores.expand(len(images), -1, -1, -1))
 
 
 def build_network(kind: str, name: str) -> nn.Module:
     """Give the network that a loop asks: the same weights for all, whose answers differ from place to place."""
     torch.manual_seed(0)
-    if NETWORKS[kind] is None:
-        return DrawnScores()
     size, channels = NETWORKS[kind]
-    config = dataclasses.replace(MODEL_CONFIGS[size], img_size=CROP[0])
+    config = dataclasses.replace(MODEL_CONFIGS[size], img_size=CROP)
     network = ViTMAEForSegmentation(config, NUM_CLASSES, channels=channels)
     nn.init.normal_(network.decode_head.conv_seg.weight)
     for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):  # the statistics of real maps: random ones would make one class win
+        if isinstance(module, nn.BatchNorm2d):  # the statistics of real maps: with drawn ones one class would win
             module.momentum = 1.0
-    with torch.no_grad():
-        network(to_input(draw_image((128, 256)).unfold(2, 128, 128).permute(2, 0, 1, 3)))
+    network(to_input(draw_image((128, 256)).unfold(2, 128, 128).permute(2, 0, 1, 3)))
     if name == OURS:
         return network.eval()
-    theirs = TheirNetwork(config, NUM_CLASSES, channels)
+    theirs = TransformersSegmenter(config, NUM_CLASSES, channels)
     for part in ("backbone", "neck", "decode_head"):
         state = getattr(network, part).state_dict()
-        state = {key.replace(".bn.", ".batch_norm.").replace("conv_seg", "classifier"): x for key, x in state.items()}
-        getattr(theirs, part).load_state_dict(state)
+        renamed = {key.replace(".bn.", ".batch_norm.").replace("conv_seg", "classifier"): x for key, x in state.items()}
+        getattr(theirs, part).load_state_dict(renamed)
     return theirs.eval()
 
 
@@ -96,70 +81,49 @@ def draw_image(size: tuple[int, int]) -> Tensor:
     return resize_image(blocks, size)
 
 
-# ------------------------------------------------------------------------------------------------ their loops
-
-
-def resized(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
-
-
 def slide_as_mmsegmentation(network: nn.Module, pixels: Tensor) -> Tensor:
     """Sum the windows' scores at the size of the pixels (1, C, h, w), and divide them by how many there are."""
     height, width = pixels.shape[-2:]
     total, visits = pixels.new_zeros(1, NUM_CLASSES, height, width), pixels.new_zeros(1, 1, height, width)
-    for top in window_starts(height, CROP[0], STRIDE[0]):
-        for left in window_starts(width, CROP[1], STRIDE[1]):
-            window = pixels[:, :, top : top + CROP[0], left : left + CROP[1]]
-            scores = resized(network(window).logits, window.shape[-2:])
-            total += F.pad(scores, (left, width - left - CROP[1], top, height - top - CROP[0]))
-            visits[:, :, top : top + CROP[0], left : left + CROP[1]] += 1
+    for top, left in itertools.product(*(window_starts(side, CROP, STRIDE) for side in (height, width))):
+        area = (..., slice(top, top + CROP), slice(left, left + CROP))
+        total[area] += resize(network(pixels[area]).logits, size=(CROP, CROP))
+        visits[area] += 1
     return total / visits
 
 
 def label_as_mmsegmentation(network: nn.Module, image: Tensor, slide=True, multi_scale=False, flip=False) -> Tensor:
     """Average the views' softmax at the size of the image, as its test-time augmentation; of one, take the best."""
     total = 0
-    for size in choose_sizes(image.shape[-2:], RESIZE_TO, CROP if slide else None, multi_scale):
+    for size in choose_sizes(image.shape[-2:], RESIZE_TO, (CROP, CROP) if slide else None, multi_scale):
         pixels = to_input(resize_image(image, size)[None])
-        for mirrored in (False, True) if flip else (False,):
-            view = pixels.flip(-1) if mirrored else pixels
-            scores = slide_as_mmsegmentation(network, view) if slide else resized(network(view).logits, size)
-            scores = resized(scores.flip(-1) if mirrored else scores, image.shape[-2:])[0]
+        for view in (pixels, pixels.flip(-1)) if flip else (pixels,):
+            scores = slide_as_mmsegmentation(network, view) if slide else resize(network(view).logits, size=size)
+            scores = resize(scores if view is pixels else scores.flip(-1), size=image.shape[-2:])[0]
             total = total + scores.softmax(dim=0) if multi_scale or flip else scores
     return total.argmax(dim=0)
 
 
 def label_as_transformers(network: nn.Module, image: Tensor, slide: bool) -> Tensor:
-    from transformers import BeitImageProcessor
-
-    size = next(choose_sizes(image.shape[-2:], RESIZE_TO, None, False))
-    outputs = network(to_input(resize_image(image, size)[None]))
+    outputs = network(to_input(image[None]))
     return BeitImageProcessor().post_process_semantic_segmentation(outputs, [tuple(image.shape[-2:])])[0]
 
 
 def label_as_here(network: nn.Module, image: Tensor, **how: bool) -> Tensor:
-    sizes = dict(crop_size=CROP, patch_size=PATCH_SIZE, resize_to=RESIZE_TO)
-    return predict(network, [image], normalize=to_input, **sizes, **how)[0]
-
-
-LOOPS = {OURS: label_as_here, MMSEG: label_as_mmsegmentation, TRANSFORMERS: label_as_transformers}
-
-
-# ------------------------------------------------------------------------------------------------ measuring
+    how |= dict(crop_size=(CROP, CROP), patch_size=16, resize_to=RESIZE_TO)
+    return predict(network, [image], normalize=to_input, **how)[0]
 
 
 @torch.no_grad()
 def measure_run(kind: str, test: str, name: str) -> None:
-    """Print seconds, peak memory above what the libraries take, and how many labels are not ours."""
+    """Print seconds, peak memory above what the libraries take, and the share of labels that are not ours."""
     if name == OURS:
         keep_freed_memory()
+    loop = {OURS: label_as_here, MMSEG: label_as_mmsegmentation, TRANSFORMERS: label_as_transformers}[name]
     before, (size, how, _), answers = memory_gb(), TESTS[test], []
-    network, image = build_network(kind, name), draw_image(size)
-
-    def label() -> None:
-        answers.append(LOOPS[name](network, image, **how))
-
-    *_, seconds = (time_run(label, CPU) for _ in range(2))
+    network, image = DrawnScores() if kind == "none" else build_network(kind, name), draw_image(size)
+    for _ in range(1 if "multi_scale" in how else 2):  # the first is to warm up
+        seconds = time_run(lambda: answers.append(loop(network, image, **how)), CPU)
     found = {"seconds": seconds, "gb": memory_gb() - before}
     different = answers[0] != label_as_here(network, image, **how)
     print(json.dumps(found | {"different": different.double().mean().item()}))
@@ -170,24 +134,15 @@ def main(args: argparse.Namespace) -> None:
         measure_run(*args.run_of)
         return
     print(describe_machine(CPU), flush=True)
-    rows = []
     for kind, test in itertools.product(args.networks, args.tests):
         keys = [(kind, test, name) for name in TESTS[test][2]]
         found = take_turns(keys, args.rounds, lambda key: measure_apart(["--run_of", *key], __file__))
-        seconds = {key: [run["seconds"] for run in runs] for key, runs in found.items()}
+        rows, ours = [], [run["seconds"] for run in found[keys[0]]]
         for key, runs in found.items():
-            figures = [statistics.median(run[name] for run in runs) for name in ("gb", "different")]
-            as_fast = "" if key == keys[0] else ratio(seconds[key], seconds[keys[0]])
-            rows.append(
-                [
-                    *key,
-                    f"{statistics.median(seconds[key]):.2f}",
-                    as_fast,
-                    f"{figures[0]:.2f}",
-                    f"{figures[1]:.0e}",
-                ]
-            )
-    print_table("one image", ["network", "test", "", "s", f"/ that of {OURS}", "GB", "labels that differ"], rows)
+            seconds, gb, different = ([run[name] for run in runs] for name in ("seconds", "gb", "different"))
+            cells = [f"{statistics.median(seconds):.2f}", ratio(seconds, ours), f"{statistics.median(gb):.2f}"]
+            rows.append([key[2], *cells, f"{max(different):.0e}"])
+        print_table(f"{kind}, {test}", ["", "s", f"/ that of {OURS}", "GB", "labels that differ"], rows)
 
 
 if __name__ == "__main__":
