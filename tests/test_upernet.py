@@ -449,6 +449,30 @@ def test_label_pixels_is_bilinear_then_argmax_however_it_is_cut(monkeypatch, siz
     assert answer.shape == size and (answer != whole).float().mean() <= 0.001
 
 
+def test_label_pixels_is_exact_under_autocast():
+    score = torch.randn(12, 9, 5, generator=torch.Generator().manual_seed(0))
+    view = [ViewScores(score, torch.eye(12), torch.eye(9))]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = label_pixels(view, (50, 40))
+    assert torch.equal(found, label_pixels(view, (50, 40)))
+
+
+def test_views_are_made_when_their_windows_are_scored(opinionated, odd_images):
+    """So that the pixels of a whole batch of images in six sizes never are in memory."""
+    seen, scored = [], []
+
+    def note(pixels):
+        seen.append(len(scored))
+        return normalize(pixels, mean=MEAN, std=STD)
+
+    handle = opinionated.register_forward_hook(lambda *_: scored.append(1))
+    sizes = dict(crop_size=(32, 24), patch_size=4, resize_to=(70, 28), batch_size=1)
+    with torch.no_grad():
+        predict(opinionated, odd_images, normalize=note, multi_scale=True, **sizes)
+    handle.remove()
+    assert len(seen) == 6 * len(odd_images) and len(set(seen)) == len(seen)
+
+
 def test_no_scale_of_a_windowed_test_is_smaller_than_a_window(opinionated, monkeypatch):
     seen = []
 
