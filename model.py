@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, DropPath, PatchEmbed, gen_relative_position_index
+from timm.layers import Attention, DropPath, LayerScale, PatchEmbed, gen_relative_position_index
 from timm.models import vision_transformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -94,24 +94,14 @@ class SampleDropPath(DropPath):
 
 
 class Block(vision_transformer.Block):
-    """timm's pre-norm block, which can leave out the MLP of tokens that nothing asks for afterwards.
-
-    `gamma_1` and `gamma_2` (D,), where they are not None, scale what the branches add (`add_layer_scale`).
-    """
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.register_parameter("gamma_1", None)
-        self.register_parameter("gamma_2", None)
+    """timm's pre-norm block, which can leave out the MLP of tokens that nothing asks for afterwards."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, only: Tensor | None = None) -> Tensor:
         """Give all tokens, (N, l, D) -> (N, l, D), or those at the indices `only` (N, m): (N, l, D) -> (N, m, D)."""
-        attended = self.attn(self.norm1(x), attn_mask=attn_mask)
-        x = x + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask)))
         if only is not None:
             x = take_tokens(x, only)
-        added = self.mlp(self.norm2(x))
-        return x + self.drop_path2(added if self.gamma_2 is None else self.gamma_2 * added)
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 def take_tokens(x: Tensor, ids: Tensor) -> Tensor:
@@ -258,7 +248,7 @@ class VisionTransformer(nn.Module):
     def add_layer_scale(self) -> None:
         """Scale what each branch of a block adds by a trained vector that starts at one, as MMSegmentation's MAE."""
         for block in self.blocks:
-            block.gamma_1, block.gamma_2 = (nn.Parameter(torch.ones(self.config.encoder_embed_dim)) for _ in range(2))
+            block.ls1, block.ls2 = (LayerScale(self.config.encoder_embed_dim, init_values=1.0) for _ in range(2))
 
     def relative_index(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         if (grid, device) not in self.relative_indices:
@@ -413,7 +403,7 @@ class ViTMAEForPreTraining(VisionTransformer):
         else:
             visible = take_tokens(patches, ids_keep)  #                    (N, kept, P*P*C)
             x = self.embed_patches(visible) + pos_embed[0, 1:][ids_keep]  # (N, kept, D)
-        x = self.prepend_cls(x, pos_embed)  #                              (N, 1 + kept, D)
+        x = self.prepend_cls(x, pos_embed)  #                              (N, 1 + kept or L, D)
         for block in self.blocks:
             x = self.run_block(block, x)
         return self.norm(x), mask, ids_restore
@@ -468,8 +458,7 @@ class ViTMAEForPreTraining(VisionTransformer):
         Computed in float64; the entry of largest magnitude of a component is positive. Components keep their scale.
         """
         patches = self.patchify(images).flatten(0, 1).double()  #          (N*L, P*P*C)
-        centred = patches - patches.mean(dim=0)
-        _, components = torch.linalg.eigh(centred.T @ centred)  #          columns, the smallest variance first
+        _, components = torch.linalg.eigh(torch.cov(patches.T))  #         columns, the smallest variance first
         basis = components[:, -self.config.pca_target :].flip(1)
         largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
         self.pca_mean.copy_(patches.mean(dim=0))
@@ -821,7 +810,7 @@ def load_pretrained_encoder(model: VisionTransformer, path: str | Path) -> LoadR
     file, state_dict = read_weights(path)
     own = model.state_dict()
     tables = {key for key in own if key.endswith(BIAS_TABLE)}
-    scales = {key for key in own if key.endswith(("gamma_1", "gamma_2"))}
+    scales = {key for key in own if key.endswith(".gamma")}
     refuse_as_encoder(path, state_dict, relative_positions=bool(tables))
     heads = [{key: value.shape for key, value in of.items() if key.startswith("head.")} for of in (state_dict, own)]
     taken = {

@@ -111,7 +111,7 @@ LAYOUTS = {
     "tutorial": Layout("PyTorch-Adventures'", TUTORIAL, ".safetensors", True, OF_THE_TUTORIALS_ENCODER, *NOT_OF_IT),
 }
 # Names of what only blocks and pyramids of BEiT's kind have, and of what has no counterpart in ours
-# (backbone.blocks.N.gamma_1 is our own segmenter's, of --layer_scale)
+# (backbone.blocks.N.ls1.gamma is our own segmenter's, of --layer_scale)
 BEIT_ONLY = (
     r"^(?!backbone\.blocks\.).*\.(ls[12]\.gamma|gamma_[12]|attn\.(q_bias|v_bias|relative_position_index))$"
     r"|^(backbone\.)?fpn[12]\."

@@ -698,7 +698,7 @@ def test_layer_scales_of_our_segmenter_are_multiplied_into_its_weights(layout, t
     model = build("segmenter with relative positions")
     model.backbone.add_layer_scale()
     for block in model.backbone.blocks:
-        torch.nn.init.normal_(block.gamma_1), torch.nn.init.normal_(block.gamma_2)
+        torch.nn.init.normal_(block.ls1.gamma), torch.nn.init.normal_(block.ls2.gamma)
     folder = write_ours(tmp_path / "scaled", model)
     record = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**record, "layer_scale": True}))

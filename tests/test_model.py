@@ -1104,7 +1104,7 @@ def test_layer_scale_is_beits_in_logits_and_in_an_optimizer_step():
     for layer in range(config.encoder_depth):
         our, their = f"blocks.{layer}.", f"layers.{layer}."
         names |= {f"{our}{a}.{leaf}": f"{their}{b}.{leaf}" for a, b in pairs.items() for leaf in leaves}
-        names |= {f"{our}gamma_{number}": f"{their}lambda_{number}" for number in (1, 2)}
+        names |= {f"{our}ls{number}.gamma": f"{their}lambda_{number}" for number in (1, 2)}
         table = "relative_position_bias_table"
         names[f"{our}attn.{table}"] = f"{their}relative_position_bias.{table}"
     ours, own = dict(encoder.named_parameters()), dict(theirs.named_parameters())
@@ -1140,7 +1140,7 @@ def test_layer_scale_is_beits_in_logits_and_in_an_optimizer_step():
     for name, their_name in names.items():
         torch.testing.assert_close(ours[name].grad, own[their_name].grad)
         torch.testing.assert_close(ours[name], own[their_name], rtol=0, atol=1e-7)  # of steps of 1e-3
-    assert all((ours[f"blocks.{layer}.gamma_1"].grad != 0).any() for layer in range(config.encoder_depth))
+    assert all((ours[f"blocks.{layer}.ls1.gamma"].grad != 0).any() for layer in range(config.encoder_depth))
 
 
 def test_blocks_behind_the_last_tap_are_not_trained():
