@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,12 +44,12 @@ from storage.values import (  # noqa: F401 - also names that scripts use as of h
     fill_values,
     normalize,
     patches_with_data,
+    resize_values,
 )
 from storage.workers import Loader, note_file, require_shared_memory, stack
 from upernet import fit_within, resize_image
 
 LONG = 16  # times the pixels of its cut that an image may have when it is resized whole
-LOST = 0.999  # share of no-data in a resized pixel, from which on it is no data
 
 
 # ------------------------------------------------------------------------------------------------ randomness
@@ -85,23 +85,6 @@ def seeded(*parts: int | str, torch_only: bool = False) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------ transforms
-
-
-def resize_values(values: Tensor, img_size: Sequence[int], box: tuple[float, ...] | None = None) -> Tensor:
-    """Resize normalised values (C, h, w), or a box in them (left, top, right, bottom), bicubic and antialiased.
-
-    No-data (NaN) counts as the mean, 0, and stays where nothing else went into a pixel.
-    """
-
-    def resize(bands: Tensor, how: Image.Resampling) -> Tensor:
-        pictures = (Image.fromarray(band.numpy()).resize(tuple(img_size[::-1]), how, box) for band in bands)
-        return torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures])
-
-    lost = values.isnan()
-    resized = resize(fill_values(values), Image.Resampling.BICUBIC)
-    if lost.any():
-        resized[resize(lost.float(), Image.Resampling.BILINEAR) > LOST] = torch.nan
-    return resized
 
 
 class ResizedCropFlip:

@@ -1,16 +1,17 @@
 """What becomes of the values of an image on their way into a model: normalised pictures, values in their own units.
 
-Reading them is the task of decoding.py and bands.py, cropping and resizing that of dataset.py.
+Reading them is the task of decoding.py and bands.py, cropping that of dataset.py.
 
 Shapes   N batch   C channels   H W image   L patches
 """
 
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -22,6 +23,7 @@ from storage.files import escape
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LOST = 0.999  # share of no-data in a resized pixel, from which on it is no data
 PerChannel = tuple[float, ...]  # a value for each channel, of pixels in [0, 1] or in the file's units
 
 
@@ -138,3 +140,20 @@ class ImageReader:
 
     def denormalize(self, images: Tensor) -> Tensor:
         return denormalize(images, self.mean, self.std)
+
+
+def resize_values(values: Tensor, img_size: Sequence[int], box: tuple[float, ...] | None = None) -> Tensor:
+    """Resize normalised values (C, h, w), or a box in them (left, top, right, bottom), bicubic and antialiased.
+
+    No-data (NaN) counts as the mean, 0, and stays where nothing else went into a pixel.
+    """
+
+    def resize(bands: Tensor, how: Image.Resampling) -> Tensor:
+        pictures = (Image.fromarray(band.numpy()).resize(tuple(img_size[::-1]), how, box) for band in bands)
+        return torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures])
+
+    lost = values.isnan()
+    resized = resize(fill_values(values), Image.Resampling.BICUBIC)
+    if lost.any():
+        resized[resize(lost.float(), Image.Resampling.BILINEAR) > LOST] = torch.nan
+    return resized
