@@ -142,11 +142,7 @@ FLAGS = {
     ],
     "test": [
         ("test_folder", str, "class folders on which the best weights are scored once, at the end"),
-        (
-            "class_subset",
-            False,
-            "with --eval_only: images of some classes, scores of others masked (paper, table 13)",
-        ),
+        ("class_subset", False, "with --eval_only: some classes alone, scores of others masked (paper, table 13)"),
     ],
 }
 
@@ -270,7 +266,7 @@ def evaluate(
     args: argparse.Namespace,
     classes: list[int] | None = None,
 ) -> training.ImageEvaluation:
-    """Classify every image exactly once, whatever the number of processes and the remainder; of `classes` alone.
+    """Classify every image exactly once, whatever the number of processes and the remainder; by `classes` (K) alone.
 
     The scores stay on the device until all are there: 200 MB for ImageNet, over all processes.
     """
@@ -298,15 +294,7 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
     model.to(accelerator.device)
 
     def score(files: storage.FileList) -> training.ImageEvaluation:
-        names, classes = record.get("class_names"), None
-        if args.class_subset:
-            classes = training.choose_classes(files, names, model.num_classes, weights)
-        else:
-            names = names or list(files.classes)
-            storage.check_same_classes(files.classes, tuple(names) or ("",), files.root, f"the classifier in {weights}")
-            for what, number in ((str(files.root), len(names)), ("--num_classes", args.num_classes)):
-                if number not in (None, model.num_classes):
-                    raise ValueError(f"{weights} tells {model.num_classes} classes apart, but {what} has {number}")
+        classes = training.choose_classes(files, record.get("class_names"), model.num_classes, weights, args)
         data = build_eval_data(files, args)
         accelerator.print(f"{'evaluating':<16}{weights} on {files.describe()}")
         return evaluate(accelerator, model, dataset.build_eval_loader(data, **loading), data, args, classes)

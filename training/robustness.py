@@ -1,6 +1,7 @@
 """Scores on other images than a classifier was trained for: some of its classes alone, and ImageNet-C's corruptions."""
 
 import argparse
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -34,16 +35,27 @@ ALEXNET_ERRORS = {
     "pixelate": 0.717840,
     "jpeg_compression": 0.606500,
 }
+CATEGORIES = ("noise", "blur", "weather", "digital")  # folders in which the release has them
 SEVERITIES = ("1", "2", "3", "4", "5")
 CORRUPTIONS_FILE = "corruptions.tsv"
 IMAGENET_CLASSES = 1000
 
 
-def choose_classes(files: FileList, class_names: Sequence[str] | None, num_classes: int, weights: Path) -> list[int]:
-    """Give the classifier's number of each class of a folder (paper, table 13: scores of the other classes are masked).
+def choose_classes(
+    files: FileList, class_names: Sequence[str] | None, num_classes: int, weights: Path, args: argparse.Namespace
+) -> list[int]:
+    """Give the classifier's number of each class of a folder, which has all of them, or with --class_subset some.
 
-    Weights of the original release name no classes: of 1000 they are ImageNet's. ValueError names what is no class.
+    Of some the scores of the others are masked (paper, table 13). Weights of the original release name no classes: of
+    1000 they are ImageNet's. ValueError names what is no class, or is missing.
     """
+    if not args.class_subset:
+        names = tuple(class_names or files.classes)
+        check_same_classes(files.classes, names or ("",), files.root, f"the classifier in {weights}")
+        for what, number in ((str(files.root), len(names)), ("--num_classes", args.num_classes)):
+            if number not in (None, num_classes):
+                raise ValueError(f"{weights} tells {num_classes} classes apart, but {what} has {number}")
+        return list(range(num_classes))
     if class_names is None and num_classes == IMAGENET_CLASSES:
         class_names = ImageNetInfo("imagenet-1k").label_names()
     if class_names is None:
@@ -57,13 +69,12 @@ def choose_classes(files: FileList, class_names: Sequence[str] | None, num_class
 
 def find_corruptions(root: str | Path) -> dict[str, dict[str, Path]]:
     """Find the folders of ImageNet-C, [category/]corruption/severity/class, by corruption and severity."""
-    folders = [folder for folder in Path(root).glob("*") if folder.is_dir()]
-    folders += [folder for outer in folders for folder in outer.glob("*") if outer.name not in ALEXNET_ERRORS]
     found = {}
-    for folder in sorted(folders, key=lambda folder: folder.name):
+    for name, category in itertools.product(ALEXNET_ERRORS, ("", *CATEGORIES)):
+        folder = Path(root) / category / name
         severities = {severity: folder / severity for severity in SEVERITIES if (folder / severity).is_dir()}
-        if folder.name in ALEXNET_ERRORS and severities:
-            found[folder.name] = severities
+        if severities:
+            found[name] = severities
     return found
 
 
