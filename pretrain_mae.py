@@ -83,6 +83,7 @@ BASE = "mae_vit_base_patch16"
 MASKINGS = ("random", "block", "grid")
 AUGMENTATIONS = ("none", "fixed_crop", "random_crop", "random_crop_jitter")
 TARGET = f"table 1d: --norm_pix_loss by another name, or {NUM_COMPONENTS} principal components of each patch"
+JITTERED = "changes the colours of 8-bit pictures of 1 or 3 channels alone"
 NOTHING_REMOVED = "as there is nothing to learn where nothing is removed; the paper removes 0.75"
 FLAGS = {
     "masked autoencoder": [
@@ -149,7 +150,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             f"the grid even, not {h} x {w}"
         )
     if args.augmentation == "random_crop_jitter" and (args.input_channels not in (1, 3) or args.value_range):
-        flags.error("--augmentation random_crop_jitter changes the colours of 8-bit pictures of 1 or 3 channels alone")
+        flags.error(f"--augmentation random_crop_jitter {JITTERED}; choose another")
     images = training.micro_batch_size(args)
     if images % args.repeated_sampling:
         flags.error(
@@ -304,6 +305,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     training.settle(accelerator, args, SMALL, len(train_files), stepping, loading)
     training.choose_value_range(accelerator, args, train_files)
     values = dataset.build_values(args.value_range, args.mean, args.std)  # None for photographs
+    if values is not None and args.augmentation == "random_crop_jitter":
+        raise ValueError(f"--augmentation random_crop_jitter {JITTERED}; these images are read in their own units")
     sample = dict(seed=args.seed, channels=args.input_channels, values=values, noise_size=config.num_patches)
     sample["masking"] = utils.build_masking(args.masking, config.grid_size, args.mask_ratio)
     augment = dataset.build_pretraining_transform(config.image_hw, args.min_crop_scale, args.augmentation)
@@ -353,7 +356,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     identity = {"data": train_files.fingerprint() + crops}
     plan = training.Plan(sampler, train_files, args.epochs, total_steps, record, identity, "--init_from")
     figures: dict[str, float] = {}
-    with (training.Check if args.check else training.Run)(accelerator, start, args, plan, model=model) as run:
+    keeper = training.Check if args.check else training.Run
+    with keeper(accelerator, start, args, plan, model=model) as run:
         run.bad_files.note(itertools.chain(*(sample.bad_files for sample in shown)))
         for epoch in run.epochs():
             for batch in run.batches(loader):

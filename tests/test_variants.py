@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import draw_images
+from conftest import TINY, draw_images
 from PIL import Image
 from sklearn.decomposition import PCA
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,20 +16,10 @@ import dataset
 from model import MODEL_CONFIGS, ViTMAEForPreTraining, load_pretrained_mae
 from pretrain_mae import build_config, main, parse_args
 from storage.lists import list_images
-from storage.sizes import MAEConfig, num_kept_patches
+from storage.sizes import num_kept_patches
 from utils import block_masking, build_masking
 
-SMALL = MAEConfig(
-    img_size=16,
-    patch_size=4,
-    encoder_embed_dim=16,
-    encoder_depth=2,
-    encoder_num_heads=2,
-    decoder_embed_dim=8,
-    decoder_depth=2,
-    decoder_num_heads=2,
-    norm_pix_loss=False,
-)
+SMALL = dataclasses.replace(TINY, norm_pix_loss=False)
 
 
 # ------------------------------------------------------------------------------------------------ masking
@@ -174,7 +164,7 @@ def test_encoder_sees_removed_patches_as_mask_tokens():
     model = ViTMAEForPreTraining(dataclasses.replace(SMALL, encode_mask_tokens=True)).eval()
     images, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
     latent, mask, _ = model.forward_encoder(images, 0.75, noise)
-    assert latent.shape == (2, 17, 16) and mask.sum(dim=1).tolist() == [12, 12]
+    assert latent.shape == (2, 17, 32) and mask.sum(dim=1).tolist() == [12, 12]
     # By hand: a whole image's tokens, of which the removed ones are the token
     x = model.embed_patches(model.patchify(images))
     x[mask.bool()] = model.mask_token[0, 0]
@@ -275,6 +265,15 @@ def test_variants_that_cannot_be_are_refused(given, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_args(flags(tmp_path, *given.split()))
     assert message in capsys.readouterr().err
+
+
+def test_colours_of_images_in_their_own_units_are_not_changed(tmp_path):
+    (tmp_path / "tiles").mkdir()
+    for index in range(4):
+        np.save(tmp_path / "tiles" / f"{index}.npy", np.random.default_rng(index).random((3, 20, 20), dtype=np.float32))
+    args = parse_args(flags(tmp_path / "tiles", *"--augmentation random_crop_jitter --mean 0.5 --std 0.3".split()))
+    with pytest.raises(ValueError, match="these images are read in their own units"):
+        main(args)
 
 
 def test_target_is_norm_pix_loss_by_another_name(tmp_path):
