@@ -204,7 +204,7 @@ def trivial_answers(target: Tensor, mask: Tensor, grid_size: tuple[int, int], ch
     visible patch that is nearest in the grid (the first in reading order, where several are).
     """
     visible = (1 - mask)[:, :, None]  #                                               (N, L, 1)
-    pixels = target.unflatten(2, (-1, channels))  #                (N, L, P*P, C)
+    pixels = target.unflatten(2, (-1, channels))  #                                   (N, L, P*P, C)
     colour = (pixels.mean(dim=2) * visible).sum(dim=1) / visible.sum(dim=1)  #        (N, C)
     h, w = grid_size
     places = torch.cartesian_prod(torch.arange(h), torch.arange(w)).to(target.device)  # (L, 2)

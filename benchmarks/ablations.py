@@ -107,6 +107,11 @@ def pretrain(args: argparse.Namespace, flags: str, seed: int) -> dict:
     return run(args.working_directory, "pretrain_mae.py", name_run("pretrained", flags, seed), args.epochs, command)
 
 
+def runs_of(row: Row) -> dict[str, Row]:
+    """Give what is trained on the weights of a row, whatever it is called; a probe hangs on pretraining alone."""
+    return {"finetuned": Row("", row.flags, finetuning_flags=row.finetuning_flags), "linear": Row("", row.flags)}
+
+
 def classify(args: argparse.Namespace, kind: str, row: Row, seed: int) -> dict:
     """Finetune what was pretrained, or train a linear layer on its features."""
     weights = args.working_directory / name_run("pretrained", row.flags, seed)
@@ -150,14 +155,12 @@ def main(args: argparse.Namespace) -> None:
     probed = run_all(args, pretrain, starts)
     runs = {}
     for row, seed in itertools.product(rows, args.seeds):
-        runs.setdefault(("finetuned", row._replace(name="", finetuned=None, linear=None), seed))
-        runs.setdefault(("linear", Row("", row.flags), seed))
+        runs |= dict.fromkeys((kind, variant, seed) for kind, variant in runs_of(row).items())
     scored = run_all(args, classify, list(runs))
     for table in args.tables:
         columns = {"finetuned": [], "linear": [], "k-NN": []}
         for row in TABLES[table]:
-            variants = {"finetuned": row._replace(name="", finetuned=None, linear=None), "linear": Row("", row.flags)}
-            for kind, variant in variants.items():
+            for kind, variant in runs_of(row).items():
                 columns[kind].append([scored[kind, variant, seed]["testing_top1_acc"] for seed in args.seeds])
             columns["k-NN"].append([probed[row.flags, seed]["knn_top1_acc"] for seed in args.seeds])
         paper = {"finetuned": [r.finetuned for r in TABLES[table]], "linear": [r.linear for r in TABLES[table]]}

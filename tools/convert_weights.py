@@ -4,11 +4,10 @@
     python tools/convert_weights.py --inspect SOURCE
 
 SOURCE is a weight file, a folder with one, or the address of a file, which is kept beside TARGET; its layout is read
-from its keys. LAYOUTS of storage/layouts.py is the
-map, one table for each layout, read both ways. Tensors are renamed, and q, k and v cut or joined, without touching a
-bit. What a target has no place for is named, and needs --drop. A target is whole or not there: it is written as
-TARGET.unfinished.tmp and renamed. A kill between the two renames of --overwrite leaves a folder as TARGET.replaced.old,
-which the next conversion to TARGET puts back before it looks.
+from its keys. LAYOUTS of storage/layouts.py is the map, one table for each layout, read both ways. Tensors are renamed,
+and q, k and v cut or joined, without touching a bit. What a target has no place for is named, and needs --drop. A
+target is whole or not there: it is written as TARGET.unfinished.tmp and renamed. A kill between the two renames of
+--overwrite leaves a folder as TARGET.replaced.old, which the next conversion to TARGET puts back before it looks.
 """
 
 import argparse
