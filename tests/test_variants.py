@@ -271,7 +271,9 @@ def test_colours_of_images_in_their_own_units_are_not_changed(tmp_path):
     (tmp_path / "tiles").mkdir()
     for index in range(4):
         np.save(tmp_path / "tiles" / f"{index}.npy", np.random.default_rng(index).random((3, 20, 20), dtype=np.float32))
-    args = parse_args(flags(tmp_path / "tiles", *"--augmentation random_crop_jitter --mean 0.5 --std 0.3".split()))
+    args = parse_args(
+        flags(tmp_path / "tiles", *["--augmentation", "random_crop_jitter", "--mean", "0.5", "--std", "0.3"])
+    )
     with pytest.raises(ValueError, match="these images are read in their own units"):
         main(args)
 
