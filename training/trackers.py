@@ -98,7 +98,7 @@ class Tracker:
         if self.name == "tensorboard":  # in its own folder it shows no rows of earlier starts beyond this step
             return [dict(purge_step=0 if self.resumed_step is None else self.resumed_step + 1)]
         if self.name == "trackio":
-            return [dict(name=run_name or self.args.experiment_name, resume="allow")]
+            return [dict(name=run_name or self.args.experiment_name, resume="allow", config=self.plain_flags())]
         if self.name == "mlflow":
             known = None if self.resumed_step is None else read_optional(self.id_file, read_run_id)
             return [dict(run_id=known, run_name=run_name)]
@@ -121,11 +121,13 @@ class Tracker:
             self.keep_id(tracker.tracker.id, options["id"])
         if self.name == "mlflow":
             self.keep_id(tracker.tracker.info.run_id, options["run_id"])
-        if self.name != "wandb" and self.resumed_step is None:
-            plain = bool | int | float | str | None
-            flags = {key: value if isinstance(value, plain) else str(value) for key, value in vars(self.args).items()}
-            tracker.store_init_configuration(flags)
+        if "config" not in options and self.resumed_step is None:
+            tracker.store_init_configuration(self.plain_flags())
         self.tracker = tracker
+
+    def plain_flags(self) -> dict[str, bool | int | float | str | None]:
+        kinds = bool | int | float | str | None
+        return {name: value if isinstance(value, kinds) else str(value) for name, value in vars(self.args).items()}
 
     def keep_id(self, run_id: str, known: str | None) -> None:
         """Write the id under which a later start goes on as the same run."""
