@@ -60,6 +60,57 @@ def test_missing_package_is_one_sentence_before_the_run(tmp_path, monkeypatch, c
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n' and capsys.readouterr().out == ""
 
 
+# -------------------------------------------------------------------------------- read back
+
+LOGGED = [{"step": 2, "training_loss": 0.5}, {"step": 4, "training_loss": 0.25}, {"step": 6, "training_loss": 0.125}]
+
+
+def log_and_resume(folder: Path, name: str) -> None:
+    """Log two rows, and a third one and a picture as a run that was started again."""
+    Accelerator(cpu=True)
+    log = start(folder, asked(name, experiment_name="run", seed=7))
+    for row in LOGGED[:2]:
+        log.write(row)
+    log.close()
+    log = start(folder, asked(name, experiment_name="run", seed=7), step=4)
+    log.write(LOGGED[2] | {"testing_loss": None})
+    log.picture("shown", 1, Image.new("RGB", (4, 4), "red"), 6)
+    log.close()
+
+
+def test_tensorboard_hides_the_rows_that_a_resume_makes_again(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log_and_resume(tmp_path, "tensorboard")
+    log = start(tmp_path, asked("tensorboard"), step=2)
+    log.write({"step": 6, "training_loss": 0.375})
+    log.close()
+    found = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("training_loss")
+    assert [(event.step, event.value) for event in found] == [(2, 0.5), (6, 0.375)]
+
+
+def test_trackio_log_of_a_resumed_run_reads_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read as it is imported
+    storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
+    log_and_resume(tmp_path, "trackio")
+    rows = storage.get_logs("run", "run")
+    assert [{name: row[name] for name in LOGGED[0]} for row in rows if "training_loss" in row] == LOGGED
+    (shown,) = [row["shown"]["file_path"] for row in rows if "shown" in row]
+    assert Image.open(tmp_path / "trackio" / "media" / shown).getpixel((0, 0)) == (255, 0, 0)
+    assert storage.get_run_config("run", "run")["seed"] == 7
+
+
+def test_mlflow_log_of_a_resumed_run_reads_back(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlflow").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = pytest.importorskip("mlflow").MlflowClient()
+    log_and_resume(tmp_path, "mlflow")
+    (run,) = client.search_runs([client.get_experiment_by_name("run").experiment_id])
+    history = client.get_metric_history(run.info.run_id, "training_loss")
+    assert [{"step": point.step, "training_loss": point.value} for point in history] == LOGGED
+    assert run.data.params["seed"] == "7" and run.info.status == "FINISHED"
+    assert f"--log_with mlflow: pictures are in {tmp_path / 'shown'} alone" in capsys.readouterr().out
+
+
 # -------------------------------------------------------------------------------- W&B
 
 

@@ -41,7 +41,12 @@ FIRST_FLAGS: dict[str, Rows] = {
         ("seed", 0, "decides weights, order, crops and masks", (0, None)),
         ("save_checkpoint_interval", 10, "epochs between checkpoints kept for good, beside the last", (1, None)),
         ("log_wandb", False, "also log to Weights & Biases (needs the package; offline without a key)"),
-        ("log_with", str, "also log with these; each needs its package", {"nargs": "+", "choices": TRACKERS}),
+        (
+            "log_with",
+            str,
+            f"also log with one or several of {', '.join(TRACKERS)}; each needs its package",
+            {"nargs": "+", "choices": TRACKERS, "metavar": "TRACKER"},
+        ),
         ("wandb_run_name", str, "name of the run at the trackers (default: W&B's choice, or --experiment_name)"),
     ],
     "data": [

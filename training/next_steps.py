@@ -48,7 +48,7 @@ def next_commands(script: str, args: argparse.Namespace, folder: Path, files=Non
 def find_image(args: argparse.Namespace, files) -> str:
     """Give an image of the run, or where it has no such file, as in a pack or from the Hub, a word for one."""
     path = as_text(files.path(0)) if files else next(Path(args.path_to_data).glob("val*/*/*"), "")
-    return str(path) if os.path.isfile(path) else "IMAGE"
+    return str(show(Path(path))) if os.path.isfile(path) else "IMAGE"
 
 
 def launch(script: str) -> list[object]:
