@@ -37,6 +37,7 @@ from storage.lists import as_text
 from training.checkpoints import Start, advise_on_nonfinite, take_over
 from training.differences import find_differences
 from training.process import cap_workers
+from training.progress import say
 from training.trackers import finish_trackers, start_trackers
 
 MAX_SHOWN = 500  # characters of a flag's value
@@ -121,7 +122,7 @@ def describe_run(
             "smaller --per_gpu_batch_size avoids it"
         )
     for name, text in (common | dict(lines)).items():
-        accelerator.print(f"{name:<16}{text}")
+        accelerator.print(f"{name:<16}{text}", flush=True)
 
 
 def print_figures(accelerator: Accelerator, figures: Mapping[str, float]) -> None:
@@ -168,7 +169,7 @@ class RunLog:
             append_lines(self.file, self.unwritten.encode())
             self.unwritten = ""
         except OSError as error:
-            print(f"{self.file} could not be written ({error}); its rows wait for the next one", flush=True)
+            say(f"{self.file} could not be written ({error}); its rows wait for the next one")
         for tracker in self.trackers:
             tracker.log(row)
 

@@ -158,7 +158,7 @@ class Run:
         self.checkpoints = Checkpoints(accelerator, self.experiment, args.keep_checkpoints)
         self.interruptions = Interruptions(accelerator, self.checkpoints, args.save_minutes, args.timeout_minutes)
         self.progress = Progress(accelerator, plan.num_epochs, plan.total_steps, self.step)
-        self.clock = StepClock(accelerator.print)
+        self.clock = StepClock(self.progress.say)
         self.sums: dict[str, Tensor] = {}  # figures of the step under way, on the device
         self.names: list[str] = []  # of the figures
         self.pending: list[Tensor] = []  # (figures + 1,) of each step since the last row; the last is 1.0 where skipped

@@ -22,6 +22,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import Image
 
 from storage.files import optional_write, read_optional, read_text, written_whole
+from training.progress import say
 
 WANDB_TIMEOUT_S = 20  # in which W&B goes online
 START_S, FINISH_S = 60, 120  # that a run waits for a tracker, at its start and at its end
@@ -43,11 +44,11 @@ def flag_of(name: str, args: argparse.Namespace) -> str:
 
 
 def note_missing(args: argparse.Namespace) -> None:
-    """Print which of the trackers lack their package, and how to install it."""
+    """Say which of the trackers lack their package, and how to install it."""
     for name in asked_trackers(args):
         if importlib.util.find_spec(name) is None:
             advice = f"the run goes on without it, or give it with: pip install {name}"
-            print(f"{flag_of(name, args)}: the package {name} is not installed; {advice}", flush=True)
+            say(f"{flag_of(name, args)}: the package {name} is not installed; {advice}")
 
 
 def start_trackers(experiment: Path, args: argparse.Namespace, resumed_step: int | None) -> list["Tracker"]:
@@ -73,7 +74,7 @@ class Tracker:
                 self.wait(self.do(self.start, options), START_S)
         if self.pool is not None and name in WATCH:
             watch = WATCH[name].format(experiment=shlex.quote(str(experiment)), project=shlex.quote(self.project))
-            print(f"{'tracker':<16}{name}; to look at it: {watch}", flush=True)
+            say(f"{'tracker':<16}{name}; to look at it: {watch}")
 
     # ---------------------------------------------------------------- what differs between trackers
 
@@ -91,7 +92,7 @@ class Tracker:
         if self.name == "wandb":
             modes = [os.environ.get("WANDB_MODE") or ("online" if wandb_key_exists() else "offline")]
             if "WANDB_MODE" not in os.environ and modes == ["offline"]:
-                print(f"{self.flag}: no API key found, so W&B runs offline; `wandb sync` uploads it later", flush=True)
+                say(f"{self.flag}: no API key found, so W&B runs offline; `wandb sync` uploads it later")
             options = dict(name=run_name, dir=self.experiment, id=read_optional(self.id_file, read_run_id))
             options |= dict(resume="allow", config=vars(self.args))
             return [options | dict(mode=mode) for mode in dict.fromkeys([*modes, "offline"])]
@@ -158,7 +159,7 @@ class Tracker:
             self.do(lambda: self.tracker.log_images({key: pixels}, step=step, dataformats="NHWC"))
         elif self.shows_pictures:
             self.shows_pictures = False
-            print(f"{self.flag}: pictures are in {path.parent} alone", flush=True)
+            say(f"{self.flag}: pictures are in {path.parent} alone")
 
     # ---------------------------------------------------------------- its thread
 
@@ -188,7 +189,7 @@ class Tracker:
         """End a tracker that failed, or that does not answer, and say so."""
         failed = "".join(f"failed ({type(error).__name__}: {error})" for error in self.failures[:1])
         if failed or not answers:
-            print(f"{self.flag}: {self.title} {failed or 'does not answer'}; the run goes on without it", flush=True)
+            say(f"{self.flag}: {self.title} {failed or 'does not answer'}; the run goes on without it")
             self.stop()
 
     def stop(self) -> None:
