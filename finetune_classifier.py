@@ -304,7 +304,7 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
     else:
         files = training.list_validation(accelerator, args)
         figures = training.report_evaluation(accelerator, weights, files, score(files), record)
-    accelerator.end_training()
+    training.end_script(__file__, accelerator, args, weights.parent)
     return figures
 
 
@@ -540,7 +540,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
             figures = figures | training.report_test(accelerator, best, test_files, score_best)
         if not args.demo:  # the demo trains a second model in these processes
-            accelerator.end_training()
+            training.end_script(__file__, accelerator, args, run.experiment, train_files, val_files)
         return figures
     return {}  # stopped by a signal
 
@@ -629,7 +629,7 @@ def compare_with_scratch(args: argparse.Namespace) -> None:
     accelerator.print(f"\nTop-1 on unseen scenes of ten kinds, after {args.epochs} epochs on the same scenes:")
     for name, figures in runs.items():
         accelerator.print(f"  {name:<32}{figures['testing_top1_acc']:6.2f} %")
-    accelerator.end_training()
+    training.end_script(__file__, accelerator, args, Path(args.working_directory) / args.experiment_name)
 
 
 if __name__ == "__main__":

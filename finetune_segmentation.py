@@ -353,7 +353,7 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
     how = {name: getattr(args, name) for name in ("slide", "multi_scale", "flip", "resize_to")}
     how |= {"path_to_data": storage.as_text(args.path_to_data), "precision": accelerator.mixed_precision}
     figures = training.report_evaluation(accelerator, weights, pairs, evaluation, record, **how)
-    accelerator.end_training()
+    training.end_script(__file__, accelerator, args, weights.parent, pairs, pairs)
     return figures
 
 
@@ -522,7 +522,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                 return evaluate(accelerator, load_segmenter(best)[0].to(device), loader, args)
 
             figures = figures | training.report_test(accelerator, best, pairs, score_best)
-        accelerator.end_training()
+        training.end_script(__file__, accelerator, args, run.experiment, train_pairs, val_pairs)
         return figures
     return {}  # stopped by a signal
 

@@ -404,7 +404,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         run.finish()
         if not figures and eval_loader:  # a finished run that was started again
             figures = evaluate(accelerator, bare_model, eval_loader, args)
-        report(accelerator, figures, run.experiment, val_files, args)
+        report(accelerator, figures, run.experiment, args)
+        training.end_script(__file__, accelerator, args, run.experiment, train_files, val_files)
         return figures
     return {}  # stopped by a signal
 
@@ -437,14 +438,8 @@ def describe(
     return lines
 
 
-def report(
-    accelerator: Accelerator,
-    figures: dict[str, float],
-    experiment: Path,
-    val_files: storage.FileList | None,
-    args: argparse.Namespace,
-) -> None:
-    """Print the last figures and where the results are; of the demo also what they mean, and what to do next."""
+def report(accelerator: Accelerator, figures: dict[str, float], experiment: Path, args: argparse.Namespace) -> None:
+    """Print the last figures and where the results are; of the demo also what they mean."""
     checkpoint = experiment / f"checkpoint_{args.epochs}"
     picture = experiment / "reconstructions" / f"epoch_{args.epochs}.png"
     accelerator.print(f"{'checkpoint':<16}{checkpoint}")
@@ -455,16 +450,12 @@ def report(
         accelerator.print("\nNo errors beside trivial answers: they need --no-norm_pix_loss and train/ with val/.")
     elif args.demo:
         error, copy, colour = (figures[f"{name}_error"] for name in ("model", "nearest_patch", "mean_colour"))
-        tool = Path(__file__).parent / "tools" / "reconstruct.py"
         accelerator.print(
             "\nMean squared error on the removed patches of unseen images (0 black, 1 white):\n"
             f"  this model                              {error:.5f}\n"
             f"  copying the nearest visible patch       {copy:.5f}   ({copy / error:.1f} times the model's)\n"
-            f"  the mean colour of the visible patches  {colour:.5f}   ({colour / error:.1f} times the model's)\n"
-            "Next, any image, such as this unseen one:\n"
-            f"  python {tool} --checkpoint {checkpoint} {val_files.path(0)} --output reconstruction.png"
+            f"  the mean colour of the visible patches  {colour:.5f}   ({colour / error:.1f} times the model's)"
         )
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -87,11 +87,16 @@ def is_explained(error: Exception) -> bool:
     return Path(raised.filename).resolve().parent in OWN_FOLDERS and (raised.line or "").startswith("raise ")
 
 
+def colour_red(text: str) -> str:
+    """Colour a word on stderr where that is a terminal, unless NO_COLOR is set (no-color.org)."""
+    return f"\x1b[31m{text}\x1b[0m" if sys.stderr.isatty() and not os.environ.get("NO_COLOR") else text
+
+
 def refuse(message: str) -> NoReturn:
     """Say what is wrong, once for all processes of a launcher, and exit with 2."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(SECOND_S)
-    print(escape_lines(f"error: {message}"), file=sys.stderr, flush=True)
+    print(colour_red("error:"), escape_lines(message), file=sys.stderr, flush=True)
     sys.exit(2)
 
 

@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
+
+from storage.console import refuse
 
 CODE = r"""
 import os, sys
@@ -28,3 +31,15 @@ def test_output_is_dropped_where_nobody_reads_and_escaped_where_somebody_does():
     lines = ended.stderr.decode("ascii").splitlines()
     assert lines[:2] == [r"\xe9", "Traceback (most recent call last):"]
     assert lines[-2:] == ["ValueError: first", r"cat\x1b[31m\x9b2J\u202e\udcff.jpg"]
+
+
+@pytest.mark.parametrize(("terminal", "no_color", "coloured"), [(1, "", 1), (1, "1", 0), (0, "", 0)])
+def test_errors_are_red_on_a_terminal_alone_and_not_where_somebody_wants_none(
+    terminal, no_color, coloured, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: bool(terminal))
+    monkeypatch.setenv("NO_COLOR", no_color)
+    with pytest.raises(SystemExit):
+        refuse("--epochs 0\x1b[2J")
+    said = capsys.readouterr().err
+    assert said == ("\x1b[31merror:\x1b[0m" if coloured else "error:") + " --epochs 0\\x1b[2J\n"

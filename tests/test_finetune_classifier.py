@@ -843,7 +843,9 @@ def test_demo_compares_the_pretrained_run_with_one_from_scratch(tmp_path, monkey
     compare_with_scratch(parse_args(short))
     printed = capsys.readouterr().out
     assert "start           from scratch" in printed and "tensors loaded" in printed
-    scores = {line[2:34].strip(): float(line[34:].rstrip(" %")) for line in printed.splitlines()[-2:]}
+    compared, _, commands = printed.rpartition("Next:\n")
+    scores = {line[2:34].strip(): float(line[34:].rstrip(" %")) for line in compared.splitlines()[-2:]}
+    assert len(commands.splitlines()) == 3 and "IMAGE" not in commands and compared.count("Next:") == 1  # pretraining's
     experiments = {"from scratch": "demo_finetuned_from_scratch", "from the demo's pretraining": "demo_finetuned"}
     for name, experiment in experiments.items():
         assert scores[name] == pytest.approx(rows(tmp_path / experiment)[-1]["testing_top1_acc"], abs=0.01)

@@ -25,7 +25,7 @@ from training.flags import Flags, micro_batch_size, size_flags
 
 SHARED = """experiment_name working_directory resume_from_checkpoint save_checkpoint_interval save_minutes
  keep_checkpoints max_nonfinite_steps deterministic timeout_minutes activation_checkpointing log_interval
- log_wandb wandb_run_name config seed demo check path_to_data img_size input_channels value_range
+ log_wandb log_with wandb_run_name config seed demo check path_to_data img_size input_channels value_range
  mean std show_channels num_workers val_fraction image_column shard_cache_gb
  max_image_pixels max_bad_fraction rescan_data epochs warmup_epochs per_gpu_batch_size gradient_accumulation_steps
  weight_decay max_grad_norm pin_memory bias_weight_decay norm_weight_decay help model patch_size

@@ -1,6 +1,7 @@
 """The pretraining run: resumed, accumulated and spread runs against the plain one, refusals, and what it leaves."""
 
 import functools
+import io
 import itertools
 import json
 import math
@@ -654,6 +655,42 @@ def test_wandb_that_refuses_its_settings_does_not_stop_the_run(fork, drawn_image
     arguments = flags(drawn_images, tmp_path, "--epochs", "2", "--log_wandb")
     printed = fork("pretrain_mae", arguments, WANDB_MODE="no such mode")
     assert "--log_wandb: W&B failed" in printed and len(rows(tmp_path / "run")) == 5
+
+
+def test_trackers_that_fail_or_hang_change_nothing_in_the_run(fork, finished, drawn_images, tmp_path):
+    every = ["start", "store_init_configuration", "log", "log_images", "finish"]
+    broken = {"mlflow": (every, False), "tensorboard": (["log", "log_images", "finish"], False)}
+    broken |= {"aim": (["start"], True), "comet_ml": (["log"], True)}
+    faults = [("break_tracker", dict(name=name, calls=calls, hangs=hangs)) for name, (calls, hangs) in broken.items()]
+    printed = fork("pretrain_mae", flags(drawn_images, tmp_path, "--log_with", *broken), *faults)
+    for name in ("model.safetensors", "optimizer.bin"):
+        made = tmp_path / "run" / "checkpoint_4" / name
+        assert made.read_bytes() == (finished / "checkpoint_4" / name).read_bytes()
+    assert rows(tmp_path / "run")[-1]["training_loss"] == rows(finished)[-1]["training_loss"]
+    said = [line for line in printed.splitlines() if line.startswith("--log_with")]
+    assert sorted(said) == [
+        "--log_with aim: aim does not answer; the run goes on without it",
+        "--log_with comet_ml: comet_ml does not answer; the run goes on without it",
+        "--log_with comet_ml: pictures are in " + str(tmp_path / "run" / "reconstructions") + " alone",
+        "--log_with mlflow: mlflow failed (TroubleError: mlflow is broken); the run goes on without it",
+        "--log_with tensorboard: tensorboard failed (TroubleError: tensorboard is broken); the run goes on without it",
+    ]
+
+
+def test_tensorboard_log_of_a_resumed_run_reads_back(fork, drawn_images, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    arguments = flags(drawn_images, tmp_path, "--log_with", "tensorboard")
+    fork("pretrain_mae", [*arguments, "--epochs", "2"])
+    fork("pretrain_mae", [*arguments, "--resume_from_checkpoint", "latest"])
+    run = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    log = rows(tmp_path / "run")
+    for name in ("training_loss", "learning_rate", "testing_loss", "bad_files"):
+        logged = [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in log if name in row]  # in float32
+        assert [(event.step, event.value) for event in run.Scalars(name)] == logged
+    assert [event.step for event in run.Images("reconstructions")] == [6, 12]
+    with Image.open(tmp_path / "run" / "reconstructions" / "epoch_4.png") as picture:
+        shown = Image.open(io.BytesIO(run.Images("reconstructions")[-1].encoded_image_string))
+        assert np.array_equal(np.asarray(shown), np.asarray(picture.convert("RGB")))
 
 
 # -------------------------------------------------------------------------------- the demo

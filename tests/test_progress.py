@@ -89,6 +89,13 @@ def test_progress_in_a_file_is_a_line_now_and_then(watch, capsys):
     ]
 
 
+def test_line_in_a_file_is_there_at_once(tmp_path, monkeypatch):
+    with (tmp_path / "output.txt").open("w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        Progress(Accelerator(cpu=True), 1, 1, 0).say("epoch 1")
+        assert (tmp_path / "output.txt").read_text() == "epoch 1\n"
+
+
 def test_progress_on_a_terminal_is_a_bar_with_epoch_and_loss(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     shown = Progress(Accelerator(cpu=True), 4, 20, 0)

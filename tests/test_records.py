@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from PIL import Image
 
 from dataset import StepSampler
-from training import records
 from training.checkpoints import Checkpoints, Start, open_experiment
 from training.records import (
     BadFiles,
@@ -31,7 +30,7 @@ from training.states import find_checkpoints
 
 def run_flags(folder, **changes):
     flags = {"working_directory": str(folder), "experiment_name": "run", "epochs": 10, "resume_from_checkpoint": None}
-    return argparse.Namespace(**{**flags, "log_wandb": False, **changes})
+    return argparse.Namespace(**{**flags, "log_wandb": False, "log_with": None, **changes})
 
 
 @pytest.fixture
@@ -178,61 +177,6 @@ def test_log_of_other_processes_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_wandb_costs_a_message_and_nothing_else(tmp_path, monkeypatch, capsys):
-    def refuse(name):
-        raise ImportError(f"No module named {name!r}")
-
-    monkeypatch.setattr(records.importlib, "import_module", refuse)
-    log = RunLog(tmp_path, enabled=True)
-    log.start_wandb(argparse.Namespace(experiment_name="run", wandb_run_name=None))
-    log.write({"step": 1})
-    log.close()
-    assert "wandb cannot be imported" in capsys.readouterr().out
-    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n'
-
-
-class FakeWandb:
-    """Take what a run hands over, and give ids; no service."""
-
-    Error = RuntimeError
-
-    def __init__(self):
-        self.asked = []
-
-    def Settings(self, **settings):  # noqa: N802 - W&B's name
-        return settings
-
-    def init(self, **options):
-        self.asked.append(options["id"])
-        return argparse.Namespace(id=options["id"] or "new", define_metric=lambda *_, **__: None, finish=lambda: None)
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff", b"a/b", b"two words", b"x" * 5000, None])
-def test_wandb_id_that_is_none_is_renamed_and_a_new_run_begun(tmp_path, monkeypatch, content, capsys):
-    wandb, flags = FakeWandb(), argparse.Namespace(experiment_name="run", wandb_run_name=None)
-    monkeypatch.setattr(records.importlib, "import_module", lambda name: wandb)
-    file = tmp_path / "wandb_id.txt"
-    file.mkdir() if content is None else file.write_bytes(content)
-    for _ in range(2):
-        RunLog(tmp_path, enabled=True).start_wandb(flags)
-    assert wandb.asked == [None, "new"] and file.read_text() == "new\n"
-    said = capsys.readouterr().out
-    assert said.count("wandb_id.txt, which is damaged (") == 1 and "W&B failed" not in said
-    assert content is None or (tmp_path / "wandb_id.txt_1.damaged").read_bytes() == content
-
-
-def test_wandb_id_that_cannot_be_written_costs_a_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(records.importlib, "import_module", lambda name: FakeWandb())
-    log, before = RunLog(tmp_path, enabled=True), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
-    try:
-        log.start_wandb(argparse.Namespace(experiment_name="run", wandb_run_name=None))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert log.wandb_run.id == "new" and not list(tmp_path.iterdir())
-    assert "wandb_id.txt could not be written ([Errno 27]" in capsys.readouterr().out
-
-
 def test_pictures_follow_no_links_and_leave_no_half_of_one(tmp_path, capsys):
     picture, victims = Image.new("RGB", (64, 64)), tmp_path / "victims"
     victims.mkdir()
@@ -252,19 +196,6 @@ def test_pictures_follow_no_links_and_leave_no_half_of_one(tmp_path, capsys):
     assert names == {"epoch_1.png", "epoch_2.png", "epoch_2.png_1.damaged"} and not list(victims.iterdir())
     assert Image.open(tmp_path / "run" / "shown" / "epoch_2.png").size == (64, 64)
     assert "epoch_3.png could not be written" in capsys.readouterr().out
-
-
-def test_wandb_that_breaks_in_mid_run_is_left_alone(tmp_path, capsys):
-    class BrokenRun:
-        def log(self, values):
-            raise ConnectionError("the service went away")
-
-    log = RunLog(tmp_path, enabled=True)
-    log.wandb, log.wandb_run = argparse.Namespace(Error=RuntimeError), BrokenRun()
-    log.write({"step": 1})
-    log.write({"step": 2})
-    assert capsys.readouterr().out.count("the service went away") == 1
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
 
 
 # -------------------------------------------------------------------------------- progress

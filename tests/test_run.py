@@ -34,8 +34,8 @@ def run_flags(folder, **changes) -> argparse.Namespace:
     flags = dict(
         working_directory=str(folder), experiment_name="run", resume_from_checkpoint=None, epochs=NUM_EPOCHS,
         gradient_accumulation_steps=1, per_gpu_batch_size=2, num_workers=0, seed=0, log_interval=3, log_wandb=False,
-        save_minutes=0.0, keep_checkpoints=2, max_nonfinite_steps=3, max_bad_fraction=0.5, timeout_minutes=1.0,
-        deterministic=False, pin_memory=True, max_image_pixels=89_478_485, val_fraction=None,
+        log_with=None, save_minutes=0.0, keep_checkpoints=2, max_nonfinite_steps=3, max_bad_fraction=0.5,
+        timeout_minutes=1.0, deterministic=False, pin_memory=True, max_image_pixels=89_478_485, val_fraction=None,
     )  # fmt: skip
     assert flags.keys() >= changes.keys()
     return argparse.Namespace(**{**flags, **changes})

@@ -27,6 +27,9 @@ from training.states import find_checkpoints
 
 Rows = Sequence[tuple]
 
+# Accelerate's; packages have the same names
+TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow", "aim", "clearml", "comet_ml", "dvclive", "swanlab")
+
 FIRST_FLAGS: dict[str, Rows] = {
     "run": [
         ("experiment_name", "experiment", "folder below --working_directory; W&B project"),
@@ -38,7 +41,13 @@ FIRST_FLAGS: dict[str, Rows] = {
         ("seed", 0, "decides weights, order, crops and masks", (0, None)),
         ("save_checkpoint_interval", 10, "epochs between checkpoints kept for good, beside the last", (1, None)),
         ("log_wandb", False, "also log to Weights & Biases (needs the package; offline without a key)"),
-        ("wandb_run_name", str, "name of the W&B run (default: W&B's choice)"),
+        (
+            "log_with",
+            str,
+            f"also log with one or several of {', '.join(TRACKERS)}; each needs its package",
+            {"nargs": "+", "choices": TRACKERS, "metavar": "TRACKER"},
+        ),
+        ("wandb_run_name", str, "name of the run at the trackers (default: W&B's choice, or --experiment_name)"),
     ],
     "data": [
         ("path_to_data", str, "folder, data set of the Hub (hf:OWNER/NAME[:CONFIG][@REVISION]), or address of packs"),

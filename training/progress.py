@@ -35,9 +35,9 @@ class Progress:
         self.bar.close()
 
     def say(self, text: str) -> None:
-        """Print a line, above the bar."""
+        """Print a line, from the main process."""
         if self.is_main:
-            self.bar.write(text)
+            say(text)
 
     def show(self, epoch: int, row: Mapping) -> None:
         """Show the figures of a log row."""
@@ -66,6 +66,12 @@ class Progress:
         if not made or not left:
             return ""
         return f", {duration((time.monotonic() - self.began) / made * left)} left"
+
+
+def say(text: str) -> None:
+    """Print a line at once: above a bar on a terminal, and in a file before its buffer is full."""
+    tqdm.write(text)
+    sys.stdout.flush()
 
 
 def number(value: float | None) -> str:

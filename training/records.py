@@ -1,18 +1,13 @@
-"""What a run writes down and says: arguments, log, trackers, progress bar, bad files, skipped steps.
+"""What a run writes down and says: arguments, log, progress bar, bad files, skipped steps.
 
 Everything here but the folder's lock is for people: what cannot be written costs a message, never the run.
 """
 
 import argparse
-import importlib
 import json
-import netrc
-import os
-import re
 import resource
 import stat
 import sys
-import urllib.parse
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TextIO
@@ -32,7 +27,6 @@ from storage.files import (
     read_bytes,
     read_json,
     read_optional,
-    read_text,
     rename_aside,
     rename_irregular,
     replace_json,
@@ -43,8 +37,9 @@ from storage.lists import as_text
 from training.checkpoints import Start, advise_on_nonfinite, take_over
 from training.differences import find_differences
 from training.process import cap_workers
+from training.progress import say
+from training.trackers import finish_trackers, start_trackers
 
-WANDB_TIMEOUT_S = 20
 MAX_SHOWN = 500  # characters of a flag's value
 # ------------------------------------------------------------------------------------------------ the folder
 
@@ -96,8 +91,8 @@ def open_records(accelerator: Accelerator, start: Start, args: argparse.Namespac
             print(f"{'changed':<16}since the first start: {', '.join(changes)}", flush=True)
     accelerator.wait_for_everyone()
     log = RunLog(experiment, enabled=accelerator.is_main_process, resumed_step=step if resume_from else None, lock=lock)
-    if args.log_wandb and accelerator.is_main_process:
-        log.start_wandb(args)
+    if accelerator.is_main_process:
+        log.start_trackers(args)
     return log
 
 
@@ -127,7 +122,7 @@ def describe_run(
             "smaller --per_gpu_batch_size avoids it"
         )
     for name, text in (common | dict(lines)).items():
-        accelerator.print(f"{name:<16}{text}")
+        accelerator.print(f"{name:<16}{text}", flush=True)
 
 
 def print_figures(accelerator: Accelerator, figures: Mapping[str, float]) -> None:
@@ -147,15 +142,14 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 class RunLog:
-    """Write `<experiment>/log.jsonl`, one row a line, and W&B when asked; only the main process writes.
+    """Write `<experiment>/log.jsonl`, one row a line, and hand it to the trackers; only the main process writes.
 
-    A resume cuts the rows beyond its step, so steps rise strictly; a fresh start sets an older log aside. W&B that is
-    not installed, not reachable or breaks costs one message, never the run.
+    A resume cuts the rows beyond its step, so steps rise strictly; a fresh start sets an older log aside.
     """
 
     def __init__(self, experiment: Path, *, enabled: bool, resumed_step: int | None = None, lock: TextIO | None = None):
-        self.file, self.enabled, self.wandb_run, self.lock = experiment / "log.jsonl", enabled, None, lock
-        self.unwritten = ""
+        self.file, self.enabled, self.resumed_step, self.lock = experiment / "log.jsonl", enabled, resumed_step, lock
+        self.unwritten, self.trackers = "", []
         if enabled and resumed_step is None:
             with optional_write(self.file):
                 rename_aside(self.file)
@@ -163,46 +157,8 @@ class RunLog:
             with optional_write(self.file):
                 cut_rows(self.file, resumed_step)
 
-    def start_wandb(self, args: argparse.Namespace) -> None:
-        """Start or go on with a W&B run: online where a key is found, else offline."""
-        try:
-            self.wandb = importlib.import_module("wandb")
-        except ImportError as error:
-            print(f"--log_wandb: wandb cannot be imported ({error}); logging to {self.file} alone", flush=True)
-            return
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb_key_exists() else "offline")
-        if "WANDB_MODE" not in os.environ and mode == "offline":
-            print("--log_wandb: no API key found, so W&B runs offline; `wandb sync` uploads it later", flush=True)
-        self.with_wandb(self.init_wandb, args, mode)
-        if self.wandb_run is None and mode == "online":
-            self.with_wandb(self.init_wandb, args, "offline")
-
-    def init_wandb(self, args: argparse.Namespace, mode: str) -> None:
-        id_file = self.file.with_name("wandb_id.txt")
-        known = read_optional(id_file, read_wandb_id)
-        run = self.wandb.init(
-            project=re.sub(r"[/\\#?%:]", "_", args.experiment_name),  # W&B refuses these
-            name=args.wandb_run_name,
-            dir=self.file.parent,
-            id=known,
-            resume="allow",
-            config=vars(args),
-            mode=mode,
-            settings=self.wandb.Settings(init_timeout=WANDB_TIMEOUT_S),
-        )
-        if run.id != known:
-            with optional_write(id_file), written_whole(id_file) as temporary, temporary.open("x") as file:
-                file.write(run.id + "\n")
-        run.define_metric("*", step_metric="step")
-        self.wandb_run = run
-
-    def with_wandb(self, act: Callable, *args: object) -> None:
-        """Do something with W&B; if it fails, say so and leave W&B alone from then on."""
-        try:
-            act(*args)
-        except (self.wandb.Error, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            print(f"--log_wandb: W&B failed ({type(error).__name__}: {error}); the run goes on without it", flush=True)
-            self.wandb_run = None
+    def start_trackers(self, args: argparse.Namespace) -> None:
+        self.trackers = start_trackers(self.file.parent, args, self.resumed_step)
 
     def write(self, row: Mapping[str, float | None]) -> None:
         """Append a row; it carries "step". Rows that a full disk refuses are written with a later one."""
@@ -213,20 +169,20 @@ class RunLog:
             append_lines(self.file, self.unwritten.encode())
             self.unwritten = ""
         except OSError as error:
-            print(f"{self.file} could not be written ({error}); its rows wait for the next one", flush=True)
-        if self.wandb_run is not None:
-            self.with_wandb(self.wandb_run.log, dict(row))
+            say(f"{self.file} could not be written ({error}); its rows wait for the next one")
+        for tracker in self.trackers:
+            tracker.log(row)
 
     def picture(self, key: str, epoch: int, picture: Image.Image, step: int) -> None:
-        """Save a picture as <experiment>/<key>/epoch_<epoch>.png, and send it to W&B."""
+        """Save a picture as <experiment>/<key>/epoch_<epoch>.png, and hand it to the trackers."""
         path = self.file.parent / key / f"epoch_{epoch}.png"
         with optional_write(path):
             rename_irregular(path.parent, stat.S_ISDIR)
             rename_irregular(path)
             with written_whole(path, flush=False) as temporary, temporary.open("xb") as file:
                 picture.save(file, "PNG")
-        if self.wandb_run is not None and path.exists():
-            self.with_wandb(lambda: self.wandb_run.log({key: self.wandb.Image(str(path)), "step": step}))
+        for tracker in self.trackers if path.exists() else ():
+            tracker.log_picture(key, path, picture, step)
 
     def table(self, key: str, epoch: int, rows: Iterable[Iterable[object]]) -> None:
         """Save a table as <experiment>/<key>/epoch_<epoch>.tsv; one that is there is renamed."""
@@ -236,29 +192,9 @@ class RunLog:
             write_rows(path, rows)
 
     def close(self) -> None:
-        if self.wandb_run is not None:
-            self.with_wandb(self.wandb_run.finish)
-            self.wandb_run = None
+        finish_trackers(self.trackers)
         if self.lock is not None:
             self.lock.close()
-
-
-def read_wandb_id(file: Path) -> str:
-    """Read the id of the W&B run that an earlier start began; ValueError for what W&B would refuse."""
-    if not re.fullmatch(r"[^/\\#?%:\s]{1,128}", name := read_text(file).strip()):
-        raise ValueError("it holds no id of a W&B run")
-    return name
-
-
-def wandb_key_exists() -> bool:
-    """Look where `wandb login` leaves a key; wandb itself would stop the run to ask for one."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 # ------------------------------------------------------------------------------------------------ what went wrong

@@ -41,6 +41,7 @@ from training.progress import Progress, StepClock
 from training.records import BadFiles, SkippedSteps, open_records, peak_memory_gb
 from training.signals import FAIL, GO_ON, SAVE, STOP, Interruptions
 from training.states import BEST_CHECKPOINT
+from training.trackers import note_missing
 
 JUMP = 3  # times the learning rate of the step before, which no schedule makes from its third step on
 JUMPS = (
@@ -86,6 +87,8 @@ def open_run(args: argparse.Namespace) -> Opened:
     """Join the processes, choose what to go on from, seed all generators and choose the kernels."""
     accelerator = build_accelerator(args.gradient_accumulation_steps, timeout_minutes=args.timeout_minutes)
     Image.MAX_IMAGE_PIXELS = args.max_image_pixels
+    if accelerator.is_main_process:
+        note_missing(args)
     start = open_experiment(accelerator, args)
     set_seed(args.seed)
     if args.deterministic:  # only operations that give the same bits every time; torch raises for the others
@@ -155,7 +158,7 @@ class Run:
         self.checkpoints = Checkpoints(accelerator, self.experiment, args.keep_checkpoints)
         self.interruptions = Interruptions(accelerator, self.checkpoints, args.save_minutes, args.timeout_minutes)
         self.progress = Progress(accelerator, plan.num_epochs, plan.total_steps, self.step)
-        self.clock = StepClock(accelerator.print)
+        self.clock = StepClock(self.progress.say)
         self.sums: dict[str, Tensor] = {}  # figures of the step under way, on the device
         self.names: list[str] = []  # of the figures
         self.pending: list[Tensor] = []  # (figures + 1,) of each step since the last row; the last is 1.0 where skipped

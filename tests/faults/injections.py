@@ -4,7 +4,7 @@ Where there is a `rank`, only that process is changed.
 """
 
 import functools
-import importlib
+import importlib.machinery
 import itertools
 import math
 import os
@@ -13,18 +13,19 @@ import shutil
 import signal
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import DistributedType
+from accelerate import DistributedType, tracking
 from accelerate.state import PartialState
 from torch.distributed.tensor import DTensor
 
 import training
 import utils
 from storage import workers
-from training import check, checkpoints, data, records, signals
+from training import check, checkpoints, data, signals, trackers
 
 
 def is_rank(rank: int) -> bool:
@@ -199,7 +200,30 @@ def fill_disk(file: str, first: int, last: int) -> None:
 
 
 def set_wandb_timeout(seconds: int) -> None:
-    records.WANDB_TIMEOUT_S = seconds
+    trackers.WANDB_TIMEOUT_S = seconds
+
+
+def break_tracker(name: str, calls: list[str], hangs: bool) -> None:
+    """Put a tracker in Accelerate's place that raises at some calls, or never comes back, and ask less patience."""
+
+    class TroubleError(Exception):  # of none of the kinds that one would think of
+        pass
+
+    def fail(*_, **__) -> None:
+        if hangs:
+            time.sleep(1000)
+        raise TroubleError(f"{name} is broken")
+
+    def work(*_, **__) -> None:
+        pass
+
+    every = ("start", "store_init_configuration", "log", "log_images", "finish")
+    made = {call: fail if call in calls else work for call in every}
+    made |= {"__init__": work, "requires_logging_directory": False}
+    tracking.LOGGER_TYPE_TO_CLASS[name] = type(name, (), made)
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
+    trackers.START_S, trackers.FINISH_S = 0.5, 0.5
 
 
 def end_wandb(step: int) -> None:
