@@ -3,8 +3,8 @@
     python tools/features.py --checkpoint work_dir/MAEPretraining --path_to_data DATA --output features.npz
 
 On several processes by `accelerate launch`. Killed and started again with the same command, it goes on. An .npz has
-`features` float32 (images, D), or (images, L, D) of patches, `labels` (-1 without classes), `paths`, `split` (train,
-val; else all) and `classes`; a .parquet has a row for each image. A file that cannot be read is named on stderr and left
+`features` float32 (images, D), or (images, L, D) of patches, `labels` (-1 without classes), `paths`, `split` (train and
+val, or all) and `classes`; a .parquet has a row for each image. A file that cannot be read is named on stderr and left
 out; the exit code is then 1.
 """
 
