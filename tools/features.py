@@ -20,17 +20,7 @@ from typing import NamedTuple, TextIO
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from storage import explained_errors
-from storage.files import (
-    beside,
-    checksum_of,
-    escape,
-    hold,
-    read_json,
-    remove,
-    replace_json,
-    user_path,
-    written_whole,
-)
+from storage.files import beside, checksum_of, escape, hold, read_json, remove, replace_json, user_path, written_whole
 
 POOLS = {"avg": "mean", "cls": "cls"}  # what --pool calls a model's global_pool
 SUFFIXES = (".npz", ".parquet")
@@ -54,21 +44,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--img_size", type=int, nargs="+", help="one number, or height and width (default: as trained)")
     parser.add_argument("--batch_size", type=int, default=32, help="images of a forward pass (default: 32)")
     parser.add_argument("--num_workers", type=int, default=8, help="that decode, at most the cores (default: 8)")
-    parser.add_argument("--val_fraction", type=float, help="share held out as split val, by --seed, without val/")
-    parser.add_argument("--seed", type=int, default=0, help="of --val_fraction (default: 0)")
     parser.add_argument("--image_column", help="of a data set of the Hub (default: the only one of images)")
     parser.add_argument("--label_column", help="of a data set of the Hub (default: the only one of classes)")
     parser.add_argument("--working_directory", default="work_dir", help="for lists of files (default: work_dir)")
-    parser.add_argument("--rescan_data", action="store_true", help="list the files anew")
     parser.add_argument("--show_channels", type=int, nargs=3, default=[0, 1, 2], help="bands that --attention shows")
+    parser.add_argument("--rescan_data", action="store_true", help="list the files anew")
     parser.add_argument("--overwrite", action="store_true", help="allow --output and --attention to exist")
     args = parser.parse_args(argv)
-    args.shard_cache_gb, args.timeout_minutes = 100.0, 30.0  # the scripts' defaults
+    # What else the scripts ask when they look for data, at their defaults
+    args.shard_cache_gb, args.timeout_minutes, args.val_fraction = 100.0, 30.0, None
     for name, least in (("batch_size", 1), ("attention_images", 1), ("num_workers", 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
-    if args.val_fraction is not None and not 0.001 <= args.val_fraction <= 0.5:
-        parser.error(f"--val_fraction must be between 0.001 and 0.5, not {args.val_fraction:g}")
     if args.output is None and args.attention is None:
         parser.error("give --output FILE for features, --attention FOLDER for pictures, or both")
     if args.output is not None and args.output.suffix not in SUFFIXES:
