@@ -26,6 +26,8 @@ from safetensors.torch import save_file
 import finetune_classifier
 import pretrain_mae
 from model import (
+    MODEL_CONFIGS,
+    VisionTransformer,
     ViTMAEForImageClassification,
     ViTMAEForPreTraining,
     ViTMAEForSegmentation,
@@ -115,6 +117,34 @@ def test_classifier_equals_transformers_and_timm(publish, kind):
     torch.testing.assert_close(vit(IMAGES), expected, rtol=0, atol=1e-5)
     ours, record = load_classifier(folder)
     assert (ours.eval()(IMAGES) == expected).all() and record["global_pool"] == model.global_pool
+
+
+@torch.no_grad()
+def test_encoder_of_the_original_layout_equals_transformers_and_timm(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(MODEL_CONFIGS["mae_vit_tiny_patch16"], img_size=32, encoder_depth=2)
+    encoder, images = VisionTransformer(config).eval(), torch.randn(2, 3, 32, 32)
+    torch.save({"model": encoder.state_dict()}, "mae_pretrain.pth")
+    tool = load_tool("publish")
+    tool.main(tool.parse_args(["mae_pretrain.pth", "--repo", "someone/tiny"]))
+    expected = encoder(images)
+    theirs = transformers.AutoModel.from_pretrained("tiny", add_pooling_layer=False).eval()
+    torch.testing.assert_close(theirs(images).last_hidden_state, expected, rtol=0, atol=1e-5)
+    vit = timm.create_model("local-dir:tiny", pretrained=True).eval()
+    torch.testing.assert_close(vit.forward_features(images), expected, rtol=0, atol=1e-5)
+
+
+def test_rectangles_are_not_for_transformers_and_that_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(TINY, img_size=(8, 16))
+    (tmp_path / "wide").mkdir()
+    save_file(ViTMAEForPreTraining(config).state_dict(), tmp_path / "wide" / "model.safetensors")
+    (tmp_path / "wide" / "config.json").write_text(json.dumps({"config": dataclasses.asdict(config)}))
+    tool = load_tool("publish")
+    tool.main(tool.parse_args(["wide", "--repo", "someone/tiny"]))
+    assert "transformers' ViTMAE takes square images only, not 8 x 16" in capsys.readouterr().out
+    assert timm.create_model("local-dir:tiny", pretrained=True).patch_embed.grid_size == (2, 4)
+    assert not (tmp_path / "tiny" / "transformers.safetensors").exists()
 
 
 def test_segmenter_is_for_this_project_alone_and_says_so(publish, capsys):

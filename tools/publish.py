@@ -193,7 +193,7 @@ pipeline_tag: {task}
 ---
 # {name}
 
-A {kind} ([He et al.](https://arxiv.org/abs/2111.06377)): {sizes}.
+{kind} ([He et al.](https://arxiv.org/abs/2111.06377)): {sizes}.
 
 ## Licence
 
@@ -242,7 +242,7 @@ def write_card(model: Model, records: Records, args: argparse.Namespace) -> str:
         task=task,
         library="library_name: transformers\n" if "transformers" in model.opening else "",
         name=args.repo.partition("/")[2],
-        kind=model.kind,
+        kind=model.kind.capitalize(),
         sizes=", ".join(f"{name} {config[name]}" for name in names),
         license=args.license or FILL_IN,
         use="\n".join(use),
@@ -281,7 +281,7 @@ def write_folder(args: argparse.Namespace) -> None:
             draw_curve(records.log, temporary / CURVE)
         (temporary / CARD).write_text(write_card(model, records, args), encoding="utf-8")
     opened = ", ".join(["this project", *model.opening])
-    print(f"{'written':<16}{args.output}: a {model.kind}, for {opened}" + f" alone ({model.note})" * bool(model.note))
+    print(f"{'written':<16}{args.output}: {model.kind}, for {opened}" + f" alone ({model.note})" * bool(model.note))
 
 
 def push(args: argparse.Namespace) -> None:
