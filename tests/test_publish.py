@@ -171,6 +171,17 @@ def test_card_is_made_of_the_runs_records_and_names_no_place(publish, tmp_path):
     assert read_json(tmp_path / "back" / "config.json")["config"] == TINY.as_record(decoder=True)
 
 
+def test_scores_of_images_that_chose_the_weights_are_called_too_high(publish, tmp_path):
+    _, folder = publish("classifier of the mean")
+    scores = {"testing_top1_acc": 81.25, "num_images": 8, "data": "/secret", "chose_best_checkpoint": True}
+    (tmp_path / "run" / "checkpoint_2" / "evaluation.json").write_text(json.dumps(scores))
+    tool = load_tool("publish")
+    tool.main(tool.parse_args([str(tmp_path / "run" / "checkpoint_2"), "--repo", "someone/tiny", "--overwrite"]))
+    card = (folder / "README.md").read_text()
+    assert "| `testing_top1_acc` | 81.25 |\n| `num_images` | 8 |\n\nThese images chose the weights" in card
+    assert "finetune_classifier.py --eval_only --path_to_data DATA" in card and "/secret" not in card
+
+
 def test_folder_is_not_overwritten_and_others_are_left_alone(publish, tmp_path, capsys):
     _, folder = publish("masked autoencoder", "--license", "mit")
     card = folder / "README.md"

@@ -158,15 +158,17 @@ class Records(NamedTuple):
     data: str
     log: Path | None
     scores: dict[str, float]
+    chosen: bool = False  # whether the images of the scores chose these weights
 
 
 def read_records(weights: Path) -> Records:
     """Read the records that lie beside weights, or in the folder above; empty where there are none."""
-    folders = (weights.parent, weights.parent.parent)
+    folders = (weights.parent, *([weights.parent.parent] if weights.name == OURS else []))  # of a checkpoint's folder
     experiment = next((folder for folder in folders if (folder / "args.json").is_file()), None)
     flags = read_json(experiment / "args.json") if experiment else {}
-    log = experiment / "log.jsonl" if experiment and (experiment / "log.jsonl").is_file() else None
-    rows = plot_log.read_rows(log) if log else []
+    log = experiment / "log.jsonl" if experiment else None
+    rows = plot_log.read_rows(log) if log and log.is_file() else []
+    log = log if any(type(row.get("training_loss")) is float for row in rows) else None
     evaluation = weights.with_name(SCORES)
     if evaluation.is_file():
         scores = read_json(evaluation)
@@ -175,8 +177,10 @@ def read_records(weights: Path) -> Records:
         scores = {n: v for n, v in scores.items() if n.startswith(("testing", "knn")) or n.endswith("_error")}
     figures = {n: v for n, v in scores.items() if type(v) in (int, float)}
     kept = {n: v for n, v in flags.items() if v is not None and not n.startswith(PLACES)}
+    kept = {n: v for n, v in kept.items() if not str(v).startswith(("/", "~"))}
     data = str(flags.get("path_to_data") or "")
-    return Records(kept, data if data.startswith("hf:") else Path(data).name, log, figures)
+    data = data if data.startswith("hf:") else Path(data).name
+    return Records(kept, data, log, figures, scores.get("chose_best_checkpoint") is True)
 
 
 def as_code(text: object) -> str:
@@ -237,6 +241,7 @@ def write_card(model: Model, records: Records, args: argparse.Namespace) -> str:
         how = f"in training, {train}" if script == "pretrain_mae.py" else f"by {evaluate}, after `hf download`"
         rows = [f"| {as_code(name)} | {value:.6g} |" for name, value in records.scores.items()]
         scores = "\n".join([f"On held-out images, {how}:", "", "| figure | value |", "|---|---|", *rows])
+        scores += "\n\nThese images chose the weights, so the scores are too high on average." * records.chosen
     return CARD_TEXT.format(
         license_entry=f"license: {args.license}" if args.license else "# license: fill in, such as mit",
         task=task,
