@@ -187,13 +187,13 @@ def claim_parts(accelerator: Accelerator, folder: Path, plan: dict, overwrite: b
                 "--output, or begin anew with --overwrite"
             )
         if accelerator.is_main_process:
-            if differ:
-                remove(folder)
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 lock = hold(folder / "lock")
             except BlockingIOError as error:
                 raise BlockingIOError(f"another run is writing {folder}; wait for it") from error
+            for part in folder.glob("*.npz") if differ else ():
+                part.unlink()
             replace_json(file, plan)
             return lock
     return None
@@ -257,10 +257,10 @@ def draw_attention(model: VisionTransformer, data: dict[str, dataset.ImageDatase
     for split, images in data.items():
         for sample in dataset.pick_samples(images, args.attention_images):
             pixels = dataset.normalize(sample.image[None].to(device), args.mean, args.std)  #  (1, C, H, W)
-            weights = extract(pixels)[layer][0, :, 0, 1:]  #                                    (heads, L)
+            weights = extract(pixels)[layer][0, :, 0, 1:].cpu()  #                              (heads, L)
             maps = (weights / weights.amax(dim=1, keepdim=True)).unflatten(1, model.grid_of(pixels))
             maps = F.interpolate(maps[:, None], pixels.shape[-2:])  #                           (heads, 1, H, W)
-            shown = show_values([dataset.denormalize(pixels, args.mean, args.std)], args.show_channels)[0]
+            shown = show_values([dataset.denormalize(pixels.cpu(), args.mean, args.std)], args.show_channels)[0]
             rows = {as_text(images.files.path(sample.key.index)): shown}
             for first in range(0, len(maps), HEADS_IN_A_ROW):
                 heads = maps[first : first + HEADS_IN_A_ROW]
@@ -270,6 +270,30 @@ def draw_attention(model: VisionTransformer, data: dict[str, dataset.ImageDatase
 
 
 # ------------------------------------------------------------------------------------------------ the command
+
+
+def write_table(
+    accelerator: Accelerator, model: VisionTransformer, data: dict[str, dataset.ImageDataset], plan: dict, args
+) -> int:
+    """Encode all images, or those that an earlier run of this plan has not, and give how many could not be read."""
+    splits, folder = {split: images.files for split, images in data.items()}, beside(args.output, "parts")
+    lock = claim_parts(accelerator, folder, plan, args.overwrite)
+    parts = cut_parts(folder, splits, args.batch_size)
+    if done := sum(part.file.exists() for part in parts):
+        accelerator.print(f"{'going on':<16}{done} of {len(parts)} parts are there")
+    for files in splits.values():
+        accelerator.print(f"{'encoding':<16}{files.describe()}")
+    write_parts(accelerator, model, data, parts, args)
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return 0
+    write = write_npz if args.output.suffix == ".npz" else write_parquet
+    with written_whole(args.output) as temporary:
+        count = write(temporary, parts, splits, plan)
+    remove(folder)
+    lock.close()
+    print(f"{args.output}: {args.pool} features of {count:,} images")
+    return sum(map(len, splits.values())) - count
 
 
 @torch.no_grad()
@@ -297,29 +321,10 @@ def main(args: argparse.Namespace) -> int:
     bad = 0
     if args.output is not None:
         plan = {"weights": f"{weights} {checksum_of(weights)}", "pool": args.pool, "block": args.block}
-        plan |= {"img_size": list(config.image_hw), "batch_size": args.batch_size, "mean": list(args.mean)}
-        plan |= {"std": list(args.std), "value_range": args.value_range, "precision": accelerator.mixed_precision}
+        plan |= {"img_size": config.image_hw, "batch_size": args.batch_size, "mean": args.mean, "std": args.std}
+        plan |= {"value_range": args.value_range, "precision": accelerator.mixed_precision}
         plan |= {"data": {split: f"{files.root} {files.fingerprint()}" for split, files in splits.items()}}
-        plan = json.loads(json.dumps(plan))
-        folder = beside(args.output, "parts")
-        lock = claim_parts(accelerator, folder, plan, args.overwrite)
-        parts = cut_parts(folder, splits, args.batch_size)
-        done = sum(part.file.exists() for part in parts)
-        accelerator.wait_for_everyone()
-        if done:
-            accelerator.print(f"{'going on':<16}{done} of {len(parts)} parts are there")
-        for files in splits.values():
-            accelerator.print(f"{'encoding':<16}{files.describe()}")
-        write_parts(accelerator, model, data, parts, args)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            write = write_npz if args.output.suffix == ".npz" else write_parquet
-            with written_whole(args.output) as temporary:
-                count = write(temporary, parts, splits, plan)
-            remove(folder)
-            lock.close()
-            bad = sum(map(len, splits.values())) - count
-            print(f"{args.output}: {args.pool} features of {count:,} images")
+        bad = write_table(accelerator, model, data, json.loads(json.dumps(plan)), args)
     if args.attention is not None and accelerator.is_main_process:
         draw_attention(model, data, args, accelerator.device)
         print(f"{args.attention}: attention of {args.attention_images} images of a split at most")

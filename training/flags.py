@@ -212,7 +212,7 @@ class Flags:
         self.check(args)
         for name in WEIGHTS:  # of the Hub: args.json says which commit was used, and a resume asks for the same
             if is_hub_model(getattr(args, name, None)):
-                setattr(args, name, pin_model(getattr(args, name)))
+                setattr(args, name, pin_model(getattr(args, name)) or getattr(args, name))
         return args
 
     def find_demo_weights(self, given: Mapping) -> str | None:
