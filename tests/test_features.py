@@ -123,6 +123,17 @@ def test_killed_run_goes_on_where_it_was(run, image_folder, tmp_path, monkeypatc
         run()
 
 
+def test_overwrite_begins_anew_what_another_command_began(run, checkpoint, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(np, "savez", fail_after(1, np.savez))
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.undo()
+    assert len(list((tmp_path / "features.npz.parts").glob("*.npz"))) == 1
+    table = run("--pool", "cls", "--overwrite")
+    expected = encode_by_hand(checkpoint, image_folder, "train", POOLED["cls"])
+    assert (table["features"][table["split"] == "train"] == expected).all()
+
+
 def run_small_parts(run, monkeypatch) -> dict:
     """Run with parts of one batch: three of the training images, one of the others."""
     features = load_tool("features")
