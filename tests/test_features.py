@@ -124,7 +124,7 @@ def test_killed_run_goes_on_where_it_was(run, image_folder, tmp_path, monkeypatc
 
 
 def test_overwrite_begins_anew_what_another_command_began(run, checkpoint, image_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(np, "savez", fail_after(1, np.savez))
+    monkeypatch.setattr(np, "savez", fail_after(3, np.savez))  # two lists of files, one part
     with pytest.raises(KeyboardInterrupt):
         run()
     monkeypatch.undo()
