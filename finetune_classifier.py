@@ -112,7 +112,7 @@ FLAGS = {
         ("finetune_blocks", float, "train the last K blocks and the head: 0 the head, 0.5 the last MLP, the depth all"),
     ],
     "model": [
-        ("path_to_pretrained_mae_weights", str, "checkpoint folder, .safetensors or original .pth; else from scratch"),
+        ("path_to_pretrained_mae_weights", str, "checkpoint folder, .safetensors, .pth, hf:OWNER/NAME; else scratch"),
         ("label_column", str, "of a data set of the Hub (default: the only one of classes)"),
         ("num_classes", int, "(default: as many as there are class folders)"),
         ("model", str, f"sizes from scratch (default: {BASE})", {"choices": MODEL_CONFIGS}),

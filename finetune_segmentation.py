@@ -72,7 +72,7 @@ FOCAL_GAMMA = 2.0  # Lin et al. 2017, section 5.1
 ONE_CLASS = "for one class before a background give 2, with --no-ignore_zero where the background is 0"
 FLAGS = {
     "model": [
-        ("path_to_backbone_checkpoint", str, "checkpoint folder, .safetensors or original .pth; or a segmenter's"),
+        ("path_to_backbone_checkpoint", str, "checkpoint folder, .safetensors, .pth, or hf:OWNER/NAME"),
         ("from_scratch", False, "start from random weights, for comparison"),
         ("model", str, f"sizes from scratch (default: {BASE})", {"choices": MODEL_CONFIGS}),
         ("patch_size", int, "(default: the checkpoint's or the model's)"),

@@ -87,7 +87,7 @@ JITTERED = "changes the colours of 8-bit pictures of 1 or 3 channels alone"
 NOTHING_REMOVED = "as there is nothing to learn where nothing is removed; the paper removes 0.75"
 FLAGS = {
     "masked autoencoder": [
-        ("init_from", str, "start from weights: a checkpoint or experiment folder, .safetensors or original .pth"),
+        ("init_from", str, "start from weights: checkpoint or experiment folder, .safetensors, .pth, or hf:OWNER/NAME"),
         ("model", BASE, "sizes; the flags below override single ones", {"choices": MODEL_CONFIGS}),
         ("patch_size", int, "side of a patch in pixels (default: the model's)"),
         *training.size_flags(MAEConfig, ("encoder", "decoder"), "the model's"),

@@ -25,6 +25,7 @@ from torch import Tensor
 from storage import files
 from storage.layouts import BEIT_ONLY, BIAS_TABLE, NO_COUNTERPART, PUBLISHED_WIDTHS
 from storage.sizes import BEST_CHECKPOINT, LAST_CHECKPOINT
+from storage.snapshots import PUBLISHED, fetch_model, is_hub_model, pin_model
 
 # ------------------------------------------------------------------------------------------------ reading files
 
@@ -134,10 +135,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 def find_weights(path: str | Path, names: Sequence[str] = WEIGHT_FILES[:1]) -> Path:
     """Give the weight file of a folder, the first of these names in it, or the file itself.
 
-    The folder of an experiment stands for its best checkpoint, or where there is none for its last one.
-    FileNotFoundError says what was looked for, ValueError how to make one file of several.
+    The folder of an experiment stands for its best checkpoint, or where there is none for its last one, and
+    hf:OWNER/NAME for a folder of the Hub. FileNotFoundError says what was looked for, ValueError how to make one file
+    of several.
     """
-    path = Path(path)
+    path = fetch_model(str(path)) if is_hub_model(path) else Path(path)
     if not any((path / name).is_file() for name in names):
         path = next((path / name for name in OF_AN_EXPERIMENT if (path / name).is_dir()), path)
     found = [path / name for name in names if (path / name).is_file()] if path.is_dir() else [path]
@@ -214,8 +216,11 @@ ENTRIES = {
 
 def convert_command(path: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> str:
     """Give the command that makes weights ours, with the flags that their keys show it to need."""
-    state_dict = state_dict or {}
-    source, target = (shlex.quote(str(Path(path)) + ending) for ending in ("", "_ours"))
+    state_dict, pinned = state_dict or {}, pin_model(path)
+    source = str(pinned or Path(path))
+    target = re.sub(r"hf:.*/(.*)@.*", r"\1", source) + "_ours"  # of a model of the Hub in the working directory
+    source, target = map(shlex.quote, (source, target))
+    path = find_weights(path) if pinned else path
     flags = " --drop" if any(re.search(NO_COUNTERPART, key) for key in state_dict) else ""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     told = (folder / "config.json").is_file() or any(key.endswith(BIAS_TABLE) for key in state_dict)
@@ -245,6 +250,11 @@ def read_weights(path: str | Path) -> tuple[Path, dict[str, Tensor]]:
     return file, state_dict
 
 
+def own_record(content: dict) -> dict:
+    """Give what this project wrote into a config.json, which tools/publish.py puts under one name."""
+    return content[PUBLISHED] if isinstance(content.get(PUBLISHED), dict) else content
+
+
 def read_config(weights: Path) -> dict | None:
     """Read the config.json beside a weight file: sizes, image mean and std; None where there is none.
 
@@ -253,7 +263,7 @@ def read_config(weights: Path) -> dict | None:
     file = weights.with_name("config.json")
     if not file.is_file():
         return None
-    record = files.read_json(file)
+    record = own_record(files.read_json(file))
     if not isinstance(record.get("config"), dict):
         source = weights.parent if weights.name == "model.safetensors" else weights
         command = convert_command(source, read_state_dict(weights))

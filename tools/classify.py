@@ -31,7 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     images = "of any size, resized and cropped to the model's; all images below a folder"
     parser.add_argument("images", nargs="+", type=user_path, metavar="IMAGE_OR_FOLDER", help=images)
-    source = "checkpoint or experiment folder of finetune_classifier.py, or mae_finetuned_vit_*.pth"
+    source = "checkpoint or experiment folder of finetune_classifier.py, hf:OWNER/NAME, or mae_finetuned_vit_*.pth"
     parser.add_argument("--checkpoint", type=user_path, required=True, help=source)
     parser.add_argument("--top", type=int, default=5, help="classes named of each image (default: 5)")
     table = "write a row for each image instead of printing: path, then class and probability for each of --top"

@@ -89,7 +89,7 @@ def add_facts(source: Source, folder: Path, content: dict) -> None:
     The config.json of another layout than the weights' happens to lie in the same folder, and says nothing.
     """
     file = folder / "config.json"
-    config = files.read_json(file) if file.is_file() else {}
+    config = weights.own_record(files.read_json(file)) if file.is_file() else {}
     if source.layout == "ours" and isinstance(config.get("config"), dict):
         source.title, source.record = LAYOUTS["ours"].title, weights.read_config(file)
         source.known = source.record.pop("config")

@@ -35,7 +35,7 @@ TOLERANCE = 1e-4  # largest difference from the model, as a share of the largest
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    about = "checkpoint folder of finetune_classifier.py or finetune_segmentation.py, or mae_finetuned_vit_*.pth"
+    about = "checkpoint folder of one of the finetuning scripts, hf:OWNER/NAME, or mae_finetuned_vit_*.pth"
     parser.add_argument("--checkpoint", required=True, help=about)
     parser.add_argument("--to", choices=SUFFIXES, required=True, help=f"onnx needs {', '.join(ONNX_PACKAGES)}")
     parser.add_argument("--output", type=user_path, required=True, help="file to write, .onnx or .pt2 by --to")

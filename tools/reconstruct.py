@@ -29,7 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     images = "of any size, resized and cropped to the model's; of a folder --max_images, spread over all below it"
     parser.add_argument("images", nargs="+", type=user_path, metavar="IMAGE_OR_FOLDER", help=images)
-    source = "checkpoint or experiment folder, or weight file, with a decoder"
+    source = "checkpoint or experiment folder, weight file or hf:OWNER/NAME, with a decoder"
     parser.add_argument("--checkpoint", type=user_path, required=True, help=source)
     parser.add_argument("--max_images", type=int, default=8, help="images of each folder (default: 8)")
     parser.add_argument("--output", type=user_path, required=True, help="picture to write")

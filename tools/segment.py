@@ -32,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     images = "of any size; all images below a folder"
     parser.add_argument("images", nargs="+", type=user_path, metavar="IMAGE_OR_FOLDER", help=images)
-    source = "checkpoint or experiment folder of finetune_segmentation.py"
+    source = "checkpoint or experiment folder of finetune_segmentation.py, or hf:OWNER/NAME"
     parser.add_argument("--checkpoint", type=user_path, required=True, help=source)
     parser.add_argument("--output", type=user_path, required=True, help="folder for the pictures")
     parser.add_argument("--overwrite", action="store_true", help="allow pictures of these names to exist")

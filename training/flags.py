@@ -23,6 +23,7 @@ import yaml
 
 from storage.console import refuse
 from storage.files import escape, read_text, user_path
+from storage.snapshots import is_hub_model, pin_model
 from training.states import find_checkpoints
 
 Rows = Sequence[tuple]
@@ -100,6 +101,7 @@ NOT_GIVEN = object()
 RECORDED = ("config", "decoder", "statistics_given")  # in args.json, but not to be given again
 # Beginnings of flags that name files
 PATHS = ("path_to", "init_from", "working_directory", "resume_from_checkpoint", "class_names", "test_folder")
+WEIGHTS = ("path_to_pretrained_mae_weights", "path_to_backbone_checkpoint", "init_from")
 FOLDERS = ("path_to_data", "path_to_probe_data", "test_folder", "working_directory")
 MAX_NAME_BYTES = 255  # of a file or folder, on nearly every disk
 METAVARS = {int: "N", float: "X", str: "TEXT"}
@@ -217,6 +219,9 @@ class Flags:
         if "gradient_accumulation_steps" not in given and (args.per_gpu_batch_size or 0) > 0:
             args.gradient_accumulation_steps = fit_accumulation(args)
         self.check(args)
+        for name in WEIGHTS:  # of the Hub: args.json says which commit was used, and a resume asks for the same
+            if is_hub_model(getattr(args, name, None)):
+                setattr(args, name, pin_model(getattr(args, name)) or getattr(args, name))
         return args
 
     def find_demo_weights(self, given: Mapping) -> str | None:

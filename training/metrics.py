@@ -27,6 +27,7 @@ from storage.files import (
     written_whole,
 )
 from storage.lists import as_text
+from storage.snapshots import is_hub_model
 from storage.weights import find_weights
 from training.pictures import draw_rows, show_values
 from training.process import gather_slices, process_slice
@@ -205,6 +206,9 @@ class PixelEvaluation(NamedTuple):
 
 def find_writable_weights(path: str) -> Path:
     """Find weights whose figures can be written beside them; PermissionError where not."""
+    if is_hub_model(path):
+        get = f"hf download {path.removeprefix('hf:').partition('@')[0]} --local-dir FOLDER"
+        raise PermissionError(f"the figures are written beside the weights, so get these to a folder of yours: {get}")
     weights = find_weights(path)
     if not os.access(weights.parent, os.W_OK):
         raise PermissionError(f"the figures are written beside the weights, but {weights.parent} cannot be written to")
