@@ -4,10 +4,7 @@ A benchmark that imports this finds the project's modules, whatever folder it is
 """
 
 import argparse
-import platform
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -15,9 +12,11 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from training.process import find_commit, name_device
+
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
@@ -29,22 +28,8 @@ def build_parser(description: str, *, rounds: int = 5) -> argparse.ArgumentParse
 
 def describe_machine(device: torch.device) -> str:
     """Say in one line on what, when and at which commit this was measured."""
-    git = ["git", "-C", str(ROOT)] if shutil.which("git") else ["true"]  # which says nothing
-    commit, changes = (
-        subprocess.run([*git, *words], capture_output=True, encoding="utf-8", check=False).stdout.strip()
-        for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-    )
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        name = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
-    return (
-        f"{name}, torch {torch.__version__}, commit {commit or 'unknown'}{' with changes' if changes else ''}, "
-        f"{time.strftime('%Y-%m-%d')}"
-    )
+    today = time.strftime("%Y-%m-%d")
+    return f"{name_device(device)}, torch {torch.__version__}, commit {find_commit()}, {today}"
 
 
 # ------------------------------------------------------------------------------------------------ time

@@ -547,10 +547,11 @@ def test_unknown_choice_is_one_line_with_what_may_have_been_meant(capsys):
 def test_args_of_a_run_are_flags_again_and_a_given_flag_wins(tmp_path):
     given = "--path_to_data x --mean 0.1 0.2 0.3 --std 0.5 --no-pin_memory --img_size 64 32 --base_learning_rate 1e-5"
     first = pretrain_mae.parse_args(given.split())
-    (tmp_path / "args.json").write_text(json.dumps(vars(first) | {"decoder": "Pillow"}))
+    (tmp_path / "args.json").write_text(json.dumps(vars(first) | {"decoder": "Pillow", "environment": {"torch": "2"}}))
     again = pretrain_mae.parse_args(["--config", str(tmp_path / "args.json"), "--epochs", "70"])
     assert again.epochs == 70 and first.epochs == 800
-    differing = {"epochs", "config", "statistics_given"}
+    assert first.changed_flags == ["base_learning_rate", "img_size", "mean", "path_to_data", "pin_memory", "std"]
+    differing = {"epochs", "config", "statistics_given", "changed_flags"}
     assert {name: value for name, value in vars(again).items() if name not in differing} == {
         name: value for name, value in vars(first).items() if name not in differing
     }

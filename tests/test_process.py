@@ -1,6 +1,7 @@
 """Processes, kernels and lists: what a launcher gets wrong, and what processes put together."""
 
 import argparse
+import json
 import os
 import platform
 import subprocess
@@ -102,3 +103,17 @@ def test_half_precision_on_a_cpu_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(ValueError, match=r"fp16 is for GPUs.*give bf16 or no"):
         process.build_accelerator()
+
+
+# -------------------------------------------------------------------------------- what it runs on
+
+
+def test_environment_names_commit_hardware_and_versions(monkeypatch):
+    found = process.describe_environment(Accelerator(cpu=True))
+    assert json.loads(json.dumps(found)) == found and all(isinstance(value, str) for value in found.values())
+    assert (found["torch"], found["python"]) == (torch.__version__, platform.python_version())
+    assert found["hardware"].startswith("1 x ") and found["hardware"].endswith(f" {torch.get_num_threads()} threads")
+    git = subprocess.run(["git", "-C", ROOT, "log", "-1", "--format=%h"], capture_output=True, text=True, check=False)
+    assert found["commit"].removesuffix(" with changes") == (git.stdout.strip() or "unknown")
+    monkeypatch.setattr(process.shutil, "which", lambda name: None)
+    assert process.find_commit() == "unknown"

@@ -133,10 +133,11 @@ def test_lock_lets_one_run_into_an_experiment_and_goes_with_its_process(tmp_path
 
 def test_write_args_keeps_the_first_file_and_names_what_changed(tmp_path):
     checkpoint = tmp_path / "checkpoint_3"
-    assert write_args(tmp_path, run_flags(tmp_path, seed=1), None) == []
-    assert write_args(tmp_path, run_flags(tmp_path, seed=2), checkpoint) == ["--seed 2 (was 1)"]
+    assert write_args(tmp_path, run_flags(tmp_path, seed=1), None, {"torch": "2.0"}) == []
+    assert write_args(tmp_path, run_flags(tmp_path, seed=2), checkpoint, {"torch": "2.1"}) == ["--seed 2 (was 1)"]
     assert json.loads((tmp_path / "args.json").read_text())["seed"] == 1
-    assert json.loads((tmp_path / "args_from_checkpoint_3.json").read_text())["seed"] == 2
+    resumed = json.loads((tmp_path / "args_from_checkpoint_3.json").read_text())
+    assert resumed["seed"] == 2 and resumed["environment"] == {"torch": "2.1"}
     write_args(tmp_path, run_flags(tmp_path, seed=4), checkpoint)  # a second resume from there
     assert json.loads((tmp_path / "args_from_checkpoint_3_1.json").read_text())["seed"] == 2
     write_args(tmp_path, run_flags(tmp_path, seed=3), None)

@@ -26,6 +26,7 @@ import pretrain_mae
 from model import ViTMAEForImageClassification, ViTMAEForPreTraining
 from storage.files import read_json
 from storage.weights import find_weights
+from training.logs import name_runs
 
 
 @pytest.fixture
@@ -184,14 +185,13 @@ def test_plot_log_takes_the_folder_of_an_experiment(tmp_path):
 
 
 def test_plot_log_names_runs_by_as_many_folders_as_tell_them_apart(tmp_path):
-    tool = load_tool("plot_log")
     logs = [tmp_path / a / b / "run" / "log.jsonl" for a in "xy" for b in "uv"]
-    assert list(tool.name_runs(logs[:2]).values()) == ["u/run", "v/run"]
-    assert list(tool.name_runs(logs[::2]).values()) == ["x/u/run", "y/u/run"]
-    (name,) = tool.name_runs([tmp_path / ("n" * 50 + "o" * 50) / "log.jsonl"]).values()
+    assert list(name_runs(logs[:2]).values()) == ["u/run", "v/run"]
+    assert list(name_runs(logs[::2]).values()) == ["x/u/run", "y/u/run"]
+    (name,) = name_runs([tmp_path / ("n" * 50 + "o" * 50) / "log.jsonl"]).values()
     assert name.startswith("nnn") and name.endswith("ooo") and len(name) == 60
     odd = Path(os.fsdecode(b"/a\xff\n/log.jsonl"))
-    assert tool.name_runs([odd])[odd] == "a\\udcff\\n"
+    assert name_runs([odd])[odd] == "a\\udcff\\n"
 
 
 def test_plot_log_leaves_a_gap_for_null_and_passes_over_a_line_cut_off(tmp_path, capsys):

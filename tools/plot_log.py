@@ -5,10 +5,8 @@ python tools/plot_log.py work_dir/MAEPretraining --output curve.png
 
 import argparse
 import itertools
-import json
 import math
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from storage.console import explained_errors
-from storage.files import escape, read_text, user_path
+from storage.files import user_path
+from training.logs import Points, name_runs, read_points, read_rows
 
 COLOURS = ("#1f6fb4", "#d1495b", "#3a8f4d", "#8e5ea2", "#c98a1b", "#444444", "#17a2a2", "#a0522d")
 PANEL_SIZE = (560, 340)
@@ -25,9 +24,6 @@ MARGIN = {"left": 82, "right": 18, "top": 12, "bottom": 46}
 LEGEND_LINE = 18  # pixels of height
 SCALE = 2  # drawn this many times larger, then averaged: smooth lines
 NUM_TICKS = 6  # about so many on an axis
-MAX_NAME = 60  # letters of a run's name
-
-Points = list[tuple[float, float | None]]  # None is a gap in the line
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,60 +43,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.output.suffix.lower() not in Image.registered_extensions():
         parser.error(f"--output {args.output} has no ending of a picture; .png is usual")
     return args
-
-
-# ------------------------------------------------------------------------------------------------ reading
-
-
-def read_rows(log: Path) -> list[dict]:
-    """Read the rows of a log; a last line that was cut off is passed over. ValueError names other lines that are none.
-
-    Lines end at \\n alone, and a crash may leave zeros behind the last one.
-    """
-    if not log.is_file():
-        raise FileNotFoundError(f"no log at {log}; give an experiment's folder, which holds log.jsonl, or such a file")
-    rows, lines = [], read_text(log).split("\n")
-    lines = lines[:-1] if not lines[-1] else lines
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"line {number} of {log} is no JSON: {error}") from error
-            print(f"{log}: the last line was cut off and is passed over")
-            continue
-        if not isinstance(row, dict):
-            raise ValueError(f"line {number} of {log} holds a {type(row).__name__}, not figures by name")
-        rows.append(row)
-    return rows
-
-
-def read_points(log: Path, rows: Iterable[dict], x: str, y: str) -> Points:
-    """Give the points of a curve. What is null or not finite is a gap; rows without the figure are between its points.
-
-    An evaluation's figures are in the last row of its epoch alone.
-    """
-    points = [(row[x], row[y]) for row in rows if row.get(x) is not None and y in row]
-    for value in itertools.chain.from_iterable(points):
-        if value is not None and type(value) not in (int, float):
-            raise ValueError(f"{x!r} or {y!r} in {log} is {value!r}, which is no number")
-    return [(a, b if b is not None and math.isfinite(b) else None) for a, b in points if math.isfinite(a)]
-
-
-def name_runs(logs: list[Path]) -> dict[Path, str]:
-    """Name each run by its folder, or by as many folders above it as tell all runs apart."""
-    folders = {log: log.resolve().parent.parts for log in dict.fromkeys(logs)}
-    for depth in itertools.count(1):
-        names = {log: "/".join(parts[-depth:]) for log, parts in folders.items()}
-        if len(set(names.values())) == len(names) or depth >= max(map(len, folders.values())):
-            break
-    return {log: shorten(escape(name, also_bytes=True)) for log, name in names.items()}
-
-
-def shorten(name: str) -> str:
-    """Cut a long name in the middle."""
-    half = MAX_NAME // 2
-    return name if len(name) <= MAX_NAME else f"{name[:half]}…{name[-half + 1 :]}"
 
 
 # ------------------------------------------------------------------------------------------------ drawing

@@ -98,7 +98,8 @@ RARE_FLAGS: dict[str, Rows] = {
 WARMUP_SHARE = 1 / 20  # of the epochs, where --epochs is not the recipe's: the paper's 40 of 800
 OPEN_BATCH = 32  # images of an evaluation where the batch is left open, as only a training settles it
 NOT_GIVEN = object()
-RECORDED = ("config", "decoder", "statistics_given")  # in args.json, but not to be given again
+# In args.json, but not to be given again
+RECORDED = ("config", "decoder", "statistics_given", "changed_flags", "environment")
 # Beginnings of flags that name files
 PATHS = ("path_to", "init_from", "working_directory", "resume_from_checkpoint", "class_names", "test_folder")
 WEIGHTS = ("path_to_pretrained_mae_weights", "path_to_backbone_checkpoint", "init_from")
@@ -212,6 +213,7 @@ class Flags:
         recipe = self.parser.parse_args([])
         args = argparse.Namespace(**vars(recipe) | dict(given))
         del args.help
+        args.changed_flags = sorted(name for name, value in given.items() if value != getattr(recipe, name))
         # Whether these are somebody's, or stand in for what nobody said
         args.statistics_given = all(any(name in table for table in (given, *defaults)) for name in ("mean", "std"))
         if "warmup_epochs" not in given and recipe.warmup_epochs is not None and args.epochs != recipe.epochs:

@@ -6,10 +6,16 @@ Nothing here knows how far a run is, nor what it trains.
 import ctypes
 import datetime
 import os
+import platform
+import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import accelerate
+import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -166,3 +172,39 @@ def broadcast_buffers(accelerator: Accelerator, model: nn.Module) -> None:
     """
     if accelerator.num_processes > 1 and accelerator.distributed_type not in SHARDING:
         broadcast(list(model.buffers()), from_process=0)
+
+
+# ------------------------------------------------------------------------------------------------ what it runs on
+
+
+def find_commit() -> str:
+    """Give the commit of this code, where git knows one, and whether files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)] if shutil.which("git") else ["true"]  # which says nothing
+    commit, changes = (
+        subprocess.run([*git, *words], capture_output=True, encoding="utf-8", check=False).stdout.strip()
+        for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    )
+    return (commit or "unknown") + (" with changes" if changes else "")
+
+
+def name_device(device: torch.device) -> str:
+    """Name a GPU, or the processor with the number of its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def describe_environment(accelerator: Accelerator) -> dict[str, str]:
+    """Say what a run is made with: time, script, commit, hardware and versions, all as texts."""
+    return {
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "script": os.path.basename(sys.argv[0]),
+        "commit": find_commit(),
+        "hardware": f"{accelerator.num_processes} x {name_device(accelerator.device)}",
+        "precision": accelerator.mixed_precision,
+        "python": platform.python_version(),
+        **{module.__name__: str(module.__version__) for module in (torch, timm, accelerate)},
+    }

@@ -36,7 +36,7 @@ from storage.files import (
 from storage.lists import as_text
 from training.checkpoints import Start, advise_on_nonfinite, take_over
 from training.differences import find_differences
-from training.process import cap_workers
+from training.process import cap_workers, describe_environment
 from training.progress import say
 from training.trackers import finish_trackers, start_trackers
 
@@ -54,10 +54,12 @@ def lock_experiment(experiment: Path) -> TextIO:
         raise BlockingIOError(f"another run is training in {experiment}; choose another --experiment_name") from error
 
 
-def write_args(experiment: Path, args: argparse.Namespace, resumed_from: Path | None) -> list[str]:
+def write_args(
+    experiment: Path, args: argparse.Namespace, resumed_from: Path | None, environment: Mapping[str, str] | None = None
+) -> list[str]:
     """Write args.json; a resume keeps the first file and adds its own. Give the flags that differ from the first."""
     texts = {name: as_text(value) for name, value in vars(args).items() if isinstance(value, str)}
-    before = flags = json.loads(json.dumps(vars(args) | texts))
+    before = flags = json.loads(json.dumps(vars(args) | texts | {"environment": environment}))
     file = experiment / "args.json"
     if resumed_from is not None and (first := read_optional(file, read_json)) is not None:
         before, file = first, experiment / f"args_from_{resumed_from.name}.json"
@@ -67,7 +69,7 @@ def write_args(experiment: Path, args: argparse.Namespace, resumed_from: Path | 
     return [
         f"--{name} {show(new)} (was {show(old)})"
         for name, old, new in sorted(find_differences(before, flags))
-        if name in flags.keys() & before.keys() and name != "resume_from_checkpoint"
+        if name in flags.keys() & before.keys() and name not in ("resume_from_checkpoint", "changed_flags")
     ]
 
 
@@ -84,7 +86,7 @@ def open_records(accelerator: Accelerator, start: Start, args: argparse.Namespac
     if accelerator.is_main_process:
         lock = lock_experiment(experiment)
         take_over(start)
-        changes = write_args(experiment, args, resume_from)
+        changes = write_args(experiment, args, resume_from, describe_environment(accelerator))
         origin = f"from {resume_from.name} on" if resume_from else "from the start"
         print(f"{'experiment':<16}{experiment}, {origin}", flush=True)
         if changes:
