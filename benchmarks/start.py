@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 from measure import CPU, ROOT, build_parser, describe_machine, print_table, ratio, spread, take_turns
 
-TINY = "--img_size 32 --patch_size 8 --encoder_embed_dim 48 --encoder_depth 2 --encoder_num_heads 3 --num_workers 1"
+TINY = "--img_size 32 --patch_size 8 --encoder_embed_dim 48 --encoder_depth 4 --encoder_num_heads 3 --num_workers 1"
 TINY += " --per_gpu_batch_size 8 --gradient_accumulation_steps 1"
 POLL_S, LIMIT_S = 0.005, 600
 
