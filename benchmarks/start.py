@@ -28,6 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--before", type=Path, required=True, help="a checkout to compare with")
     parser.add_argument("--path_to_data", type=Path, help="train/ and val/ with class folders")
     parser.add_argument("--path_to_pairs", type=Path, help="images with label maps")
+    parser.add_argument("--only", default="", help="of the commands, those whose name begins so")
     return parser.parse_args(argv)
 
 
@@ -45,7 +46,7 @@ def build_commands(args: argparse.Namespace) -> dict[str, list[str]]:
         segmenter = f"--path_to_data {args.path_to_pairs} --from_scratch --channels 32 {TINY}"
         commands["segmenter, pairs checked before"] = ["finetune_segmentation.py", *segmenter.split()]
         commands["segmenter, pairs checked anew"] = [*commands["segmenter, pairs checked before"], "--rescan_data"]
-    return commands
+    return {name: words for name, words in commands.items() if name.startswith(args.only)}
 
 
 def time_start(checkout: Path, words: list[str], working_directory: Path) -> tuple[float, float]:
@@ -91,7 +92,9 @@ def main(args: argparse.Namespace) -> None:
             (Path(folder) / place).mkdir()
 
         def measure(key: tuple[str, str]) -> tuple[float, float]:
-            return time_import() if key not in runs else time_start(places[key[1]], runs[key], Path(folder, key[1]))
+            found = time_import() if key not in runs else time_start(places[key[1]], runs[key], Path(folder, key[1]))
+            print(*key, *(f"{seconds:.2f}" for seconds in found), file=sys.stderr, flush=True)
+            return found
 
         found = take_turns([*runs, ("import torch", "")], args.rounds + 1, measure)
     rows = []

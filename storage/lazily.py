@@ -23,7 +23,7 @@ def begin_imports() -> None:
 
 
 def end_imports() -> None:
-    """Look for garbage again, but never among what was imported, of which data workers would copy every page."""
+    """Look for garbage again, but no more among what was imported."""
     if not gc.isenabled():
         gc.freeze()
         gc.enable()

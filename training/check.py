@@ -91,7 +91,10 @@ class Check:
         yield self.state["epoch"]
 
     def batches(self, loader: Loader, beside: Iterable = ()) -> Iterator:
-        """Give batches of several sizes, then those of the run, and take the time until the next one is asked for."""
+        """Give batches of several sizes, then those of the run, and take the time until the next one is asked for.
+
+        What goes `beside` them in a run is left out.
+        """
         self.found.workers, crops = loader.num_workers, getattr(self.plan.sampler, "crops_per_image", 1)
         part = math.lcm(crops, 2) if self.found.images % math.lcm(crops, 2) == 0 else crops  # pairs are mixed
         self.look_at_files()
