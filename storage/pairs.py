@@ -242,7 +242,7 @@ def survey_pairs(
     channels: int = 3,
     own_units: bool = False,
 ) -> PairSurvey:
-    """Read every label map, and the head of every image, and give what was found.
+    """Read every label map, and the head of every image (`held_out`: each must have one), and give what was found.
 
     The images of the split are all turned by their rotation flags, or none is: what the shapes of those that tell
     say, and `rotate` where none does. `own_units` tells that images are not read as 8-bit pictures, `colours` that
