@@ -67,7 +67,7 @@ def time_start(checkout: Path, words: list[str], working_directory: Path) -> tup
         if process.poll() is not None or time.perf_counter() - began > LIMIT_S:
             raise RuntimeError(f"{checkout / script} {' '.join(flags)}: no step was made")
     seconds, tree = time.perf_counter() - began, [process, *process.children(recursive=True)]
-    computed = sum(sum(one.cpu_times()[:2]) for one in tree)
+    computed = sum(sum(one.cpu_times()[:4]) for one in tree)  # with what their ended processes computed
     for one in tree:
         one.kill()
     process.wait()
