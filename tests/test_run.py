@@ -193,7 +193,7 @@ def test_bad_files_of_training_and_evaluation_are_counted(tmp_path):
             assert len(list(run.watch(loader))) == 2
             run.finish_epoch({}, save=False, for_good=False)
         run.finish()
-    assert [row["bad_files"] for row in rows(tmp_path / "run")] == [0, 0, 0, 1, 1]  # of the row after
+    assert [row["bad_files"] for row in rows(tmp_path / "run")] == [0, 0, 1, 1, 2]
 
 
 @pytest.mark.parametrize(("interval", "due"), [(1, [0, 1, 2, 3, 4]), (2, [1, 3, 4]), (5, [4]), (9, [4])])

@@ -317,7 +317,8 @@ class Run:
 
     def finish_epoch(self, figures: Mapping, *, save: bool, for_good: bool) -> None:
         """Write the epoch's row with the figures of its evaluation, and its checkpoint; may raise Stopped."""
-        self.log.write({**self.row, **figures})
+        bad_files = self.bad_files.share(self.accelerator, self.progress.say)  # with those that the evaluation met
+        self.log.write({**self.row, **figures, "bad_files": bad_files})
         request = self.interruptions.agree()
         if request == STOP and self.step == self.plan.total_steps:  # nothing is left to stop
             request = SAVE
