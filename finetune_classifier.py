@@ -12,6 +12,7 @@ paper's recipe (table 3). This code at that size: not run yet.
 
 import argparse
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -444,6 +445,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     loader = dataset.build_training_loader(train_data, sampler, collate_fn=mixing, **workers)
     eval_loader = dataset.build_eval_loader(eval_data, **loading)
     test_loader = dataset.build_eval_loader(build_eval_data(test_files, args), **loading) if test_files else None
+    # Held-out images are decoded beside the first epoch: a broken one stops the run there, not at its first evaluation
+    held_out = (loader.dataset for loader in (eval_loader, test_loader) if loader)
+    decoded = itertools.chain.from_iterable(dataset.build_eval_loader(x, collate_fn=len, **loading) for x in held_out)
 
     # Optimizer
     peak = args.learning_rate
@@ -467,11 +471,6 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     candidates = {"testing": bare_model} | ({} if average is None else {"ema_testing": average.module})
     compute_loss = build_loss(class_weights).to(device)
 
-    # Decode every held-out image now: a broken file should stop the run at its start, not at its first evaluation
-    for held_out in filter(None, (eval_loader, test_loader)) if start.resume_from is None and not args.check else ():
-        for _ in held_out:
-            pass
-
     # Loop
     record = build_record(bare_model, train_files, args)
     identity = {name: getattr(args, name) for name in ("linear_probe", "finetune_blocks", "ema_decay")}
@@ -485,7 +484,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     with keeper(accelerator, start, args, plan, model=model, average=averaged, keeps_best=True) as run:
         model.train()
         for epoch in run.epochs():
-            for batch in run.batches(loader):
+            for batch in run.batches(loader, decoded):
                 images = batch.images.to(device, non_blocking=True)  #    (N, C, H, W), normalised
                 targets = batch.labels.to(device, non_blocking=True)  #   (N, K)
                 noise = batch.noise.to(device, non_blocking=True)  #      (N, 2 * depth), or (N, 0)

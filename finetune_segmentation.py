@@ -11,6 +11,7 @@ Published: 48.1 mIoU (paper, table 5); 48.13, and 48.70 with several scales and 
 import argparse
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -429,7 +430,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     sampler = dataset.StepSampler(len(train_data), shards=train_pairs.shards, **stepping)
     loader = dataset.build_training_loader(train_data, sampler, **workers)
     val_loader = dataset.build_eval_loader(val_data, collate_fn=dataset.collate_lists, **loading)
-    shown = choose_samples(val_data, NUM_PICTURES)
+    # Held-out images are decoded beside the first epoch: a broken one stops the run there, not at its first evaluation
+    held_out = (build_data(pairs, args) for pairs in (val_pairs, *test_pairs))
+    decoded = itertools.chain.from_iterable(dataset.build_eval_loader(x, collate_fn=len, **loading) for x in held_out)
     total_steps = args.iterations if args.epochs is None else args.epochs * sampler.steps_per_epoch
     num_epochs = math.ceil(total_steps / sampler.steps_per_epoch)
     warmup_steps = choose_warmup(args, sampler.steps_per_epoch, total_steps)
@@ -469,13 +472,14 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     identity = {"total_steps": total_steps, "warmup_steps": warmup_steps}
     plan = training.Plan(sampler, train_pairs, num_epochs, total_steps, build_record(args), identity)
     figures: dict[str, float] = {}
+    shown: list[dataset.Sample] = []  # chosen for the first picture, and then the same
     selection = {"chosen_on": training.mark_images(val_pairs)}
     best, last = start.experiment / training.BEST_CHECKPOINT, start.experiment / training.LAST_CHECKPOINT
     keeper = training.Check if args.check else training.Run
     with keeper(accelerator, start, args, plan, model=model, keeps_best=True) as run:
         model.train()
         for epoch in run.epochs():
-            for batch in run.batches(loader):
+            for batch in run.batches(loader, decoded):
                 images = batch.images.to(device, non_blocking=True)  #          (N, C, H, W), normalised
                 labels = batch.labels.to(device, non_blocking=True).long()  #   (N, H, W)
                 noise = batch.noise.to(device, non_blocking=True)  #            (N, noise_size)
@@ -503,6 +507,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                 training.broadcast_buffers(accelerator, bare_model)
                 evaluation = evaluate(accelerator, bare_model, run.watch(val_loader), args)
                 figures = evaluation.figures()
+                shown = shown or choose_samples(val_data, NUM_PICTURES)
                 run.keep_picture("predictions", draw_predictions(accelerator, bare_model, shown, args))
                 scored = {"epoch": epoch + 1, "testing": figures} | selection
                 if run.keep_best(bare_model, figures["testing_miou"], scored):

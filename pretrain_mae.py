@@ -322,7 +322,6 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         for files in (training.list_probe_files(accelerator, train_files, val_files, args) if args.probe_every else ())
     ]
     probe_loaders = [dataset.build_eval_loader(data, **loading) for data in probe_data]
-    shown = dataset.pick_samples(eval_data, NUM_PICTURES)
 
     # Model and optimizer; cls_token and mask_token are decayed, as in the original release
     model = ViTMAEForPreTraining(config, custom_weight_init=args.custom_weight_init)
@@ -356,9 +355,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     identity = {"data": train_files.fingerprint() + crops}
     plan = training.Plan(sampler, train_files, args.epochs, total_steps, record, identity, "--init_from")
     figures: dict[str, float] = {}
+    shown: list[dataset.Sample] = []  # chosen for the first picture, and then the same
     keeper = training.Check if args.check else training.Run
     with keeper(accelerator, start, args, plan, model=model) as run:
-        run.bad_files.note(itertools.chain(*(sample.bad_files for sample in shown)))
         for epoch in run.epochs():
             for batch in run.batches(loader):
                 pixels = batch.images.to(device, non_blocking=True)  #          (N, C, H, W)
@@ -398,6 +397,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             if probes:
                 found = found | probe(accelerator, bare_model, list(map(run.watch, probe_loaders)), probe_data, args)
             if saves:
+                shown = shown or dataset.pick_samples(eval_data, NUM_PICTURES)
+                run.bad_files.note(itertools.chain(*(sample.bad_files for sample in shown)))
                 picture = draw_reconstructions(accelerator, bare_model, shown, eval_data, run.step, args)
                 run.keep_picture("reconstructions", picture)
             run.finish_epoch(found, save=saves, for_good=saves)

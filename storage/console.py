@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from storage.files import escape
+from storage.lazily import end_imports
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN_FOLDERS = (ROOT, ROOT / "storage", ROOT / "training", ROOT / "tools")  # and nobody's who lives in between
@@ -103,6 +104,7 @@ def refuse(message: str) -> NoReturn:
 @contextlib.contextmanager
 def explained_errors() -> Iterator[None]:
     """Protect the output of a command, and print an error that explains itself in its own words alone."""
+    end_imports()
     protect_output()
     try:
         yield

@@ -275,14 +275,16 @@ def scan_images(root: Path) -> Scan:
         inside = ancestors | {(status.st_dev, status.st_ino)}
         above |= {os.path.join(folder, name): inside for name in subfolders}
         folders[relative] = status.st_mtime_ns
+        start = "" if relative == "." else relative + os.sep
         for name in names:
-            path, suffix = os.path.normpath(os.path.join(relative, name)), os.path.splitext(name)[1].lower()
             if is_image_name(name):
-                files.append(path)
-            elif suffix == ARRAY_SUFFIX and not name.startswith("."):
-                arrays.append(path)
+                files.append(start + name)
             elif not name.startswith("."):
-                passed_over[suffix or "no suffix"] += 1
+                suffix = os.path.splitext(name)[1].lower()
+                if suffix == ARRAY_SUFFIX:
+                    arrays.append(start + name)
+                else:
+                    passed_over[suffix or "no suffix"] += 1
     if files and arrays:
         passed_over[ARRAY_SUFFIX] += len(arrays)
     notes = []

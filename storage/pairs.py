@@ -237,25 +237,25 @@ def survey_pairs(
     cache: ListCache | None = None,
     *,
     colours: bool = False,
-    decode: bool = False,
+    held_out: bool = False,
     rotate: bool = True,
     channels: int = 3,
     own_units: bool = False,
 ) -> PairSurvey:
-    """Read every label map, and the head of every image (`decode`: all of it), and give what was found.
+    """Read every label map, and the head of every image (`held_out`: each must have one), and give what was found.
 
     The images of the split are all turned by their rotation flags, or none is: what the shapes of those that tell
     say, and `rotate` where none does. `own_units` tells that images are not read as 8-bit pictures, `colours` that
     label maps are read as colours. ValueError names what cannot be used. Minutes for ADE20K, so `cache` remembers
     a survey by the names, sizes and times of all files. It does not hang on the classes, so these may change.
     """
-    question = ("label values", pairs.fingerprint(), str(pairs.root), pairs.stamps(), colours, decode, rotate)
+    question = ("label values", pairs.fingerprint(), str(pairs.root), pairs.stamps(), colours, held_out, rotate)
     question += (channels, own_units)
     answer = cache.recall(*question) if cache is not None else None
     if answer is None:
         with ThreadPoolExecutor(max(1, num_threads)) as pool:
             found = list(
-                pool.map(lambda i: check_pair(pairs, i, colours, decode, channels, own_units), range(len(pairs)))
+                pool.map(lambda i: check_pair(pairs, i, colours, held_out, channels, own_units), range(len(pairs)))
             )
         problems = [check.problem for check in found if check.problem]
         if problems:
@@ -332,8 +332,8 @@ class PairCheck(NamedTuple):
     fits: tuple[bool, bool] = (True, True)
 
 
-def check_pair(pairs: PairList, index: int, colours: bool, decode: bool, channels: int, own_units: bool) -> PairCheck:
-    """Look at a pair. Images that cannot be decoded are training's to skip, and a problem only with `decode`."""
+def check_pair(pairs: PairList, index: int, colours: bool, held_out: bool, channels: int, own_units: bool) -> PairCheck:
+    """Look at a pair. An image without a head that can be read is a problem if `held_out`, else training's to skip."""
     label_path, image_path = pairs.label_path(index), pairs.path(index)
     try:
         labels = read_raw_labels(pairs.label_file(index), colours=colours)
@@ -351,10 +351,8 @@ def check_pair(pairs: PairList, index: int, colours: bool, decode: bool, channel
                 flag = rotation_flag(image)
                 turned = image.format == "TIFF" and flag in SWAPPING  # Pillow gives their size turned
                 size = image.size[::-1] if turned else image.size
-            if decode:
-                pairs.read_image(index, channels)
     except DECODE_ERRORS as error:
-        return PairCheck(f"{image_path}: {type(error).__name__}: {error}" if decode else None, pixels)
+        return PairCheck(f"{image_path}: {type(error).__name__}: {error}" if held_out else None, pixels)
     fits = labels.shape[::-1] == size, labels.shape[::-1] == (size[::-1] if flag in SWAPPING else size)
     if not any(fits):
         height, width = labels.shape

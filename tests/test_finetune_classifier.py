@@ -519,10 +519,11 @@ def test_test_folder_needs_the_same_classes_and_images_of_its_own(image_folder, 
     (folder / "cats" / "000.jpg").write_text("no picture")
     with pytest.raises(ValueError, match=r"cannot decode .*test/cats/000\.jpg"):
         train(image_folder, tmp_path, pretrained, f"--test_folder {folder}")
+    assert rows(tmp_path / "run")[-1]["step"] == 2  # beside the first epoch, after the validation images
     (folder / "dogs").rename(folder / "doges")
     with pytest.raises(ValueError, match="it lacks dogs; it adds doges"):
-        train(image_folder, tmp_path, pretrained, f"--test_folder {folder}")
-    assert not (tmp_path / "run" / "log.jsonl").exists()
+        train(image_folder, tmp_path / "other", pretrained, f"--test_folder {folder}")
+    assert not (tmp_path / "other" / "run" / "log.jsonl").exists()
 
 
 # -------------------------------------------------------------------------------- imbalance
@@ -863,11 +864,11 @@ def test_validation_classes_that_differ_are_refused(image_folder, pretrained, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_undecodable_validation_image_stops_the_run_before_it_trains(image_folder, pretrained, tmp_path):
-    (image_folder / "val" / "cats" / "broken.jpg").write_text("no picture")
+def test_undecodable_validation_image_stops_the_run_in_its_first_epoch(image_folder, pretrained, tmp_path):
+    (image_folder / "val" / "dogs" / "broken.jpg").write_text("no picture")
     with pytest.raises(ValueError, match=r"cannot decode .*broken\.jpg"):
-        train(image_folder, tmp_path, pretrained)
-    assert not (tmp_path / "run" / "log.jsonl").exists()  # not a single step was made
+        train(image_folder, tmp_path, pretrained, "--eval_interval 4 --log_interval 1")
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]  # 9 images are two batches, one after each step
 
 
 def test_number_of_classes_that_is_not_there_is_refused(drawn_images, pretrained, tmp_path):

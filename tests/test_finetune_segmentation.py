@@ -724,6 +724,21 @@ def test_label_flags_that_contradict_each_other_are_refused(pretrained, more, me
     assert message in capsys.readouterr().err
 
 
+def test_broken_validation_image_stops_the_run_before_it_trains_or_in_its_first_epoch(drawn_pairs, tmp_path):
+    size = "--patch_size 4 --encoder_embed_dim 64 --encoder_depth 4 --encoder_num_heads 2"
+    root = shutil.copytree(drawn_pairs, tmp_path / "pairs")
+    image = root / "images" / "validation" / "4.jpg"
+    whole = image.read_bytes()
+    image.write_bytes(whole[: len(whole) // 2])  # its head is as it should be
+    with pytest.raises(ValueError, match=r"cannot decode .*4\.jpg"):
+        train(root, tmp_path, None, f"{size} --log_interval 1")
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1]  # of the two steps of an epoch
+    image.write_text("no picture")
+    with pytest.raises(ValueError, match=r"4\.jpg: UnidentifiedImageError"):
+        train(root, tmp_path / "other", None, size)
+    assert not (tmp_path / "other" / "run" / "log.jsonl").exists()
+
+
 # -------------------------------------------------------------------------------- tools
 
 

@@ -101,8 +101,8 @@ def test_pairs_pack_byte_for_byte(tmp_path):
     for split in ("training", "validation"):
         pairs, found = list_pairs(root, split), list_pairs(packed_root, split)
         assert np.array_equal(found.images, pairs.images) and np.array_equal(found.label_maps, pairs.label_maps)
-        check_pairs(found, table, 1, ListCache(tmp_path / "cache"), decode=True)
-        check_pairs(found, table, 1, ListCache(tmp_path / "cache"), decode=True)
+        check_pairs(found, table, 1, ListCache(tmp_path / "cache"), held_out=True)
+        check_pairs(found, table, 1, ListCache(tmp_path / "cache"), held_out=True)
         for index in range(len(pairs)):
             assert found.image_file(index).getvalue() == Path(pairs.path(index)).read_bytes()
             assert found.label_file(index).getvalue() == Path(pairs.label_path(index)).read_bytes()

@@ -114,7 +114,7 @@ def test_image_that_cannot_be_decoded_is_named_where_it_cannot_be_replaced(pairs
     pairs, table = list_pairs(pairs_root, "training"), label_table(150, True)
     check_pairs(pairs, table, 1)
     with pytest.raises(ValueError, match=r"broken\.jpg: UnidentifiedImageError"):
-        check_pairs(pairs, table, 1, decode=True)
+        check_pairs(pairs, table, 1, held_out=True)
 
 
 def test_data_without_a_labelled_pixel_is_refused(tmp_path):

@@ -7,13 +7,15 @@ import json
 import math
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import assert_close, launch, rows, weights
+from conftest import ROOT, assert_close, launch, rows, weights
 from PIL import Image
 from torch._dynamo.utils import counters
 
@@ -734,6 +736,23 @@ def test_evaluate_equals_the_errors_of_whole_images(finished, drawn_images, tmp_
     assert last["model_error"] == pytest.approx((shown - truth)[removed].square().mean().item(), abs=1e-6)
     error = (colour[:, :, None, None] - truth)[removed].square().mean().item()
     assert last["mean_colour_error"] == pytest.approx(error, abs=1e-6)
+
+
+# -------------------------------------------------------------------------------- what a start imports
+
+
+START = """
+import gc, runpy, sys
+others = "transformers datasets plotly matplotlib scipy tensorboard training.check training.robustness".split()
+runpy.run_path("pretrain_mae.py", run_name="__main__")
+print([name for name in others if name in sys.modules], gc.isenabled(), gc.get_freeze_count() > 100_000)
+"""
+
+
+def test_run_imports_nothing_that_it_does_not_need_and_never_looks_for_garbage_among_it(drawn_images, tmp_path):
+    words = flags(drawn_images, tmp_path, "--epochs", "1", "--warmup_epochs", "0")
+    ended = subprocess.run([sys.executable, "-c", START, *words], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ended.stdout.endswith("\n[] True True\n"), ended.stderr
 
 
 # -------------------------------------------------------------------------------- trivial answers

@@ -193,7 +193,7 @@ def test_bad_files_of_training_and_evaluation_are_counted(tmp_path):
             assert len(list(run.watch(loader))) == 2
             run.finish_epoch({}, save=False, for_good=False)
         run.finish()
-    assert [row["bad_files"] for row in rows(tmp_path / "run")] == [0, 0, 0, 1, 1]  # of the row after
+    assert [row["bad_files"] for row in rows(tmp_path / "run")] == [0, 0, 1, 1, 2]
 
 
 @pytest.mark.parametrize(("interval", "due"), [(1, [0, 1, 2, 3, 4]), (2, [1, 3, 4]), (5, [4]), (9, [4])])
@@ -245,6 +245,19 @@ def test_row_that_waits_for_its_evaluation_outlives_a_stop(tmp_path, when):
     second = Training(tmp_path, resume_from_checkpoint="latest")
     second.go()
     assert figures(tmp_path) == WHOLE and len(second.seen) == 8
+
+
+def test_what_goes_beside_the_first_epoch_is_taken_after_its_steps_and_the_rest_at_its_end(tmp_path):
+    training, taken = Training(tmp_path), []
+    with training.open() as run:
+        for epoch in run.epochs():
+            beside = ((epoch, number, run.step) for number in range(6))
+            for _ in run.batches(training.batches(), map(taken.append, beside)):
+                run.add(training_loss=torch.tensor(0.0))
+                run.finish_step(0.1, torch.tensor(0.0))
+            run.finish_epoch({}, save=False, for_good=False)
+        run.finish()
+    assert taken == [(0, 0, 1), (0, 1, 2), (0, 2, 3), (0, 3, 4), (0, 4, 4), (0, 5, 4)]
 
 
 def test_evaluation_is_left_when_the_run_should_stop(tmp_path):

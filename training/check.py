@@ -11,7 +11,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -90,8 +90,11 @@ class Check:
     def epochs(self) -> Iterator[int]:
         yield self.state["epoch"]
 
-    def batches(self, loader: Loader) -> Iterator:
-        """Give batches of several sizes, then those of the run, and take the time until the next one is asked for."""
+    def batches(self, loader: Loader, beside: Iterable = ()) -> Iterator:
+        """Give batches of several sizes, then those of the run, and take the time until the next one is asked for.
+
+        What goes `beside` them in a run is left out.
+        """
         self.found.workers, crops = loader.num_workers, getattr(self.plan.sampler, "crops_per_image", 1)
         part = math.lcm(crops, 2) if self.found.images % math.lcm(crops, 2) == 0 else crops  # pairs are mixed
         self.look_at_files()

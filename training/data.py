@@ -249,8 +249,8 @@ def list_checked_pairs(
     accelerator.print(f"{'checking':<16}{pairs.describe()}")
     for note in pairs.notes:
         accelerator.print(f"{'left out':<16}{note}")
-    decode = split != "training"  # where an image that cannot be decoded is not replaced by another
-    how = dict(decode=decode, rotate=rotate, channels=args.input_channels, own_units=args.value_range is not None)
+    held_out = split != "training"  # where an image that cannot be decoded is not replaced by another
+    how = dict(held_out=held_out, rotate=rotate, channels=args.input_channels, own_units=args.value_range is not None)
     table = label_table(args.num_classes, bool(args.ignore_zero), args.label_values)
     how |= dict(colours=has_colours(table))
     with accelerator.local_main_process_first():

@@ -23,6 +23,7 @@ import yaml
 
 from storage.console import refuse
 from storage.files import escape, read_text, user_path
+from storage.lazily import begin_imports
 from storage.snapshots import is_hub_model, pin_model
 from training.states import find_checkpoints
 
@@ -359,6 +360,7 @@ def check_command(description: str, own: Mapping[str, Rows], parse_args: Callabl
     """Answer --help and refuse flags that cannot be, before a script imports what takes seconds."""
     if Flags(description, own).parse(None).keys() == {"help"}:
         parse_args()
+    begin_imports()
 
 
 def suggest(word: str, names: Container[str]) -> str:

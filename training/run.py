@@ -206,13 +206,15 @@ class Run:
         """Say whether what happens every `interval` epochs, and after the last, comes after this one."""
         return (self.epoch + 1) % interval == 0 or self.epoch + 1 == self.plan.num_epochs
 
-    def batches(self, loader: DataLoader) -> Iterator:
+    def batches(self, loader: DataLoader, beside: Iterable = ()) -> Iterator:
         """Give the training batches that are left of this epoch; measures the waiting and notes bad files.
+
+        In the first epoch one of `beside` is taken after each, so that its data workers work beside the steps.
 
         Before each, all processes agree: when it is time, the state of the last complete step is saved, and a run that
         should stop raises Stopped.
         """
-        batches = self.clock.watch(loader)
+        batches, beside = self.clock.watch(loader), iter(beside if self.epoch == 0 else ())
         while self.step < self.last_step:  # else only the evaluation is left
             batch, request = self.interruptions.receive(batches)
             if request == SAVE and (self.sums or self.step == self.saved_step):  # within a step, or nothing new
@@ -226,6 +228,9 @@ class Run:
             self.keep_statistics()
             self.bad_files.note(batch.bad_files)
             yield batch
+            next(beside, None)
+        for _ in beside:
+            pass
 
     def keep_statistics(self) -> None:
         """Remember the model's buffers at the start of a step of several forward passes, each of which changes them."""
@@ -315,7 +320,8 @@ class Run:
 
     def finish_epoch(self, figures: Mapping, *, save: bool, for_good: bool) -> None:
         """Write the epoch's row with the figures of its evaluation, and its checkpoint; may raise Stopped."""
-        self.log.write({**self.row, **figures})
+        bad_files = self.bad_files.share(self.accelerator, self.progress.say)  # with those that the evaluation met
+        self.log.write({**self.row, **figures, "bad_files": bad_files})
         request = self.interruptions.agree()
         if request == STOP and self.step == self.plan.total_steps:  # nothing is left to stop
             request = SAVE
