@@ -78,7 +78,8 @@ def publish(tmp_path, monkeypatch):
         rows = [{"step": i, "epoch": i / 2, "training_loss": 2 / i, "testing_loss": 3 / i} for i in (1, 2, 3, 4)]
         (folder.parent / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         args = vars(pretrain_mae.parse_args(["--path_to_data", "/secret/place/photographs", "--epochs", "7"]))
-        (folder.parent / "args.json").write_text(json.dumps(args))
+        made_with = {"commit": "abc1234", "script": "/secret/pretrain_mae.py", "torch": "2.14.1"}
+        (folder.parent / "args.json").write_text(json.dumps(args | {"environment": made_with}))
         tool = load_tool("publish")
         tool.main(tool.parse_args([str(folder), "--repo", "someone/tiny", *flags]))
         return model, tmp_path / "tiny"
@@ -160,6 +161,7 @@ def test_card_is_made_of_the_runs_records_and_names_no_place(publish, tmp_path):
     _, folder = publish("masked autoencoder")
     card = (folder / "README.md").read_text()
     assert card.startswith("---\n# license: fill in") and "**To be filled in**" in card
+    assert "`commit abc1234, torch 2.14.1`" in card
     assert "`photographs`" in card and "![curves of the training](curve.png)" in card
     assert "| `testing_loss` | 0.75 |" in card and (folder / "curve.png").stat().st_size > 1000
     texts = [file.read_text() for file in folder.iterdir() if file.suffix in (".json", ".md")]

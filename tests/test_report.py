@@ -412,15 +412,17 @@ def test_page_of_a_watched_run_reloads_until_somebody_looks_closer(view, report)
     tool = load_tool("report")
     runs = [str(folder) for folder in report.parent.iterdir() if folder.is_dir()]
     watched = report.with_name("watched.html")
-    tool.write_page(tool.parse_args([*runs, "--output", str(watched)]), tool.load_plotly(), 0.5)
+    tool.write_page(tool.parse_args([*runs, "--output", str(watched)]), tool.load_plotly(), 1)
     page = view(1280)
     assert not page.locator("#live").is_visible()
     page.goto(watched.as_uri())
     open_tab(page, "pictures")
-    page.evaluate("window.same = true")
-    wait_until(lambda: not page.evaluate("window.same"))
+    loads = []
+    page.on("load", lambda page: loads.append(page))
+    with page.expect_event("load"):
+        pass
     page.wait_for_selector("#panel-pictures.open")  # the tab stays
     page.locator(".slides input").first.press("ArrowLeft")
-    page.evaluate("window.same = true")
-    time.sleep(1.5)
-    assert page.evaluate("window.same") and not page.locator("#live input").is_checked()
+    before = len(loads)
+    page.wait_for_timeout(2500)
+    assert len(loads) == before and not page.locator("#live input").is_checked()

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from storage import explained_errors
 from storage.files import escape, read_json, user_path, write_json, written_whole
 from storage.snapshots import PUBLISHED
+from training.flags import RECORDED
 
 CARD, CONFIG, CURVE, RECIPE, SCORES = "README.md", "config.json", "curve.png", "recipe.json", "evaluation.json"
 OURS, THEIRS = "model.safetensors", "transformers.safetensors"
@@ -29,13 +30,13 @@ PLACES = (
     "path_to",
     "working_directory",
     "resume",
-    "config",
     "init_from",
     "log_",
     "wandb",
     "test_folder",
     "class_names",
 )
+MADE_WITH = ("commit", "hardware", "precision", "python", "torch", "timm", "accelerate")
 SHARED_KINDS = ("masked autoencoder", "encoder", "classifier of the cls token", "classifier of the mean")
 # Of each kind: what the Hub calls the task, the script that makes it, and the flag by which a script takes it
 TASKS = {
@@ -86,6 +87,7 @@ from storage.sizes import VARIANTS, MAEConfig
 from storage.values import ImageReader
 from storage.weights import find_weights, read_weights
 from tools import convert_weights, plot_log
+from training.logs import read_rows
 
 # ------------------------------------------------------------------------------------------------ the model
 
@@ -152,9 +154,10 @@ def build_model(checkpoint: Path, repo: str) -> Model:
 
 
 class Records(NamedTuple):
-    """What a run wrote down: its flags without places, the name of its data, its log, its scores by name."""
+    """What a run wrote down: flags without places, what it was made with, name of the data, log, scores by name."""
 
     flags: dict
+    environment: dict
     data: str
     log: Path | None
     scores: dict[str, float]
@@ -167,7 +170,7 @@ def read_records(weights: Path) -> Records:
     experiment = next((folder for folder in folders if (folder / "args.json").is_file()), None)
     flags = read_json(experiment / "args.json") if experiment else {}
     log = experiment / "log.jsonl" if experiment else None
-    rows = plot_log.read_rows(log) if log and log.is_file() else []
+    rows = read_rows(log) if log and log.is_file() else []
     log = log if any(type(row.get("training_loss")) is float for row in rows) else None
     evaluation = weights.with_name(SCORES)
     if evaluation.is_file():
@@ -176,11 +179,13 @@ def read_records(weights: Path) -> Records:
         scores = next((row for row in reversed(rows) if any(name.startswith("testing") for name in row)), {})
         scores = {n: v for n, v in scores.items() if n.startswith(("testing", "knn")) or n.endswith("_error")}
     figures = {n: v for n, v in scores.items() if type(v) in (int, float)}
-    kept = {n: v for n, v in flags.items() if v is not None and not n.startswith(PLACES)}
+    kept = {n: v for n, v in flags.items() if v is not None and n not in RECORDED and not n.startswith(PLACES)}
     kept = {n: v for n, v in kept.items() if not str(v).startswith(("/", "~"))}
     data = str(flags.get("path_to_data") or "")
     data = data if data.startswith("hf:") else Path(data).name
-    return Records(kept, data, log, figures, scores.get("chose_best_checkpoint") is True)
+    return Records(
+        kept, flags.get("environment") or {}, data, log, figures, scores.get("chose_best_checkpoint") is True
+    )
 
 
 def as_code(text: object) -> str:
@@ -234,6 +239,8 @@ def write_card(model: Model, records: Records, args: argparse.Namespace) -> str:
     use += ["", f"Of this project alone: {model.note}."] if model.note else []
     train = f"`accelerate launch {script} --config {RECIPE} --path_to_data DATA`"
     recipe = f"{train}, with all flags in [{RECIPE}]({RECIPE})." if records.flags else UNKNOWN
+    made_with = ", ".join(f"{name} {value}" for name, value in records.environment.items() if name in MADE_WITH)
+    recipe += f"\n\nMade with {as_code(made_with)}." * bool(made_with)
     recipe += f"\n\n![curves of the training]({CURVE})" * (records.log is not None)
     scores = UNKNOWN
     if records.scores:
@@ -259,7 +266,7 @@ def write_card(model: Model, records: Records, args: argparse.Namespace) -> str:
 
 def draw_curve(log: Path, file: Path) -> None:
     """Draw the losses of a log, and of finetuning the score that chose the best weights."""
-    found = {name for row in plot_log.read_rows(log) for name in row}
+    found = {name for row in read_rows(log) for name in row}
     names = [name for name in ("testing_top1_acc", "testing_miou") if name in found]
     figures = ["+".join(name for name in ("training_loss", "testing_loss") if name in found), *names]
     plot_log.main(plot_log.parse_args([str(log), "--output", str(file), "--y", *figures]))

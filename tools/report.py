@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from storage.console import explained_errors
 from storage.files import is_number, read_bytes, read_json, read_text, user_path, written_whole
+from training.flags import RECORDED
 from training.logs import (
-    NO_FLAGS,
     Mark,
     Record,
     choose_evenly,
@@ -150,7 +150,7 @@ def build_overview(runs: Sequence[Record], marks: Sequence[list[Mark]]) -> str:
     parts = ["<section class=cards>", *(build_card(*pair) for pair in enumerate(runs)), "</section>"]
     given = dict.fromkeys(name for run in runs for name in run.args.get("changed_flags", ()))
     unlike = [name for name in find_changes([run.args for run in runs]) if name not in given]
-    names = dict.fromkeys(name for run in runs for name in run.args if name not in NO_FLAGS)
+    names = dict.fromkeys(name for run in runs for name in run.args if name not in RECORDED)
 
     def flags_of(chosen: Iterable[str]) -> str:
         rows = [(f"--{name}", *(run.args.get(name, "") for run in runs)) for name in chosen]

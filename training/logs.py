@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from storage.files import escape, is_number, is_whole, read_bytes, read_json, read_text
+from training.flags import RECORDED
 
 MAX_NAME = 60  # letters of a run's name
 MAX_POINTS = 2000  # of a curve; of longer ones the lowest and the highest of each stretch are kept
@@ -19,7 +20,6 @@ MAX_MARKS = 200  # of a kind in a run
 MAX_CONFUSIONS = 100
 MAX_SHOWN = 500  # characters of a value
 WORDS = {"None": "none", "True": "yes", "False": "no"}
-NO_FLAGS = {"environment", "changed_flags", "statistics_given", "decoder"}  # also in args.json
 RESUMED = re.compile(r"args_from_checkpoint_(\d+)(?:_step_(\d+))?(?:_\d+)?\.json")
 Points = list[tuple[float, float | None]]  # None is a gap in the line
 
@@ -144,7 +144,7 @@ def find_marks(run: Record) -> list[Mark]:
 
 def find_changes(flags: Sequence[dict]) -> list[str]:
     """Name the flags that differ between starts, or between runs that both have them."""
-    shared = set.intersection(*(set(table) for table in flags)) - NO_FLAGS - {"resume_from_checkpoint"}
+    shared = set.intersection(*(set(table) for table in flags)) - {*RECORDED} - {"resume_from_checkpoint"}
     return sorted(name for name in shared if any(table[name] != flags[0][name] for table in flags))
 
 
