@@ -12,7 +12,7 @@ NAMES = {
     "training.metrics": """TOP ImageEvaluation ImageSource PixelEvaluation choose_class_weights
         describe_class_weights find_writable_weights gather_evaluation mark_images
         note_selection read_class_weights report_best report_evaluation report_test""",
-    "training.pictures": """colour_classes describe_channels draw_legend draw_rows hide_visible reconstruction_titles
+    "training.pictures": """colour_classes describe_channels draw_legend draw_reconstructions draw_rows
         show_values""",
     "training.process": "SHARDING broadcast_buffers collect_features prepare process_slice",
     "training.records": "describe_run print_figures",
