@@ -61,15 +61,15 @@ DEMO_RECIPE = dict(
     encoder_depth=4,
     encoder_num_heads=3,
     encoder_mlp_ratio=2.0,
-    decoder_embed_dim=96,
+    decoder_embed_dim=64,
     decoder_depth=2,
-    decoder_num_heads=3,
+    decoder_num_heads=2,
     decoder_mlp_ratio=2.0,
     norm_pix_loss=False,
-    min_crop_scale=0.5,
-    epochs=18,
+    min_crop_scale=0.9,
+    epochs=24,
     warmup_epochs=1,
-    save_checkpoint_interval=6,
+    save_checkpoint_interval=8,
     per_gpu_batch_size=32,
     gradient_accumulation_steps=1,
     base_learning_rate=2.4e-2,
@@ -267,23 +267,26 @@ def draw_reconstructions(
     samples: list[dataset.Sample],
     data: dataset.ImageDataset,
     step: int,
+    figures: dict[str, float],
     args: argparse.Namespace,
 ) -> Image.Image:
-    """Draw rows of original, masked, reconstruction, and reconstruction with the visible patches pasted in."""
+    """Draw rows of original, masked, reconstruction and error; above them the step and, of `figures`, the errors."""
     batch = dataset.collate(samples)
     pixels = batch.images.to(accelerator.device)
     images = dataset.normalize(pixels, args.mean, args.std)
     valid = dataset.patches_with_data(pixels, model.config.patch_size)
     with utils.evaluating(model), accelerator.autocast():
         loss, pred, mask = model(images, args.mask_ratio, batch.noise.to(accelerator.device), valid=valid)
-    panels = [dataset.denormalize(x, args.mean, args.std) for x in (images, *model.reconstruct(images, pred, mask))]
-    panels = training.show_values(panels, args.show_channels)
-    panels[2] = training.hide_visible(panels[2], mask, model.config.grid_size)
-    look = args.mask_ratio, args.norm_pix_loss, args.show_channels
-    titles = training.reconstruction_titles(*look, loss=loss.item(), step=step)
+    pasted = model.reconstruct(images, pred, mask).pasted
+    panels = [dataset.denormalize(x, args.mean, args.std) for x in (images, pasted)]
+    heading = f"{step:,} steps: loss of these images {loss.item():.4f}"
+    if "model_error" in figures:
+        error, copy = figures["model_error"], figures["nearest_patch_error"]
+        heading = f"{step:,} steps: error {error:.4f} on unseen images, {copy:.4f} by copying the nearest visible patch"
     paths = ["another for a bad file" if s.bad_files else data.files.path(s.key.index) for s in samples]
-    names = [storage.escape(Path(path).name, also_bytes=True) for path in paths]
-    return training.draw_rows(dict(zip(titles, panels, strict=True)), {titles[0]: names})
+    names = [storage.escape(Path(path).name, also_bytes=True) for path in paths if not args.demo]
+    look = dict(mask_ratio=args.mask_ratio, norm_pix_loss=args.norm_pix_loss, channels=args.show_channels)
+    return training.draw_reconstructions(panels, mask, model.config.grid_size, names, heading, **look)
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -399,7 +402,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             if saves:
                 shown = shown or dataset.pick_samples(eval_data, NUM_PICTURES)
                 run.bad_files.note(itertools.chain(*(sample.bad_files for sample in shown)))
-                picture = draw_reconstructions(accelerator, bare_model, shown, eval_data, run.step, args)
+                picture = draw_reconstructions(accelerator, bare_model, shown, eval_data, run.step, found, args)
                 run.keep_picture("reconstructions", picture)
             run.finish_epoch(found, save=saves, for_good=saves)
         run.finish()

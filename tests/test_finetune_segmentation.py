@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import shlex
@@ -593,7 +592,7 @@ def test_demo_in_small(tmp_path, monkeypatch):
     figures = main(parse_args(short))
     assert figures["testing_aacc"] > 0
     names = (tmp_path / "demo_segmentation" / "best_checkpoint" / "per_class.tsv").read_text()
-    assert all(name in names for name in itertools.islice(["background", "circle", "tree", "clutter"], 4))
+    assert all(name in names for name in ("sky", "land", "balloon", "tree"))
 
 
 # -------------------------------------------------------------------------------- labels as people have them

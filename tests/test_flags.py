@@ -297,7 +297,7 @@ def test_help_shows_the_defaults_that_would_be_taken_and_checks_nothing(capsys):
     assert shown.index("data:") < data < shown.index("optimisation:") < shown.index("recipe:") < rare
 
 
-@pytest.mark.parametrize(("more", "epochs"), [((), "800"), (("--demo",), "18")])
+@pytest.mark.parametrize(("more", "epochs"), [((), "800"), (("--demo",), "24")])
 def test_help_of_pretraining_shows_its_recipe(capsys, more, epochs):
     shown = shown_help(capsys, importlib.import_module("pretrain_mae").parse_args, ["--help", *more])
     assert f"passes over the training images (default: {epochs})" in shown

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import ImageFont
+from PIL import Image, ImageFont
 
-from training.pictures import cut_middle, draw_rows, hide_visible, reconstruction_titles, show_values
+from training.pictures import cut_middle, draw_reconstructions, draw_rows, show_values
 
 
 def test_draw_rows_shows_the_whole_title_over_a_single_image():
@@ -32,12 +32,34 @@ def test_draw_rows_enlarges_small_images_by_whole_numbers():
     assert draw_rows({"one": torch.zeros(1, 3, 10, 20)}, min_side=25, margin=0).size == (60, 20 + 30)
 
 
+def reconstructions(norm_pix_loss: bool = False) -> Image.Image:
+    """Draw two images of two patches, of which the second is removed: black, and answered by grey and by black."""
+    pasted = torch.zeros(2, 3, 192, 384)
+    pasted[0, :, :, 192:] = 0.25
+    panels, mask = [torch.zeros(2, 3, 192, 384), pasted], torch.tensor([[0, 1], [0, 1]])
+    return draw_reconstructions(
+        panels, mask, (1, 2), ["a.png", "b.png"], "100 steps", **LOOK, norm_pix_loss=norm_pix_loss
+    )
+
+
+LOOK = dict(mask_ratio=0.5, channels=None)
+
+
+def test_reconstructions_are_four_rows_below_a_heading():
+    picture = np.asarray(reconstructions())
+    heading, caption, row = 2 * 20 + 4, 24 + 8, 26 + 192 + 4
+    assert picture.shape == (heading + 4 * row + caption + 4, 2 * 388 + 4, 3)
+    tops = [4 + heading + 26 + caption * (number > 0) + number * row for number in range(4)]
+    colours = [[picture[top + 96, left].tolist() for left in (100, 300, 488, 688)] for top in tops]
+    black, grey, half = [0, 0, 0], [128, 128, 128], [255, 128, 0]  # an error of 0.25 is half of what is shown
+    assert colours[0] == [black] * 4 and colours[1] == [black, grey, black, grey]
+    assert colours[2] == [black, [64, 64, 64], black, black] and colours[3] == [black, half, black, black]
+
+
 def test_norm_pix_pictures_are_labelled_so():
-    assert "true mean and contrast" in reconstruction_titles(0.75, True)[2]
-    plain = reconstruction_titles(0.75, False)
-    assert plain[1:3] == ["masked (75% removed)", "reconstruction of the removed patches"]
-    told = reconstruction_titles(0.75, False, loss=0.45678, step=12345)
-    assert told[2] == "reconstruction of the removed patches: loss 0.4568 at step 12,345"
+    plain, labelled = (np.asarray(reconstructions(flag).convert("L"))[:, :780] for flag in (False, True))
+    differ = (plain != labelled).any(axis=1).nonzero()[0]
+    assert differ.min() > 44 + 2 * 222 and differ.max() < 44 + 2 * 222 + 80  # the title of the third row alone
 
 
 LONG = "a very long caption that does not fit below an image"
@@ -79,14 +101,6 @@ def test_images_of_different_sizes_stand_beside_each_other_without_bars():
     row = np.asarray(picture)[4 + 20 : 4 + 20 + 40, :, 0]
     assert (row[:, 4:84] == 0).all() and (row[:, 88:118] == 0).all()
     assert (row[:, :4] == 255).all() and (row[:, 84:88] == 255).all() and (row[:, 118:] == 255).all()
-
-
-def test_visible_patches_are_grey_and_removed_ones_as_they_are():
-    panel = torch.rand(2, 3, 4, 8, generator=torch.Generator().manual_seed(0))
-    mask = torch.tensor([[0, 1], [1, 1]])  # of two patches side by side
-    shown = hide_visible(panel, mask, (1, 2))
-    assert torch.equal(shown[0, :, :, 4:], panel[0, :, :, 4:]) and torch.equal(shown[1], panel[1])
-    assert (shown[0, :, :, :4] == 0.5).all()
 
 
 def test_channel_without_data_does_not_change_how_others_are_shown():

@@ -39,7 +39,8 @@ def checkpoint(tmp_path):
     return folder
 
 
-CAPTIONS = slice(4 + 20 + 128, 4 + 20 + 128 + 18 + 8)  # rows of pixels with the names of files in a reconstruction
+HEADING, ROW = 2 * 20 + 4, 26 + 192 + 4
+CAPTIONS = slice(HEADING + ROW, HEADING + ROW + 24 + 8)  # rows of pixels with the names of files in a reconstruction
 
 
 def test_reconstruct_draws_images_of_any_size(checkpoint, image_folder, tmp_path):
@@ -49,7 +50,7 @@ def test_reconstruct_draws_images_of_any_size(checkpoint, image_folder, tmp_path
     arguments = ["--checkpoint", str(checkpoint), *images, "--output", str(output)]
     assert tool.main(tool.parse_args(arguments)) == 0
     with Image.open(output) as picture:
-        assert picture.width > 4 * (128 + 4) and picture.height == 4 * (20 + 128 + 4) + 18 + 8 + 4
+        assert picture.width > 4 * (192 + 4) and picture.height == HEADING + 4 * ROW + 24 + 8 + 4
         first = picture.tobytes()
     with pytest.raises(FileExistsError, match="--overwrite"):
         tool.main(tool.parse_args(arguments))
@@ -91,9 +92,11 @@ def test_reconstruct_shows_some_of_a_folder_and_passes_over_what_cannot_be_read(
     assert "3 of 24 images" in printed.out and "passed over: cannot decode" in printed.err
     with Image.open(output) as picture:
         pixels = np.asarray(picture)
-    row = pixels[CAPTIONS.stop + 4 + 20 + 128 + 4 + 20 :][:128, 4:132]  # the first image's third
-    patches = row.reshape(4, 32, 4, 32, 3).swapaxes(1, 2).reshape(16, -1)
-    assert (patches == 128).all(axis=1).sum() == 4  # what stayed visible is plain grey
+    tops = [CAPTIONS.stop + 4 + 26 + row * ROW for row in range(3)]  # of the rows below the originals
+    masked, _, error = (pixels[top:][:192, 4:196] for top in tops)  # the first image's
+    masked, error = (row.reshape(4, 48, 4, 48, 3).swapaxes(1, 2).reshape(16, -1) for row in (masked, error))
+    assert ((masked == 128).all(axis=1) != (error == 0).all(axis=1)).all()  # grey where removed, right where not
+    assert (error == 0).all(axis=1).sum() == 4
 
 
 # -------------------------------------------------------------------------------- folders of experiments

@@ -1,5 +1,4 @@
-"""Draw what a masked autoencoder makes of images: original, masked, reconstruction, and the latter with the visible
-patches pasted in.
+"""Draw what a masked autoencoder makes of images: original, masked, reconstruction and its error.
 
     python tools/reconstruct.py --checkpoint work_dir/MAEPretraining IMAGE_OR_FOLDER... --output out.png
 
@@ -22,7 +21,7 @@ from storage import explained_errors
 from storage.files import escape, user_path
 from storage.lists import find_images
 from storage.values import ImageReader, patches_with_data
-from training.pictures import draw_rows, hide_visible, reconstruction_titles, show_values
+from training.pictures import draw_reconstructions
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -81,13 +80,12 @@ def main(args: argparse.Namespace) -> int:
     valid = patches_with_data(pixels, config.patch_size)
     loss, pred, mask = model(images, args.mask_ratio, noise, valid=valid)
     channels = None if reader.values is None else args.show_channels
-    panels = [reader.denormalize(x) for x in (images, *model.reconstruct(images, pred, mask))]
-    panels = show_values(panels, channels)
-    panels[2] = hide_visible(panels[2], mask, config.grid_size)
-    titles = reconstruction_titles(args.mask_ratio, config.norm_pix_loss, channels, loss=loss.item())
-    captions = {titles[0]: [escape(file.name, also_bytes=True) for file in found]}
+    panels = [reader.denormalize(x) for x in (images, model.reconstruct(images, pred, mask).pasted)]
+    names = [escape(file.name, also_bytes=True) for file in found]
+    look = dict(mask_ratio=args.mask_ratio, norm_pix_loss=config.norm_pix_loss, channels=channels)
+    picture = draw_reconstructions(panels, mask, config.grid_size, names, f"loss {loss.item():.4f}", **look)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    draw_rows(dict(zip(titles, panels, strict=True)), captions).save(args.output)
+    picture.save(args.output)
     print(f"{args.output}: {len(images)} images")
     return 1 if reader.num_bad else 0
 

@@ -13,7 +13,7 @@ NAMES = {
         describe_class_weights find_writable_weights gather_evaluation mark_images
         note_selection read_class_weights report_best report_evaluation report_test""",
     "training.next_steps": "end_script",
-    "training.pictures": """colour_classes describe_channels draw_legend draw_rows hide_visible reconstruction_titles
+    "training.pictures": """colour_classes describe_channels draw_legend draw_reconstructions draw_rows
         show_values""",
     "training.process": "SHARDING broadcast_buffers collect_features prepare process_slice",
     "training.records": "describe_run print_figures",

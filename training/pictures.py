@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-TITLE_HEIGHT, LINE_HEIGHT = 20, 18
 CAPTION_GAP = 8  # pixels between the captions of neighbours, and below them
 
 
@@ -18,6 +17,8 @@ def draw_rows(
     rows: Mapping[str, Sequence[Tensor]],
     captions: Mapping[str, list[str]] | None = None,
     *,
+    heading: str = "",
+    text_size: int = 14,
     min_side: int = 128,
     margin: int = 4,
     caption_width: int = 0,
@@ -26,9 +27,12 @@ def draw_rows(
 
     One channel is drawn grey, more than three show their first three. `captions` give the images of a row a text below
     them, of one or several lines. A column is as wide as its images, or up to `caption_width` where a line needs it;
-    longer lines are cut in the middle.
+    longer lines are cut in the middle. Lengths are in pixels.
     """
-    font, captions = ImageFont.load_default(size=14), captions or {}
+    font, captions = ImageFont.load_default(size=text_size), captions or {}
+    large_font = ImageFont.load_default(size=text_size * 1.5)
+    heading_height = 2 * text_size + margin if heading else 0
+    title_height, line_height = text_size + 6, text_size + 4
     first = next(iter(rows.values()))
     zoom = max(1, math.ceil(min_side / max(min(image.shape[-2:]) for image in first)))
     lines = {title: [text.split("\n") for text in texts] for title, texts in captions.items()}
@@ -39,22 +43,23 @@ def draw_rows(
         image_width = max(images[column].shape[-1] * zoom for images in rows.values() if column < len(images))
         widths.append(max(image_width, min(caption_width, math.ceil(max(needed, default=0)) + CAPTION_GAP)))
     heights = {title: max(image.shape[-2] for image in images) * zoom for title, images in rows.items()}
-    caption_heights = {title: max(map(len, lines.get(title, [[]]))) * LINE_HEIGHT for title in rows}
+    caption_heights = {title: max(map(len, lines.get(title, [[]]))) * line_height for title in rows}
     caption_heights |= {title: caption_heights[title] + CAPTION_GAP for title in lines}
-    row_heights = {title: TITLE_HEIGHT + heights[title] + caption_heights[title] + margin for title in rows}
-    longest_title = math.ceil(max(font.getlength(title) for title in rows))
+    row_heights = {title: title_height + heights[title] + caption_heights[title] + margin for title in rows}
+    longest_title = math.ceil(max(large_font.getlength(heading), *(font.getlength(title) for title in rows)))
     canvas_width = max(sum(widths) + margin * len(widths), longest_title + margin) + margin
-    canvas = Image.new("RGB", (canvas_width, sum(row_heights.values()) + margin), "white")
-    draw, top = ImageDraw.Draw(canvas), margin
+    canvas = Image.new("RGB", (canvas_width, heading_height + sum(row_heights.values()) + margin), "white")
+    draw, top = ImageDraw.Draw(canvas), margin + heading_height
+    draw.text((margin, margin), heading, fill="black", font=large_font)
     for title, images in rows.items():
         draw.text((margin, top), title, fill="black", font=font)
         for column, image in enumerate(images):
             left = margin + sum(widths[:column]) + column * margin
             picture = Image.fromarray(to_uint8(image[None])[0])
             size = picture.width * zoom, picture.height * zoom
-            canvas.paste(picture.resize(size, Image.Resampling.NEAREST), (left, top + TITLE_HEIGHT))
+            canvas.paste(picture.resize(size, Image.Resampling.NEAREST), (left, top + title_height))
             for number, line in enumerate(lines[title][column] if title in lines else ()):
-                place = left, top + TITLE_HEIGHT + heights[title] + 2 + number * LINE_HEIGHT
+                place = left, top + title_height + heights[title] + 2 + number * line_height
                 draw.text(place, cut_middle(line, widths[column] - CAPTION_GAP, font), fill="#404040", font=font)
         top += row_heights[title]
     return canvas
@@ -73,14 +78,20 @@ def cut_middle(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
 GREY = 0.5
 
 
-def hide_visible(panel: Tensor, mask: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """Paint the visible patches of pictures (N, C, H, W) grey, where no training taught a model what to say.
+def hide_removed(images: Tensor, mask: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Paint the removed patches of pictures (N, C, H, W) grey; `mask` (N, L) is 1 where a patch was removed."""
+    removed = mask.to(images.device).view(-1, 1, *grid_size).float()
+    removed = F.interpolate(removed, images.shape[-2:], mode="nearest")  # (N, 1, H, W)
+    return images.where(removed == 0, GREY)
 
-    `mask` (N, L) is 1 where a patch was removed.
+
+def paint_error(images: Tensor, answer: Tensor) -> Tensor:
+    """Paint how far pictures (N, C, H, W) lie apart, as (N, 3, H, W): none black, then red, yellow, and white from 0.5.
+
+    The distance is the mean over the channels.
     """
-    removed = mask.to(panel.device).view(-1, 1, *grid_size).float()
-    removed = F.interpolate(removed, panel.shape[-2:], mode="nearest")  # (N, 1, H, W)
-    return panel.where(removed > 0, GREY)
+    distance = (images - answer).abs().mean(dim=1, keepdim=True) / 0.5
+    return (3 * distance - torch.arange(3, device=images.device).view(3, 1, 1)).clamp(0, 1)
 
 
 def show_values(panels: list[Tensor], channels: list[int] | None) -> list[Tensor]:
@@ -123,28 +134,31 @@ def draw_legend(names: Mapping[str, tuple[int, int, int]], width: int) -> Image.
     return canvas
 
 
-def reconstruction_titles(
+def draw_reconstructions(
+    panels: list[Tensor],
+    mask: Tensor,
+    grid_size: tuple[int, int],
+    names: list[str],
+    heading: str,
+    *,
     mask_ratio: float,
     norm_pix_loss: bool,
-    channels: list[int] | None = None,
-    *,
-    loss: float | None = None,
-    step: int | None = None,
-) -> list[str]:
-    """Name the four rows of a reconstruction picture; `channels` as for `show_values`, `loss` that of its images."""
-    answer = "reconstruction of the removed patches"
-    if loss is not None:
-        answer += f": loss {loss:.4f}"
-    if step is not None:
-        answer += f" at step {step:,}"
-    if norm_pix_loss:
-        answer += " (true mean and contrast of each patch put back: norm-pix)"
-    return [
-        "original" + describe_channels(channels),
-        f"masked ({mask_ratio:.0%} removed)",
-        answer,
-        "reconstruction with the visible patches pasted in",
-    ]
+    channels: list[int] | None,
+) -> Image.Image:
+    """Draw rows of original, masked, reconstruction and error of N images with these names or none, below a heading.
+
+    `panels` are the images and their reconstructions with the visible patches pasted in, both (N, C, H, W), and
+    `channels` as for `show_values`; `mask` (N, L) is 1 where a patch was removed.
+    """
+    images, pasted = show_values(panels, channels)
+    flattered = ", true mean and contrast of each patch put back: norm-pix" * norm_pix_loss
+    rows = {
+        "original" + describe_channels(channels): images,
+        f"masked ({mask_ratio:.0%} removed)": hide_removed(images, mask, grid_size),
+        f"reconstruction (the visible patches pasted in{flattered})": pasted,
+        "error (black 0, white 0.5 and more)": paint_error(images, pasted),
+    }
+    return draw_rows(rows, {next(iter(rows)): names} if names else None, heading=heading, text_size=20, min_side=192)
 
 
 def describe_channels(channels: list[int] | None) -> str:
