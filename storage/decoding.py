@@ -284,6 +284,10 @@ class Picture:
         """Give the pixels of an area. Raises one of DECODE_ERRORS."""
         return self.pixels[:, area.top : area.top + area.height, area.left : area.left + area.width]
 
+    def whole(self) -> Tensor:
+        """Give all pixels, as `cut` does."""
+        return self.cut(Area(0, 0, self.height, self.width))
+
     def decoded(self) -> "Picture":
         """Give the whole picture decoded, for when several areas of it are wanted. Raises one of DECODE_ERRORS."""
         return self
@@ -323,10 +327,10 @@ class JPEGPicture(Picture):
         return Picture(to_pixels(read_image(io.BytesIO(self.data), self.channels)))
 
 
-def open_picture(file: NamedBytes, channels: int = 3) -> Picture:
+def open_picture(file: NamedBytes, channels: int = 3, *, rotate: bool = True) -> Picture:
     """Read the header of an image file and, unless it is a plain JPEG, decode it. Raises one of DECODE_ERRORS.
 
-    The pixels are those of `read_image`.
+    The pixels are those of `read_image`, with the same `rotate`.
     """
     image = open_image(file)
     refuse_bomb(image)
@@ -335,7 +339,7 @@ def open_picture(file: NamedBytes, channels: int = 3) -> Picture:
         scan_start = None if "progressive" in image.info else file.tell()
         return JPEGPicture(file.getvalue(), image.height, image.width, channels, scan_start)
     file.seek(0)
-    return Picture(to_pixels(read_image(file, channels)))
+    return Picture(to_pixels(read_image(file, channels, rotate=rotate)))
 
 
 def is_plain_jpeg(image: Image.Image, channels: int) -> bool:
