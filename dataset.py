@@ -29,7 +29,7 @@ from torchvision.transforms.v2 import functional as tvf
 from storage.console import DataError
 from storage.decoding import CHANNEL_MODES, DECODE_ERRORS, Area, Picture, to_pixels
 from storage.files import random_key
-from storage.labels import IGNORE_INDEX, read_label_map
+from storage.labels import IGNORE_INDEX, read_label_map, resize_labels
 from storage.lists import FileList, PackedImages
 from storage.pairs import PairList
 from storage.values import (  # noqa: F401 - also names that scripts use as of here
@@ -270,11 +270,6 @@ class ResizeCenterCrop:
         return (height, width), (left * x, top * y, (left + self.img_size[1]) * x, (top + self.img_size[0]) * y)
 
 
-def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Nearest: anything else would make up classes. (H, W) -> size."""
-    return tvf.resize(labels[None], list(size), interpolation=InterpolationMode.NEAREST)[0]
-
-
 @dataclass(frozen=True)
 class SegmentationTransform:
     """MMSegmentation's training augmentation for ADE20K, on image and label map together.
@@ -307,8 +302,10 @@ class SegmentationTransform:
             image = distort_colours(image)
         image = normalize(image[None], self.mean, self.std)[0]
         bottom, right = (side - there for side, there in zip(self.img_size, labels.shape, strict=True))
-        image = F.pad(image, (0, right, 0, bottom))
-        return image, F.pad(labels, (0, right, 0, bottom), value=IGNORE_INDEX)
+        if bottom or right:  # which otherwise is a copy
+            image = F.pad(image, (0, right, 0, bottom))
+            labels = F.pad(labels, (0, right, 0, bottom), value=IGNORE_INDEX)
+        return image, labels
 
     def choose_crop(self, labels: Tensor) -> tuple[slice, slice]:
         """Draw where to crop; up to `crop_tries` draws that one class has too much of are drawn again."""
@@ -348,10 +345,11 @@ def distort_colours(image: Tensor) -> Tensor:
         after = contrast(after)
     picture = tvf.to_pil_image(image)
     if saturation == 1.0 and not hue:
-        return to_pixels(picture.point([*after[before]] * 3))
+        return to_pixels(picture.point(after[before].tolist() * 3))
     turned = (levels.astype(np.int16) + round(hue * 256)) % 256
-    hsv = picture.point([*before] * 3).convert("HSV").point([*turned, *convert(levels, saturation), *levels])
-    return to_pixels(hsv.convert("RGB").point([*after] * 3))
+    hsv = picture.point(before.tolist() * 3).convert("HSV")
+    hsv = hsv.point(np.concatenate((turned, convert(levels, saturation), levels)).tolist())
+    return to_pixels(hsv.convert("RGB").point(after.tolist() * 3))
 
 
 def keep_size(image: Image.Image | Tensor, labels: np.ndarray) -> tuple[Tensor, Tensor]:

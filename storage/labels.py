@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from storage.decoding import KIND_NAMES, load_file, open_image, read_layout
 from storage.files import escape, read_text
@@ -242,6 +245,13 @@ def read_label_map(source: str | Path | BinaryIO, table: np.ndarray) -> np.ndarr
         unknown = [show_value(value, has_colours(table)) for value in np.unique(raw[classes < 0])]
         raise ValueError(f"{source} has the label values {name_some(unknown, 10)}, which are no classes here")
     return classes.astype(np.uint8)
+
+
+def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Nearest, by torch's rule: anything else would make up classes. (H, W) -> size."""
+    places = (torch.arange(side, dtype=torch.float32)[None, None] for side in labels.shape)
+    rows, columns = (F.interpolate(p, n)[0, 0].int().numpy() for p, n in zip(places, size, strict=True))
+    return torch.from_numpy(labels.numpy().take(rows, 0).take(columns, 1))
 
 
 # ------------------------------------------------------------------------------------------------ what occurs
