@@ -607,7 +607,7 @@ def describe(
         f"{height} x {width} pixels",
         "learning rate": f"{peak:.2e}{scaled}" + f", times {args.layer_decay:g} for each layer down" * decays,
         "augmentation": "crops and flips alone" if args.linear_probe else augmentation,
-        "image decoder": "Pillow",
+        "image decoder": storage.describe_decoder(),
     }
     if args.balanced_sampling:
         lines["sampling"] = f"each of {model.num_classes} classes equally often in an epoch"
