@@ -51,7 +51,7 @@ from dataset import (
 from storage import files
 from storage.decoding import read_image
 from storage.demo import draw_demo_scene
-from storage.labels import IGNORE_INDEX, label_table
+from storage.labels import IGNORE_INDEX, label_table, resize_labels
 from storage.lists import list_images
 from storage.pairs import check_pairs, list_pairs
 
@@ -71,6 +71,10 @@ def test_replacement_is_drawn_as_if_no_crop_had_been(image_folder):
     sample = data[SampleKey(1, 3)]
     assert "truncated" in sample.bad_files[0].reason  # so a crop was drawn before the failure
     assert torch.equal(sample.image, expected)
+    data = ImageDataset(data.files, FinetuningTransform((8, 8), 9, 0.25, IMAGENET_MEAN, IMAGENET_STD), seed=5)
+    with seeded(5, 1, 3):  # from random, and not from torch
+        expected = data.transform(read_image(data.files.path(int(torch.randint(24, ())))))
+    assert torch.equal(data[SampleKey(1, 3)].image, expected)
 
 
 def test_crops_are_drawn_as_torchvision_draws_them():
@@ -613,6 +617,44 @@ def test_colour_distortion_is_bounded_and_leaves_a_grey_picture_grey():
         hues.add((pixel[1] > pixel[2]) - (pixel[1] < pixel[2]))
         assert pixel[0] >= max(pixel[1:])  # a tenth of the circle leaves red the strongest
     assert hues == {-1, 0, 1}
+
+
+def distort_pixels(image: np.ndarray) -> np.ndarray:
+    """MMSegmentation's PhotoMetricDistortion step by step on the pixels (H, W, 3), hue and saturation by Pillow."""
+
+    def convert(pixels: np.ndarray, factor: float = 1.0, offset: float = 0.0) -> np.ndarray:
+        return (pixels * np.float32(factor) + np.float32(offset)).clip(0, 255).astype(np.uint8)
+
+    if random.random() < 0.5:
+        image = convert(image, offset=random.uniform(-32, 32))
+    contrast_first = random.random() < 0.5
+    if contrast_first and random.random() < 0.5:
+        image = convert(image, random.uniform(0.5, 1.5))
+    saturation = random.uniform(0.5, 1.5) if random.random() < 0.5 else 1.0
+    hue = random.randint(-18, 17) / 180 if random.random() < 0.5 else 0.0
+    if saturation != 1.0 or hue:
+        hsv = np.array(Image.fromarray(image).convert("HSV"))
+        hsv[..., 0] = (hsv[..., 0].astype(int) + round(hue * 256)) % 256
+        hsv[..., 1] = convert(hsv[..., 1], saturation)
+        image = np.array(Image.fromarray(hsv, "HSV").convert("RGB"))
+    return convert(image, random.uniform(0.5, 1.5)) if not contrast_first and random.random() < 0.5 else image
+
+
+def test_colour_distortion_gives_the_pixels_of_its_steps():
+    image = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)
+    for index in range(100):
+        with seeded(0, 0, index):
+            distorted = distort_colours(image)
+        with seeded(0, 0, index):
+            assert np.array_equal(distorted.permute(1, 2, 0), distort_pixels(image.permute(1, 2, 0).numpy()))
+
+
+def test_label_maps_are_resized_as_torch_resizes_the_nearest():
+    shapes = np.random.default_rng(0).integers(1, 300, (60, 4))
+    for height, width, *size in shapes.tolist():
+        labels = torch.randint(0, 256, (height, width), dtype=torch.uint8)
+        expected = torch.nn.functional.interpolate(labels[None, None], size, mode="nearest")[0, 0]
+        assert torch.equal(resize_labels(labels, size), expected)
 
 
 def test_pairs_of_the_dataset_follow_their_key_alone(photographs):
