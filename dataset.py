@@ -190,7 +190,8 @@ class FinetuningTransform(ResizedCropFlip):
         return Area(min(top, height - 1), min(left, width - 1), max(1, h), max(1, w))
 
     def resize_and_flip(self, pixels: Tensor) -> Tensor:
-        # The pixels of `resize_pixels`, interleaved as Pillow needs them
+        # The pixels of `resize_pixels`, interleaved as Pillow needs them; a cut has to be made so first
+        pixels = pixels[None].contiguous(memory_format=torch.channels_last)[0]
         pixels = tvf.resize(pixels, self.img_size, interpolation=InterpolationMode.BICUBIC)
         pixels = pixels.flip(-1) if torch.rand(1) < 0.5 else pixels
         if self.augment.transforms:
