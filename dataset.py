@@ -167,8 +167,7 @@ class FinetuningTransform(ResizedCropFlip):
     """Random resized crop, flip, RandAugment, normalisation and random erasing, as the original finetuning (table 9).
 
     Gives normalised float32, because erased areas are filled with normal noise of that space. Draws and operations are
-    timm's at the settings of the original release, but no more than the crop is decoded, and it is resized as in
-    pretraining; a magnitude of 0 leaves RandAugment out.
+    timm's, but the crop is decoded and resized as in pretraining; a magnitude of 0 leaves RandAugment out.
     """
 
     def __init__(self, img_size: tuple[int, int], magnitude: int, erasing: float, mean: PerChannel, std: PerChannel):
@@ -344,13 +343,16 @@ def distort_colours(image: Tensor) -> Tensor:
     hue = random.randint(-18, 17) / 180 if random.random() < 0.5 else 0.0  # a share of the circle
     if not contrast_first:
         after = contrast(after)
+
+    def look_up(picture: Image.Image, *bands: np.ndarray) -> Image.Image:
+        return picture if all(b is levels for b in bands) else picture.point(np.concatenate(bands).tolist())
+
     picture = tvf.to_pil_image(image)
     if saturation == 1.0 and not hue:
-        return to_pixels(picture.point(after[before].tolist() * 3))
-    turned = (levels.astype(np.int16) + round(hue * 256)) % 256
-    hsv = picture.point(before.tolist() * 3).convert("HSV")
-    hsv = hsv.point(np.concatenate((turned, convert(levels, saturation), levels)).tolist())
-    return to_pixels(hsv.convert("RGB").point(after.tolist() * 3))
+        return to_pixels(look_up(picture, *[after[before]] * 3))
+    turned, hsv = (levels.astype(np.int16) + round(hue * 256)) % 256, look_up(picture, *[before] * 3).convert("HSV")
+    hsv = look_up(hsv, turned, convert(levels, saturation), levels)
+    return to_pixels(look_up(hsv.convert("RGB"), *[after] * 3))
 
 
 def keep_size(image: Image.Image | Tensor, labels: np.ndarray) -> tuple[Tensor, Tensor]:
