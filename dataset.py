@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import Mixup, auto_augment, create_transform
-from timm.data.auto_augment import RandAugment
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
@@ -30,7 +29,7 @@ from torchvision.transforms.v2 import functional as tvf
 from storage.console import DataError
 from storage.decoding import CHANNEL_MODES, DECODE_ERRORS, Area, Picture, to_pixels
 from storage.files import random_key
-from storage.labels import IGNORE_INDEX, read_label_map
+from storage.labels import IGNORE_INDEX, read_label_map, resize_labels
 from storage.lists import FileList, PackedImages
 from storage.pairs import PairList
 from storage.values import (  # noqa: F401 - also names that scripts use as of here
@@ -44,6 +43,7 @@ from storage.values import (  # noqa: F401 - also names that scripts use as of h
     fill_values,
     normalize,
     patches_with_data,
+    resize_pixels,
     resize_values,
 )
 from storage.workers import Loader, note_file, require_shared_memory, stack
@@ -115,11 +115,8 @@ class ResizedCropFlip:
         return Area((height - h) // 2, (width - w) // 2, h, w)
 
     def resize_and_flip(self, pixels: Tensor) -> Tensor:
-        if pixels.is_floating_point():
-            pixels = resize_values(pixels, self.img_size)
-            return pixels.flip(-1) if torch.rand(1) < 0.5 else pixels
-        # What torchvision's resize calls; that leaves pixels interleaved as they come, and undoing it costs a third.
-        pixels = F.interpolate(pixels[None], self.img_size, mode="bicubic", antialias=True)[0]
+        resize = resize_values if pixels.is_floating_point() else resize_pixels
+        pixels = resize(pixels, self.img_size)
         return pixels.flip(-1) if torch.rand(1) < 0.5 else pixels
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -166,23 +163,39 @@ class ValueFinetuningTransform(ResizedCropFlip):
         return self.erase(fill_values(super().resize_and_flip(pixels)))
 
 
-def build_finetuning_transform(
-    img_size: tuple[int, int], random_aug_magnitude: int, random_erasing: float, mean: PerChannel, std: PerChannel
-) -> Callable:
+class FinetuningTransform(ResizedCropFlip):
     """Random resized crop, flip, RandAugment, normalisation and random erasing, as the original finetuning (table 9).
 
-    Gives normalised float32, because erased areas are filled with normal noise of that space. All of it is timm's, at
-    the settings of the original release; a magnitude of 0 leaves RandAugment out.
+    Gives normalised float32, because erased areas are filled with normal noise of that space. Draws and operations are
+    timm's, but the crop is decoded and resized as in pretraining; a magnitude of 0 leaves RandAugment out.
     """
-    options = dict(interpolation="bicubic", re_prob=random_erasing, re_mode="pixel", mean=mean, std=std)
-    if random_aug_magnitude:
-        options["auto_augment"] = f"rand-m{random_aug_magnitude}-mstd0.5-inc1"
-    transform = create_transform(img_size, is_training=True, color_jitter=None, **options)
-    for step in transform.transforms:
-        for operation in step.ops if isinstance(step, RandAugment) else ():
-            if operation.aug_fn is auto_augment.posterize:
-                operation.aug_fn = posterize
-    return transform
+
+    def __init__(self, img_size: tuple[int, int], magnitude: int, erasing: float, mean: PerChannel, std: PerChannel):
+        super().__init__(img_size, min_crop_scale=0.08)
+        self.mean, self.std = mean, std
+        policy = f"rand-m{magnitude}-mstd0.5-inc1" if magnitude else None
+        options = dict(interpolation="bicubic", auto_augment=policy, color_jitter=None, mean=mean, separate=True)
+        crop_and_flip, self.augment, _ = create_transform(img_size, is_training=True, **options)
+        self.crop = crop_and_flip.transforms[0]
+        self.erase = RandomErasing(erasing, mode="pixel", device="cpu")
+        for step in self.augment.transforms:
+            for operation in step.ops:
+                if operation.aug_fn is auto_augment.posterize:
+                    operation.aug_fn = posterize
+
+    def draw_area(self, height: int, width: int) -> Area:
+        top, left, h, w = self.crop.get_params(torch.empty(()).expand(height, width), self.crop.scale, self.crop.ratio)
+        # Of an image of a few pixels timm may draw none
+        return Area(min(top, height - 1), min(left, width - 1), max(1, h), max(1, w))
+
+    def resize_and_flip(self, pixels: Tensor) -> Tensor:
+        # The pixels of `resize_pixels`, interleaved as Pillow needs them; a cut has to be made so first
+        pixels = pixels[None].contiguous(memory_format=torch.channels_last)[0]
+        pixels = tvf.resize(pixels, self.img_size, interpolation=InterpolationMode.BICUBIC)
+        pixels = pixels.flip(-1) if torch.rand(1) < 0.5 else pixels
+        if self.augment.transforms:
+            pixels = to_pixels(self.augment(tvf.to_pil_image(pixels)))
+        return self.erase(normalize(pixels[None], self.mean, self.std)[0])
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **unused: object) -> Image.Image:
@@ -193,32 +206,25 @@ def posterize(image: Image.Image, bits_to_keep: int, **unused: object) -> Image.
     return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
 
 
-class SingleTryResizedCrop(v2.RandomResizedCrop):
-    """Draw the crop once and cut it to the image, instead of drawing until one fits (original linear probing)."""
-
-    def make_params(self, flat_inputs: list) -> dict[str, int]:
-        height, width = v2.query_size(flat_inputs)
-        area = height * width * float(torch.empty(1).uniform_(*self.scale))
-        ratio = float(torch.empty(1).uniform_(*(math.log(limit) for limit in self.ratio)).exp())
-        crop_height = min(height, max(1, round(math.sqrt(area / ratio))))
-        crop_width = min(width, max(1, round(math.sqrt(area * ratio))))
-        top = int(torch.randint(height - crop_height + 1, ()))
-        left = int(torch.randint(width - crop_width + 1, ()))
-        return dict(top=top, left=left, height=crop_height, width=crop_width)
-
-
-def build_probing_transform(
-    img_size: tuple[int, int], mean: PerChannel, std: PerChannel, *, own_units: bool = False
-) -> Callable:
+class ProbingTransform(ResizedCropFlip):
     """Random resized crop, flip and normalisation, as for the original linear probing (table 10); float32 (C, H, W).
 
-    Images read in their own units (`own_units`) come normalised.
+    The crop is drawn once and cut to the image, instead of drawn until one fits.
     """
-    crop = SingleTryResizedCrop(img_size, interpolation=InterpolationMode.BICUBIC)
-    if own_units:
-        return v2.Compose([fill_values, crop, v2.RandomHorizontalFlip()])
-    to_floats = (v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std))
-    return v2.Compose([crop, v2.RandomHorizontalFlip(), *to_floats])
+
+    def __init__(self, img_size: tuple[int, int], mean: PerChannel, std: PerChannel):
+        super().__init__(img_size, min_crop_scale=0.08)
+        self.mean, self.std = mean, std
+
+    def draw_area(self, height: int, width: int) -> Area:
+        area = height * width * torch.empty(1).uniform_(self.min_crop_scale, 1.0).item()
+        ratio = torch.empty(1).uniform_(*self.log_ratio).exp().item()
+        h, w = min(height, max(1, round(math.sqrt(area / ratio)))), min(width, max(1, round(math.sqrt(area * ratio))))
+        top, left = (int(torch.randint(room + 1, ())) for room in (height - h, width - w))
+        return Area(top, left, h, w)
+
+    def resize_and_flip(self, pixels: Tensor) -> Tensor:
+        return normalize(super().resize_and_flip(pixels)[None], self.mean, self.std)[0]
 
 
 def eval_crop_ratio(img_size: tuple[int, int]) -> float:
@@ -230,21 +236,23 @@ def eval_crop_ratio(img_size: tuple[int, int]) -> float:
 class ResizeCenterCrop:
     """Resize (bicubic, ratio kept) until `img_size` / `crop_ratio` is covered, and cut `img_size` from the middle.
 
-    Takes a picture and gives uint8 (C, H, W), or takes and gives normalised values, float32 (C, H, W).
+    Takes a picture, as it is or as uint8 (C, h, w), and gives uint8 (C, H, W), or takes and gives normalised values,
+    float32. Resizes as Pillow does but for rounding, as in training.
     """
 
     img_size: tuple[int, int]
     crop_ratio: float = 1.0
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
-        if isinstance(image, Tensor):
-            return resize_values(image, self.img_size, self.resized(*image.shape[1:])[1])
-        size, box = self.resized(image.height, image.width)
+        pixels = image if isinstance(image, Tensor) else to_pixels(image)
+        size, box = self.resized(*pixels.shape[1:])
+        if pixels.is_floating_point():
+            return resize_values(pixels, self.img_size, box)
         if math.prod(size) > LONG * math.prod(self.img_size):
+            image = tvf.to_pil_image(pixels)
             return tvf.pil_to_tensor(image.resize(self.img_size[::-1], Image.Resampling.BICUBIC, box))
         # Pixels that the box gives as well, but for the order of rows and columns, by which a level or two differ
-        image = tvf.resize(image, list(size), interpolation=InterpolationMode.BICUBIC)
-        return tvf.pil_to_tensor(tvf.center_crop(image, list(self.img_size)))
+        return tvf.center_crop(resize_pixels(pixels, size), list(self.img_size))
 
     def resized(self, image_height: int, image_width: int) -> tuple[tuple[int, int], tuple[float, ...]]:
         """Give the size of the whole image of which the middle is cut, and what becomes the cut: the box in the source.
@@ -260,11 +268,6 @@ class ResizeCenterCrop:
         top, left = round((height - self.img_size[0]) / 2), round((width - self.img_size[1]) / 2)
         y, x = image_height / height, image_width / width
         return (height, width), (left * x, top * y, (left + self.img_size[1]) * x, (top + self.img_size[0]) * y)
-
-
-def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Nearest: anything else would make up classes. (H, W) -> size."""
-    return tvf.resize(labels[None], list(size), interpolation=InterpolationMode.NEAREST)[0]
 
 
 @dataclass(frozen=True)
@@ -299,8 +302,10 @@ class SegmentationTransform:
             image = distort_colours(image)
         image = normalize(image[None], self.mean, self.std)[0]
         bottom, right = (side - there for side, there in zip(self.img_size, labels.shape, strict=True))
-        image = F.pad(image, (0, right, 0, bottom))
-        return image, F.pad(labels, (0, right, 0, bottom), value=IGNORE_INDEX)
+        if bottom or right:  # which otherwise is a copy
+            image = F.pad(image, (0, right, 0, bottom))
+            labels = F.pad(labels, (0, right, 0, bottom), value=IGNORE_INDEX)
+        return image, labels
 
     def choose_crop(self, labels: Tensor) -> tuple[slice, slice]:
         """Draw where to crop; up to `crop_tries` draws that one class has too much of are drawn again."""
@@ -321,35 +326,39 @@ def distort_colours(image: Tensor) -> Tensor:
 
     The amounts are those of MMSegmentation: brightness is added, contrast comes before or after the colours.
     """
+    before = after = levels = np.arange(256, dtype=np.uint8)  # what becomes of each grey level
 
-    def convert(pixels: np.ndarray, factor: float = 1.0, offset: float = 0.0) -> np.ndarray:
-        return (pixels * np.float32(factor) + np.float32(offset)).clip(0, 255).astype(np.uint8)
+    def convert(levels: np.ndarray, factor: float = 1.0, offset: float = 0.0) -> np.ndarray:
+        return (levels * np.float32(factor) + np.float32(offset)).clip(0, 255).astype(np.uint8)
 
-    def contrast(pixels: np.ndarray) -> np.ndarray:
-        return convert(pixels, random.uniform(0.5, 1.5)) if random.random() < 0.5 else pixels
+    def contrast(levels: np.ndarray) -> np.ndarray:
+        return convert(levels, random.uniform(0.5, 1.5)) if random.random() < 0.5 else levels
 
-    pixels = image.permute(1, 2, 0).numpy()
     if random.random() < 0.5:
-        pixels = convert(pixels, offset=random.uniform(-32, 32))
+        before = convert(before, offset=random.uniform(-32, 32))
     contrast_first = random.random() < 0.5
     if contrast_first:
-        pixels = contrast(pixels)
+        before = contrast(before)
     saturation = random.uniform(0.5, 1.5) if random.random() < 0.5 else 1.0
     hue = random.randint(-18, 17) / 180 if random.random() < 0.5 else 0.0  # a share of the circle
-    if saturation != 1.0 or hue:
-        hsv = np.array(Image.fromarray(np.ascontiguousarray(pixels)).convert("HSV"))
-        hsv[..., 0] = (hsv[..., 0].astype(np.int16) + round(hue * 256)) % 256
-        hsv[..., 1] = convert(hsv[..., 1], saturation)
-        pixels = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
     if not contrast_first:
-        pixels = contrast(pixels)
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
+        after = contrast(after)
+
+    def look_up(picture: Image.Image, *bands: np.ndarray) -> Image.Image:
+        return picture if all(b is levels for b in bands) else picture.point(np.concatenate(bands).tolist())
+
+    picture = tvf.to_pil_image(image)
+    if saturation == 1.0 and not hue:
+        return to_pixels(look_up(picture, *[after[before]] * 3))
+    turned, hsv = (levels.astype(np.int16) + round(hue * 256)) % 256, look_up(picture, *[before] * 3).convert("HSV")
+    hsv = look_up(hsv, turned, convert(levels, saturation), levels)
+    return to_pixels(look_up(hsv.convert("RGB"), *[after] * 3))
 
 
 def keep_size(image: Image.Image | Tensor, labels: np.ndarray) -> tuple[Tensor, Tensor]:
     """Turn an image and its label map into tensors as they are, (C, H, W) and uint8 (H, W): a test resizes later."""
-    image = fill_values(image) if isinstance(image, Tensor) else tvf.pil_to_tensor(image)
-    return image, torch.from_numpy(labels)
+    image = image if isinstance(image, Tensor) else to_pixels(image)
+    return fill_values(image) if image.is_floating_point() else image, torch.from_numpy(labels)
 
 
 # ------------------------------------------------------------------------------------------------ data sets
@@ -442,18 +451,11 @@ class ImageDataset(Dataset):
         note_file("")
         return Sample(key, image, label, noise, bad_files)
 
-    def read(self, index: int) -> tuple[Image.Image | Tensor, int]:
+    def read(self, index: int) -> tuple[Tensor, int]:
+        """Give uint8 (C, h, w), or where images are read in their own units normalised float32."""
         label = int(self.files.labels[index])
-        if self.cuts_first:
-            return self.transform.cut(self.open_picture(index)), label
-        return self.read_whole(index), label
-
-    def read_whole(self, index: int) -> Image.Image | Tensor:
-        """Read a picture, or where images are read in their own units all values, normalised float32 (C, H, W)."""
-        if self.values is None:
-            return self.files.read_image(index, self.channels)
         picture = self.open_picture(index)
-        return picture.cut(Area(0, 0, picture.height, picture.width))
+        return self.transform.cut(picture) if self.cuts_first else picture.whole(), label
 
     def open_picture(self, index: int) -> Picture:
         if self.kept[0] == index:
@@ -467,7 +469,7 @@ class ImageDataset(Dataset):
             self.kept = index, picture
         return picture
 
-    def prepare(self, image: Image.Image | Tensor, label: int) -> tuple[Tensor, int]:
+    def prepare(self, image: Tensor, label: int) -> tuple[Tensor, int]:
         return self.transform.resize_and_flip(image) if self.cuts_first else self.transform(image), label
 
     def load(self, index: int, bad_files: list[BadFile]) -> tuple[Tensor, int]:
@@ -475,13 +477,14 @@ class ImageDataset(Dataset):
         while True:
             path = self.files.path(index)
             note_file(path)
-            before = torch.get_rng_state()
+            before = torch.get_rng_state(), random.getstate()
             try:
                 return self.prepare(*self.read(index))
             except DataError:  # a shard that does not come, which is no bad file
                 raise
             except DECODE_ERRORS as error:
-                torch.set_rng_state(before)  # a crop may have been drawn, or not: nothing must hang on that
+                torch.set_rng_state(before[0])  # a crop may have been drawn, or not: nothing must hang on that
+                random.setstate(before[1])
                 reason = f"{type(error).__name__}: {error}"
                 if os.path.islink(path) and not os.path.exists(path):
                     reason = "a link to nothing"
@@ -498,22 +501,22 @@ class ImageDataset(Dataset):
 class ADE20KDataset(ImageDataset):
     """Pairs of an image and its label map; `dataset[SampleKey(epoch, index)]` is a `Sample` whose label is a map.
 
-    `transform` takes both, a picture and classes uint8 (H, W), and gives both as tensors.
+    `transform` takes both, the image and classes uint8 (H, W), and gives both as tensors.
     """
 
     def __init__(self, pairs: PairList, transform: Callable, table: np.ndarray, **options):
         super().__init__(pairs, transform, **options)
         self.table = table
 
-    def read(self, index: int) -> tuple[Image.Image | Tensor, np.ndarray]:
+    def read(self, index: int) -> tuple[Tensor, np.ndarray]:
         labels = read_label_map(self.files.label_file(index), self.table)
-        image = self.read_whole(index)
-        height, width = image.shape[1:] if isinstance(image, Tensor) else (image.height, image.width)
+        picture = self.open_picture(index)
+        height, width = picture.height, picture.width
         if (height, width) != labels.shape:
             raise ValueError(f"{width} x {height} pixels, but its label map has {labels.shape[1]} x {labels.shape[0]}")
-        return image, labels
+        return picture.whole(), labels
 
-    def prepare(self, image: Image.Image | Tensor, label: np.ndarray) -> tuple[Tensor, Tensor]:
+    def prepare(self, image: Tensor, label: np.ndarray) -> tuple[Tensor, Tensor]:
         return self.transform(image, label)
 
 

@@ -358,13 +358,13 @@ def build_training_data(
     hw, statistics = model.config.image_hw, (args.mean, args.std)
     values = dataset.build_values(args.value_range, args.mean, args.std)
     if args.linear_probe:
-        transform = dataset.build_probing_transform(hw, *statistics, own_units=values is not None)
+        transform = dataset.ProbingTransform(hw, *statistics)
     elif values is not None:
         if args.random_aug_magnitude:
             raise ValueError("RandAugment works on 8-bit pictures; with --value_range add --random_aug_magnitude 0")
         transform = dataset.ValueFinetuningTransform(hw, args.random_erasing)
     else:
-        transform = dataset.build_finetuning_transform(hw, args.random_aug_magnitude, args.random_erasing, *statistics)
+        transform = dataset.FinetuningTransform(hw, args.random_aug_magnitude, args.random_erasing, *statistics)
     options = dict(seed=args.seed, channels=args.input_channels, values=values)
     data = dataset.ImageDataset(files, transform, noise_size=model.drop_path_noise_size, **options)
     mixing = dataset.PairMixing(
@@ -608,7 +608,7 @@ def describe(
         f"{height} x {width} pixels",
         "learning rate": f"{peak:.2e}{scaled}" + f", times {args.layer_decay:g} for each layer down" * decays,
         "augmentation": "crops and flips alone" if args.linear_probe else augmentation,
-        "image decoder": "Pillow",
+        "image decoder": storage.describe_decoder(),
     }
     if args.balanced_sampling:
         lines["sampling"] = f"each of {model.num_classes} classes equally often in an epoch"

@@ -579,7 +579,7 @@ def describe(model: ViTMAEForSegmentation, sampler: dataset.StepSampler, args: a
         "learning rate": f"{args.learning_rate:.2e}{decays}",
         "images": f"fit into {args.resize_to[0]} x {args.resize_to[1]}, cropped to "
         f"{config.image_hw[0]} x {config.image_hw[1]}",
-        "image decoder": "Pillow",
+        "image decoder": storage.describe_decoder(),
     }
     if sampler.images_per_step != RECIPE["per_gpu_batch_size"]:
         lines["note on batch"] = (

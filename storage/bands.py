@@ -66,9 +66,6 @@ class ValuePicture(Picture):
             cut[cut == self.no_data] = np.nan
         return torch.from_numpy(cut)
 
-    def whole(self) -> Tensor:
-        return self.cut(Area(0, 0, self.height, self.width))
-
     def decoded(self) -> Picture:
         self.values = np.ascontiguousarray(self.values)
         return self

@@ -4,18 +4,13 @@ Finding the files is the task of lists.py and packs.py, what becomes of the pixe
 """
 
 import contextlib
-import functools
-import importlib
-import importlib.util
 import io
 import math
 import os
 import re
 import struct
-import tempfile
 import zlib
 from pathlib import Path
-from types import ModuleType
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -23,6 +18,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from storage.areas import decode_area, load_nvimgcodec
 from storage.files import open_regular
 
 try:
@@ -257,10 +253,9 @@ def scale_to_8_bit(image: Image.Image, layout: TIFFLayout | None) -> Image.Image
     return Image.fromarray(grey)
 
 
-# Three decoders, one result. Training crops come from torchcodec, or from nvimgcodec, which decodes no more than the
-# crop; Pillow decodes what they refuse or might see differently, and everything where neither is installed. All three
-# use libjpeg-turbo and give the same pixels bit for bit, so a run does not depend on what is installed. Evaluation and
-# label maps are always decoded by Pillow.
+# Three decoders, one result. Images come from torchcodec, or crops from nvimgcodec, which decodes nothing else; Pillow
+# decodes what they refuse or might see differently, and everything where neither is installed. All three use
+# libjpeg-turbo and give the same pixels bit for bit, so a run does not depend on what is installed.
 # nvimgcodec is worth 1.15 times torchcodec's crops a second on a core (40 ImageNet photographs; benchmarks/RESULTS.md,
 # "Input"), to those whose GPU waits for data.
 
@@ -284,6 +279,10 @@ class Picture:
         """Give the pixels of an area. Raises one of DECODE_ERRORS."""
         return self.pixels[:, area.top : area.top + area.height, area.left : area.left + area.width]
 
+    def whole(self) -> Tensor:
+        """Give all pixels, as `cut` does."""
+        return self.cut(Area(0, 0, self.height, self.width))
+
     def decoded(self) -> "Picture":
         """Give the whole picture decoded, for when several areas of it are wanted. Raises one of DECODE_ERRORS."""
         return self
@@ -299,7 +298,7 @@ class JPEGPicture(Picture):
     def cut(self, area: Area) -> Tensor:
         part = area != (0, 0, self.height, self.width)
         if part and self.channels == 3 and load_nvimgcodec() is not None and self.ends_at_its_end():
-            pixels = decode_area(self.data, area)
+            pixels = decode_area(self.data, *area)
             if pixels is not None and pixels.shape[1:] == (area.height, area.width):
                 return pixels
         return self.decoded().cut(area)
@@ -323,10 +322,10 @@ class JPEGPicture(Picture):
         return Picture(to_pixels(read_image(io.BytesIO(self.data), self.channels)))
 
 
-def open_picture(file: NamedBytes, channels: int = 3) -> Picture:
+def open_picture(file: NamedBytes, channels: int = 3, *, rotate: bool = True) -> Picture:
     """Read the header of an image file and, unless it is a plain JPEG, decode it. Raises one of DECODE_ERRORS.
 
-    The pixels are those of `read_image`.
+    The pixels are those of `read_image`, with the same `rotate`.
     """
     image = open_image(file)
     refuse_bomb(image)
@@ -335,7 +334,7 @@ def open_picture(file: NamedBytes, channels: int = 3) -> Picture:
         scan_start = None if "progressive" in image.info else file.tell()
         return JPEGPicture(file.getvalue(), image.height, image.width, channels, scan_start)
     file.seek(0)
-    return Picture(to_pixels(read_image(file, channels)))
+    return Picture(to_pixels(read_image(file, channels, rotate=rotate)))
 
 
 def is_plain_jpeg(image: Image.Image, channels: int) -> bool:
@@ -359,58 +358,8 @@ def to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image).reshape(image.height, image.width, -1)).permute(2, 0, 1)
 
 
-def decode_area(data: bytes, area: Area) -> Tensor | None:
-    """Decode one area of a JPEG file with nvimgcodec, uint8 (3, h, w); None where it cannot."""
-    library = load_nvimgcodec()
-    decoder, parameters = start_area_decoder(os.getpid())
-    try:
-        stream = library.CodeStream(data)
-        region = library.Region(area.top, area.left, area.top + area.height, area.left + area.width)
-        image = decoder.decode(stream.get_sub_code_stream(region=region), params=parameters)
-    except RuntimeError:  # a header that it cannot read
-        return None
-    return None if image is None else torch.from_numpy(np.asarray(image)).permute(2, 0, 1)
-
-
-@functools.cache
-def load_nvimgcodec() -> ModuleType | None:
-    """Import nvimgcodec with no decoder but that for JPEG on the CPU; None where it is not installed.
-
-    Its other parts look for CUDA libraries when they are loaded, print errors where there are none, and have no
-    business in a worker process.
-    """
-    try:
-        extensions = Path(importlib.util.find_spec("nvidia.nvimgcodec").origin).parent / "extensions"
-    except (ImportError, AttributeError):  # no package `nvidia`, or none of this name in it
-        return None
-    variable, before = "NVIMGCODEC_EXTENSIONS_PATH", os.environ.get("NVIMGCODEC_EXTENSIONS_PATH")
-    with tempfile.TemporaryDirectory() as folder:
-        for extension in extensions.glob("libjpeg_turbo_ext*"):
-            os.symlink(extension, os.path.join(folder, extension.name))
-        os.environ[variable] = folder
-        try:
-            return importlib.import_module("nvidia.nvimgcodec")
-        except (ImportError, OSError):  # no build for this Python or machine
-            return None
-        finally:
-            os.environ.pop(variable) if before is None else os.environ.update({variable: before})
-
-
-@functools.cache
-def start_area_decoder(process_id: int) -> tuple:
-    """Start the decoder of a process, whose threads would not survive a fork, and give it with its parameters."""
-    library = load_nvimgcodec()
-    decoder = library.Decoder(
-        device_id=library.NVIMGCODEC_DEVICE_CPU_ONLY,
-        max_num_cpu_threads=1,
-        backends=[library.Backend(library.CPU_ONLY)],
-        options=":fancy_upsampling=1",  # as Pillow and torchcodec
-    )
-    return decoder, library.DecodeParams(apply_exif_orientation=False)
-
-
 def describe_decoder() -> str:
-    """Name what decodes training crops in this run."""
+    """Name what decodes images in this run."""
     whole = "torchcodec" if decode_jpeg is not None else "Pillow (faster with: pip install torchcodec)"
     areas = "nvimgcodec (only the crop), " if load_nvimgcodec() is not None else ""
     return areas + whole + ("" if decode_jpeg is None else ", Pillow for what is not plain JPEG")

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from storage.decoding import KIND_NAMES, load_file, open_image, read_layout
 from storage.files import escape, read_text
@@ -237,11 +240,18 @@ def name_colours(image: Image.Image, raw_mode: str, source: object) -> str:
 def read_label_map(source: str | Path | BinaryIO, table: np.ndarray) -> np.ndarray:
     """Read a label map as classes, uint8 (H, W); ValueError names the file and what is wrong with it."""
     raw = read_raw_labels(source, colours=has_colours(table))
-    classes = table[raw]
+    classes = table.take(raw)  # in half of the time of table[raw]
     if classes.min() < 0:
         unknown = [show_value(value, has_colours(table)) for value in np.unique(raw[classes < 0])]
         raise ValueError(f"{source} has the label values {name_some(unknown, 10)}, which are no classes here")
     return classes.astype(np.uint8)
+
+
+def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Nearest, by torch's rule: anything else would make up classes. (H, W) -> size."""
+    places = (torch.arange(side, dtype=torch.float32)[None, None] for side in labels.shape)
+    rows, columns = (F.interpolate(p, n)[0, 0].int().numpy() for p, n in zip(places, size, strict=True))
+    return torch.from_numpy(labels.numpy().take(rows, 0).take(columns, 1))
 
 
 # ------------------------------------------------------------------------------------------------ what occurs

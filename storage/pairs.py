@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from storage.bands import ValuePicture, open_values
-from storage.decoding import DECODE_ERRORS, NamedBytes, load_file, open_image, read_image, rotation_flag
+from storage.decoding import DECODE_ERRORS, NamedBytes, Picture, load_file, open_image, open_picture, rotation_flag
 from storage.files import fingerprint, open_regular
 from storage.held_out import choose_held_out
 from storage.labels import (
@@ -68,8 +67,8 @@ class PairList:
         """Open the file of an image; `label_file` likewise."""
         return open_regular(self.path(index))
 
-    def read_image(self, index: int, channels: int) -> Image.Image:
-        return read_image(self.path(index), channels, rotate=self.rotate)
+    def open_picture(self, index: int, channels: int) -> Picture:
+        return open_picture(load_file(self.path(index)), channels, rotate=self.rotate)
 
     def open_values(self, index: int, channels: int) -> ValuePicture:
         return open_values(self.path(index), channels, rotate=self.rotate)
@@ -119,8 +118,8 @@ class PackedPairs(PairList):
     def image_file(self, index: int) -> NamedBytes:
         return self.pack.read(int(self.records[index]))
 
-    def read_image(self, index: int, channels: int) -> Image.Image:
-        return read_image(self.image_file(index), channels, rotate=self.rotate)
+    def open_picture(self, index: int, channels: int) -> Picture:
+        return open_picture(self.image_file(index), channels, rotate=self.rotate)
 
     def open_values(self, index: int, channels: int) -> ValuePicture:
         return open_values(self.image_file(index), channels, rotate=self.rotate)

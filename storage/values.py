@@ -96,7 +96,8 @@ def normalize(images: Tensor, mean: PerChannel, std: PerChannel) -> Tensor:
     if images.is_floating_point():
         return fill_values(images)
     mean, std = (channel_values(tuple(values), images.device) for values in (mean, std))
-    return (images.float() / 255 - mean) / std
+    # In place, and no longer interleaved: on the CPU a third of the time
+    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
 
 
 def denormalize(images: Tensor, mean: PerChannel, std: PerChannel) -> Tensor:
@@ -121,8 +122,7 @@ class ImageReader:
         try:
             if self.values is None:
                 return read_image(path, self.channels)
-            picture = MappedPicture(open_values(path, self.channels), self.values)
-            return picture.cut(Area(0, 0, picture.height, picture.width))
+            return MappedPicture(open_values(path, self.channels), self.values).whole()
         except DECODE_ERRORS as error:
             raise ValueError(f"cannot decode {path}: {type(error).__name__}: {error}") from error
 
@@ -140,6 +140,12 @@ class ImageReader:
 
     def denormalize(self, images: Tensor) -> Tensor:
         return denormalize(images, self.mean, self.std)
+
+
+def resize_pixels(pixels: Tensor, img_size: Sequence[int]) -> Tensor:
+    """Resize uint8 (C, h, w), bicubic and antialiased."""
+    # What torchvision's resize calls; that leaves pixels interleaved as they come, and undoing it costs a third.
+    return F.interpolate(pixels[None], tuple(img_size), mode="bicubic", antialias=True)[0]
 
 
 def resize_values(values: Tensor, img_size: Sequence[int], box: tuple[float, ...] | None = None) -> Tensor:

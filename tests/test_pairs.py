@@ -190,7 +190,7 @@ def write_flagged_pair(root: Path, stem: str, suffix: str, flag: int, turned: bo
 def labels_lie_on_their_pixels(pairs) -> bool:
     lying = []
     for index in range(len(pairs)):
-        grey = np.asarray(pairs.read_image(index, 1))
+        grey = pairs.open_picture(index, 1).whole()[0].numpy()
         lying.append((grey // 10 == read_raw_labels(pairs.label_path(index))).all())
     return all(lying) and len(lying) > 0
 
@@ -236,7 +236,7 @@ def test_cases_of_rotation_from_practice(cases, case):
     found = check_pairs(pairs, label_table(150, False), 1, rotate=False)
     assert not found.pairs.rotate and "rotation flag" in found.note
     for index in range(len(pairs)):
-        image = found.pairs.read_image(index, 1)
+        image = found.pairs.open_picture(index, 1)
         assert (image.height, image.width) == read_raw_labels(pairs.label_path(index)).shape
 
 
