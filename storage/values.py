@@ -85,7 +85,7 @@ def fill_values(values: Tensor) -> Tensor:
 @functools.cache
 def channel_values(values: PerChannel, device: torch.device) -> Tensor:
     """Put a number for each channel on a device, (1, C, 1, 1): once, because a GPU is waited for when that is done."""
-    return torch.tensor(values, device=device).view(1, -1, 1, 1)
+    return torch.tensor(values, dtype=torch.get_default_dtype(), device=device).view(1, -1, 1, 1)
 
 
 def normalize(images: Tensor, mean: PerChannel, std: PerChannel) -> Tensor:
@@ -97,7 +97,7 @@ def normalize(images: Tensor, mean: PerChannel, std: PerChannel) -> Tensor:
         return fill_values(images)
     mean, std = (channel_values(tuple(values), images.device) for values in (mean, std))
     # In place, and no longer interleaved: on the CPU a third of the time
-    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
+    return images.to(mean.dtype, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
 
 
 def denormalize(images: Tensor, mean: PerChannel, std: PerChannel) -> Tensor:

@@ -732,6 +732,7 @@ def test_given_command_is_understood_as_it_stands():
         --random_aug_magnitude 9 --mixup_alpha 0.2 --cutmix_alpha 1.0 --label_smoothing 0.1 --max_grad_norm 1.0
         --img_size 224 --num_workers 32"""
     given, default = vars(parse_args(shlex.split(command))), vars(parsed(None))
+    assert given.pop("changed_flags") == ["num_classes", "path_to_data", "wandb_run_name"]
     differs = {name for name in given if given[name] != default[name]}
     assert differs == {"path_to_data", "num_classes", "wandb_run_name"}
 
