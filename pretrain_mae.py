@@ -3,7 +3,7 @@
 Three quarters of an image's patches are removed, a ViT encodes the rest, and a light decoder predicts the removed
 pixels. The encoder is then finetuned with finetune_classifier.py or finetune_segmentation.py.
 
-Try it, no data needed, three to four minutes on two CPU cores:
+Try it, no data needed, about three minutes on two CPU cores:
     accelerate launch pretrain_mae.py --demo
 Your own photographs, 500 to 5,000 of them in any folders:
     accelerate launch pretrain_mae.py --path_to_data FOLDER --recipe small --val_fraction 0.1
@@ -51,7 +51,7 @@ SMALL_RECIPE = dict(
     num_workers=8,
 )
 SMALL = training.Span(steps=20_000, lowest_batch=64, highest_batch_per_process=256)
-# Three to four minutes on two CPU cores. Plain pixels, because with norm_pix_loss its pictures would need each
+# About three minutes on two CPU cores. Plain pixels, because with norm_pix_loss its pictures would need each
 # patch's true mean and contrast.
 DEMO_RECIPE = dict(
     experiment_name="demo",
