@@ -253,6 +253,8 @@ def read_tiff(file: NamedBytes, name: str, channels: int) -> Values:
     except (tifffile.TiffFileError, ValueError, RuntimeError, KeyError, IndexError, ImportError) as error:
         advice = "" if importlib.util.find_spec("imagecodecs") else "; some compressions need pip install imagecodecs"
         raise ValueError(f"{name}: tifffile cannot read it ({error}){advice}") from error
+    if axes == "YX" and len(pages) > 1 and channels not in (1, 3, len(pages)):
+        raise ValueError(f"{name} has {len(pages)} pages of shape {first.shape}; {channels} pages or bands are needed")
     if axes not in ("YX", "YXS", "SYX"):
         raise ValueError(f"{name} has the axes {axes}; height, width and bands are needed")
     values = planes if axes == "YX" else planes[0].transpose(2, 0, 1) if axes == "YXS" else planes[0]
@@ -295,9 +297,18 @@ def sample_pictures(files, channels: int, indices: list[int]) -> Iterator[ValueP
 
 def value_percentiles(files, channels: int) -> tuple[float, float]:
     """Give percentiles 0.1 and 99.9 of the finite values of a sample; ValueError where they are no range."""
-    pictures = sample_pictures(files, channels, sample_indices(files, NUM_LOOKED_AT))
+    indices = sample_indices(files, NUM_LOOKED_AT)
+    pictures = sample_pictures(files, channels, indices)
     parts = [picture.whole()[:, ::STRIDE, ::STRIDE].flatten().numpy() for picture in pictures]
-    found = np.concatenate(parts).astype(np.float64) if parts else np.empty(0)
+    if not parts:
+        try:
+            files.open_values(indices[0], channels)
+        except DECODE_ERRORS as error:
+            why = str(error) if files.path(indices[0]) in str(error) else f"{files.path(indices[0])}: {error}"
+            raise ValueError(
+                f"--value_range auto: none of {len(indices)} images looked at can be read; {why}"
+            ) from error
+    found = np.concatenate(parts).astype(np.float64)
     found = found[np.isfinite(found)]
     if not found.size:
         raise ValueError(f"--value_range auto: no finite values of {channels} bands in a sample of {files.describe()}")

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from test_pairs import TURN
 
-from storage.bands import MAX_BYTES, describe_pages, open_values
+from storage.bands import MAX_BYTES, describe_pages, open_values, value_percentiles
 from storage.decoding import Area, NamedBytes, read_image
 from storage.lists import list_images
 from storage.values import build_values
@@ -285,6 +285,13 @@ def test_what_a_geotiff_calls_no_data_is_none(tmp_path):
         )
         assert open_values(tmp_path / "dem.tif", bands).no_data == -9999
         check_values(tmp_path / "dem.tif", bands, np.where(stored == -9999, np.nan, stored))
+
+
+def test_rows_written_as_pages_are_named_also_where_a_range_is_looked_for(tmp_path):
+    tifffile.imwrite(tmp_path / "tile.tif", np.zeros((H, W, 13), "uint16"))  # which tifffile takes for H pages
+    words = rf"none of 1 images looked at can be read; .*tile.tif has {H} pages of shape \({W}, 13\); 13 pages or bands"
+    with pytest.raises(ValueError, match=words):
+        value_percentiles(list_images(tmp_path), 13)
 
 
 def test_masks_and_smaller_copies_in_a_tiff_are_no_bands(tmp_path):
