@@ -71,7 +71,7 @@ def finetuning(args: argparse.Namespace, folder: Path, files, held_out) -> list[
 
 def data_flags(args: argparse.Namespace) -> list[object]:
     given = {name: getattr(args, name, None) for name in DATA_FLAGS}
-    words = [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
+    words = [word for name, value in given.items() if value not in (None, "") for word in (f"--{name}", value)]
     return words + (["--seed", args.seed] if args.val_fraction and args.seed else [])
 
 
