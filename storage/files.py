@@ -91,7 +91,6 @@ def hold(file: Path, *, waits: bool = False) -> TextIO:
 
 CHUNK_BYTES = 1 << 24
 MAX_TEXT_BYTES = 1 << 28
-MAX_ROW_BYTES = 1 << 20
 
 
 def checksum_of(file: Path) -> str:
@@ -208,60 +207,6 @@ def append_lines(file: Path, lines: bytes) -> None:
             if not before:
                 file.unlink()
             raise
-
-
-class Rows(NamedTuple):
-    """The rows of a log up to a step, where the last of them ends, and the first line that is wrong, counted from 1."""
-
-    lines: list[bytes]
-    end: int
-    wrong: int | None
-
-
-def cut_rows(file: Path, last_step: int) -> None:
-    """Cut the rows of a log, one JSON table a line, beyond a step; this needs no room on the disk.
-
-    A log that is damaged is renamed, and its good rows go into a new one. A last row that a crash cut short is normal.
-    """
-    renamed = rename_irregular(file)
-    if renamed is None and file.exists():
-        try:
-            with open(file, "r+b", opener=no_links) as log:
-                rows = read_rows(log, last_step)
-                if rows.wrong is None:
-                    log.truncate(rows.end)
-                    return
-            renamed = rename_damaged(file, f"line {rows.wrong} is no row with a step above those before")
-        except OSError as error:
-            renamed = rename_damaged(file, error)
-    if renamed is not None and renamed.is_file():
-        with open_regular(renamed) as old, written_whole(file) as temporary, temporary.open("xb") as new:
-            new.writelines(read_rows(old, last_step).lines)
-
-
-def read_rows(log: BinaryIO, last_step: int) -> Rows:
-    """Read the rows of a log up to a step; rows beyond it may follow, and a part of one."""
-    lines, end, place, kept_step, newest_step, wrong = [], 0, 0, -1, -1, None
-    for number, line in enumerate(iter(lambda: log.readline(MAX_ROW_BYTES), b""), start=1):
-        place, step = place + len(line), step_of(line)
-        cut_short = len(line) < MAX_ROW_BYTES and line[-1:] != b"\n" and line[:1] in (b"{", b"\0")  # \0: a power cut
-        if (step is None and not cut_short) or (step is not None and step <= newest_step):
-            wrong = wrong or number
-        if step is not None:
-            newest_step = max(step, newest_step)
-            if kept_step < step <= last_step:
-                kept_step, end = step, place
-                lines.append(line if line.endswith(b"\n") else line + b"\n")
-    return Rows(lines, end, wrong)
-
-
-def step_of(line: bytes) -> int | None:
-    """Read the step of a row of a log; None for what is no row."""
-    try:
-        step = json.loads(line)["step"] if line[:1] == b"{" else None  # a gigabyte of zeros takes its time to parse
-    except (ValueError, TypeError, LookupError, RecursionError):
-        return None
-    return step if type(step) is int else None
 
 
 def read_optional(file: Path, read: Callable[[Path], Any]) -> Any | None:

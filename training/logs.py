@@ -1,4 +1,4 @@
-"""What a run has left, read again: its log, flags, resumes, what went wrong, tables and pictures; names of runs.
+"""What a run has left, read again or cut at a step: its log, flags, resumes, what went wrong, tables, pictures; names.
 
 Nothing here imports torch.
 """
@@ -9,9 +9,21 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from storage.files import escape, is_number, is_whole, read_bytes, read_json, read_text
+from storage.files import (
+    escape,
+    is_number,
+    is_whole,
+    no_links,
+    open_regular,
+    read_bytes,
+    read_json,
+    read_text,
+    rename_damaged,
+    rename_irregular,
+    written_whole,
+)
 from training.flags import RECORDED
 
 MAX_NAME = 60  # letters of a run's name
@@ -19,6 +31,7 @@ MAX_POINTS = 2000  # of a curve; of longer ones the lowest and the highest of ea
 MAX_MARKS = 200  # of a kind in a run
 MAX_CONFUSIONS = 100
 MAX_SHOWN = 500  # characters of a value
+MAX_ROW_BYTES = 1 << 20
 WORDS = {"None": "none", "True": "yes", "False": "no"}
 RESUMED = re.compile(r"args_from_checkpoint_(\d+)(?:_step_(\d+))?(?:_\d+)?\.json")
 Points = list[tuple[float, float | None]]  # None is a gap in the line
@@ -45,6 +58,66 @@ def read_rows(log: Path) -> list[dict]:
             raise ValueError(f"line {number} of {log} holds a {type(row).__name__}, not figures by name")
         rows.append(row)
     return rows
+
+
+# ------------------------------------------------------------------------------------------------ cutting a log
+
+
+class KeptRows(NamedTuple):
+    """The rows of a log up to a step, where the last of them ends, and the first line that is wrong, counted from 1."""
+
+    lines: list[bytes]
+    end: int
+    wrong: int | None
+
+
+def cut_rows(file: Path, last_step: int) -> None:
+    """Cut the rows of a log, one JSON table a line, beyond a step; this needs no room on the disk.
+
+    A log that is damaged is renamed, and its good rows go into a new one. A last row that a crash cut short is normal.
+    """
+    renamed = rename_irregular(file)
+    if renamed is None and file.exists():
+        try:
+            with open(file, "r+b", opener=no_links) as log:
+                rows = read_kept_rows(log, last_step)
+                if rows.wrong is None:
+                    log.truncate(rows.end)
+                    return
+            renamed = rename_damaged(file, f"line {rows.wrong} is no row with a step above those before")
+        except OSError as error:
+            renamed = rename_damaged(file, error)
+    if renamed is not None and renamed.is_file():
+        with open_regular(renamed) as old, written_whole(file) as temporary, temporary.open("xb") as new:
+            new.writelines(read_kept_rows(old, last_step).lines)
+
+
+def read_kept_rows(log: BinaryIO, last_step: int) -> KeptRows:
+    """Read the rows of a log up to a step; rows beyond it may follow, and a part of one."""
+    lines, end, place, kept_step, newest_step, wrong = [], 0, 0, -1, -1, None
+    for number, line in enumerate(iter(lambda: log.readline(MAX_ROW_BYTES), b""), start=1):
+        place, step = place + len(line), step_of(line)
+        cut_short = len(line) < MAX_ROW_BYTES and line[-1:] != b"\n" and line[:1] in (b"{", b"\0")  # \0: a power cut
+        if (step is None and not cut_short) or (step is not None and step <= newest_step):
+            wrong = wrong or number
+        if step is not None:
+            newest_step = max(step, newest_step)
+            if kept_step < step <= last_step:
+                kept_step, end = step, place
+                lines.append(line if line.endswith(b"\n") else line + b"\n")
+    return KeptRows(lines, end, wrong)
+
+
+def step_of(line: bytes) -> int | None:
+    """Read the step of a row of a log; None for what is no row."""
+    try:
+        step = json.loads(line)["step"] if line[:1] == b"{" else None  # a gigabyte of zeros takes its time to parse
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None
+    return step if type(step) is int else None
+
+
+# ------------------------------------------------------------------------------------------------ curves
 
 
 def read_points(log: Path, rows: Iterable[dict], x: str, y: str) -> Points:

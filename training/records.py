@@ -20,7 +20,6 @@ from PIL import Image
 
 from storage.files import (
     append_lines,
-    cut_rows,
     escape,
     hold,
     optional_write,
@@ -36,6 +35,7 @@ from storage.files import (
 from storage.lists import as_text
 from training.checkpoints import Start, advise_on_nonfinite, take_over
 from training.differences import find_differences
+from training.logs import cut_rows
 from training.process import cap_workers, describe_environment
 from training.progress import say
 from training.trackers import finish_trackers, start_trackers
