@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     source = "checkpoint or experiment folder of any of the three scripts, weight file, or hf:OWNER/NAME[@REVISION]"
     parser.add_argument("--checkpoint", type=user_path, required=True, help=source)
     data = "folder with or without train/ and val/, packs, or data set of the Hub (hf:OWNER/NAME), as of the scripts"
-    parser.add_argument("--path_to_data", required=True, help=data)
+    parser.add_argument("--path_to_data", type=os.path.expanduser, required=True, help=data)
     parser.add_argument("--output", type=user_path, help="table to write, .npz or .parquet (needs pip install pyarrow)")
     pool = "cls token, mean of the patch tokens, or all of these (default: as the classifier, else mean)"
     parser.add_argument("--pool", choices=("cls", "mean", "patches"), help=pool)
@@ -60,6 +60,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give --output FILE for features, --attention FOLDER for pictures, or both")
     if args.output is not None and args.output.suffix not in SUFFIXES:
         parser.error(f"--output {args.output} has to end in {' or '.join(SUFFIXES)}")
+    if (args.output and args.output.is_dir()) or (args.attention and args.attention.is_file()):
+        parser.error("--output takes a file and --attention a folder, and the other is there under that name")
     for path in filter(None, (args.output, args.attention)):
         if os.path.lexists(path) and not args.overwrite:
             parser.error(f"{path} exists; choose another name or add --overwrite")
@@ -237,6 +239,8 @@ def write_parquet(file: Path, parts: list[Part], splits: dict[str, FileList], ab
     schema, count = pa.schema(fields.items(), metadata=metadata), 0
     with parquet.ParquetWriter(file, schema) as writer:
         for features, rows in read_parts(parts, splits):
+            names = (name.encode("utf-8", "surrogateescape") for name in rows["paths"])
+            rows["paths"] = [name.decode("utf-8", "backslashreplace") for name in names]  # .parquet takes UTF-8 alone
             flat = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), vector.list_size)
             writer.write_table(pa.table({**rows, "features": flat}, schema=schema))
             count += len(features)
@@ -307,8 +311,8 @@ def main(args: argparse.Namespace) -> int:
     if args.block is not None and not 0 <= args.block < len(model.blocks):
         raise ValueError(f"--block {args.block} must lie in 0..{len(model.blocks) - 1}, as the encoder has no other")
     args.pool = args.pool or POOLS[model.global_pool]
-    img_size = args.img_size and (args.img_size[0] if len(args.img_size) == 1 else tuple(args.img_size))
-    config = MAEConfig(**record["config"] | ({"img_size": img_size} if img_size else {}))
+    given = {"img_size": args.img_size[0] if len(args.img_size) == 1 else tuple(args.img_size)} if args.img_size else {}
+    config = MAEConfig(**record["config"] | given)
     reader = ImageReader(config.input_channels, record)  # which knows what stands in for a mean that is not recorded
     args.mean, args.std, args.input_channels = reader.mean, reader.std, config.input_channels
     args.value_range, args.statistics_given = record.get("value_range"), "image_mean" in record
