@@ -32,6 +32,7 @@ from model import (
     ViTMAEForPreTraining,
     ViTMAEForSegmentation,
     load_classifier,
+    load_pretrained_encoder,
     load_pretrained_mae,
     load_segmenter,
 )
@@ -364,6 +365,17 @@ def test_upload_that_fails_is_said_in_a_sentence(publish, hub, monkeypatch):
     monkeypatch.setattr(hub, "do_POST", refuse)
     with pytest.raises(ConnectionError, match=r"tiny was not uploaded: .*401.*log in by `hf auth login`"):
         publish("masked autoencoder", "--push")
+
+
+def test_published_segmenter_is_refused_as_an_encoder_with_a_command_that_writes_here(publish, tmp_path, monkeypatch):
+    _, folder = publish("segmenter")
+    snapshot = tmp_path / "models--someone--tiny" / "snapshots" / COMMIT
+    shutil.copytree(folder, snapshot)
+    monkeypatch.setattr(snapshots, "fetch_model", lambda path: snapshot)
+    monkeypatch.setattr("storage.weights.fetch_model", lambda path: snapshot)
+    config = dataclasses.replace(TINY, encoder_embed_dim=64)
+    with pytest.raises(ValueError, match=f"take it out with: .* hf:someone/tiny@{COMMIT} tiny_encoder.pth --to orig"):
+        load_pretrained_encoder(VisionTransformer(config), "hf:someone/tiny")
 
 
 def test_another_projects_weights_are_refused_with_the_command_that_converts_them(tmp_path, monkeypatch):
