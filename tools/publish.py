@@ -30,12 +30,10 @@ PLACES = ("path_to", "working_directory", "resume", "init_from", "log_", "wandb"
 MADE_WITH = ("commit", "hardware", "precision", "python", "torch", "timm", "accelerate")
 SHARED_KINDS = ("masked autoencoder", "encoder", "classifier of the cls token", "classifier of the mean")
 # Of each kind: what the Hub calls the task, the script that makes it, and the flag by which a script takes it
-TASKS = {
-    "masked autoencoder": ("image-feature-extraction", "pretrain_mae.py", "path_to_pretrained_mae_weights"),
-    "encoder": ("image-feature-extraction", "pretrain_mae.py", "path_to_pretrained_mae_weights"),
-    "segmenter": ("image-segmentation", "finetune_segmentation.py", "path_to_backbone_checkpoint"),
-}
+PRETRAINING = ("image-feature-extraction", "pretrain_mae.py", "path_to_pretrained_mae_weights")
+SEGMENTING = ("image-segmentation", "finetune_segmentation.py", "path_to_backbone_checkpoint")
 CLASSIFYING = ("image-classification", "finetune_classifier.py", "path_to_pretrained_mae_weights")
+TASKS = {"masked autoencoder": PRETRAINING, "encoder": PRETRAINING, "segmenter": SEGMENTING}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -286,9 +284,8 @@ def write_folder(args: argparse.Namespace) -> None:
             if name.endswith(".json"):
                 write_json(temporary / name, content)
             else:
-                save_file(
-                    {key: value.contiguous() for key, value in content.items()}, temporary / name, {"format": "pt"}
-                )
+                tensors = {key: value.contiguous() for key, value in content.items()}
+                save_file(tensors, temporary / name, {"format": "pt"})
         if records.flags:
             write_json(temporary / RECIPE, records.flags)
         if records.log is not None:
