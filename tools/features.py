@@ -37,8 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=user_path, help="table to write, .npz or .parquet (needs pip install pyarrow)")
     pool = "cls token, mean of the patch tokens, or all of these (default: as the classifier, else mean)"
     parser.add_argument("--pool", choices=("cls", "mean", "patches"), help=pool)
-    block = "raw output of this block, from 0 (default: the encoder's output, as --knn has it)"
-    parser.add_argument("--block", type=int, help=block)
+    parser.add_argument("--block", type=int, help="raw output of this block, from 0 (default: the encoder's output)")
     parser.add_argument("--attention", type=user_path, metavar="FOLDER", help="draw attention of cls, head by head")
     parser.add_argument("--attention_images", type=int, default=16, help="of each split, spread (default: 16)")
     parser.add_argument("--img_size", type=int, nargs="+", help="one number, or height and width (default: as trained)")
@@ -173,32 +172,29 @@ def write_parts(
     bar.close()
 
 
-def claim_parts(accelerator: Accelerator, folder: Path, plan: dict, overwrite: bool) -> TextIO | None:
+def claim_parts(folder: Path, plan: dict, overwrite: bool) -> TextIO:
     """Begin a folder of parts, or go on with one of the same plan; ValueError names what differs.
 
-    Gives the main process a lock, which holds the folder while it is open; BlockingIOError where another run has it.
+    Gives a lock, which holds the folder while it is open; BlockingIOError where another run has it.
     """
-    with accelerator.main_process_first():
-        file = folder / "plan.json"
-        before = read_json(file) if file.exists() else plan
-        differ = [name for name in plan if before.get(name) != plan[name]]
-        if differ and not overwrite:
-            changes = ", ".join(f"{name} (was {before.get(name)}, is {plan[name]})" for name in differ)
-            raise ValueError(
-                f"{folder} was begun by another command: {changes}; give that one to go on, choose another "
-                "--output, or begin anew with --overwrite"
-            )
-        if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                lock = hold(folder / "lock")
-            except BlockingIOError as error:
-                raise BlockingIOError(f"another run is writing {folder}; wait for it") from error
-            for part in folder.glob("*.npz") if differ else ():
-                part.unlink()
-            replace_json(file, plan)
-            return lock
-    return None
+    file = folder / "plan.json"
+    before = read_json(file) if file.exists() else plan
+    differ = [name for name in plan if before.get(name) != plan[name]]
+    if differ and not overwrite:
+        changes = ", ".join(f"{name} (was {before.get(name)}, is {plan[name]})" for name in differ)
+        raise ValueError(
+            f"{folder} was begun by another command: {changes}; give that one to go on, choose another --output, or "
+            "begin anew with --overwrite"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = hold(folder / "lock")
+    except BlockingIOError as error:
+        raise BlockingIOError(f"another run is writing {folder}; wait for it") from error
+    for part in folder.glob("*.npz") if differ else ():
+        part.unlink()
+    replace_json(file, plan)
+    return lock
 
 
 # ------------------------------------------------------------------------------------------------ tables
@@ -281,7 +277,8 @@ def write_table(
 ) -> int:
     """Encode all images, or those that an earlier run of this plan has not, and give how many could not be read."""
     splits, folder = {split: images.files for split, images in data.items()}, beside(args.output, "parts")
-    lock = claim_parts(accelerator, folder, plan, args.overwrite)
+    lock = claim_parts(folder, plan, args.overwrite) if accelerator.is_main_process else None
+    accelerator.wait_for_everyone()
     parts = cut_parts(folder, splits, args.batch_size)
     if done := sum(part.file.exists() for part in parts):
         accelerator.print(f"{'going on':<16}{done} of {len(parts)} parts are there")
