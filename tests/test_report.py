@@ -117,6 +117,13 @@ def test_confusions_come_most_frequent_first(tmp_path):
     assert read_table(file) == [["a\\xff", "b"]]
 
 
+def test_a_folder_is_not_replaced_by_the_page(tmp_path, capsys):
+    (tmp_path / "kept.html").mkdir()
+    with pytest.raises(SystemExit):
+        load_tool("report").parse_args(["run", "--output", str(tmp_path / "kept.html"), "--overwrite"])
+    assert "is a folder, or has no ending of a page" in capsys.readouterr().err
+
+
 def test_a_pictures_size_is_asked_for_once(tmp_path):
     """3,000 of them took 14 s, and with --watch so again every time."""
 
