@@ -202,6 +202,15 @@ def detect_layout(keys: Collection[str], path: Path) -> str:
     return best
 
 
+def count_blocks(keys: Collection[str], name: str) -> int:
+    """Count the blocks of a list; ValueError where their numbers leave one out, before any of them is built."""
+    numbers = {int(match[1]) for key in keys if (match := re.match(rf"{name}\.([0-9]{{1,9}})\.", key))}
+    absent = sorted(set(range(len(numbers))) - numbers)
+    if absent:
+        raise ValueError(f"{name} are numbered up to {max(numbers)}, but there is no {name}.{absent[0]}")
+    return len(numbers)
+
+
 def describe_names(names: Collection[str]) -> str:
     """Put many keys in few words: what the encoder has by their names in a block, all else by their beginnings."""
     shown = dict.fromkeys(

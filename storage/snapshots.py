@@ -34,6 +34,8 @@ def fetch_model(path: str) -> Path:
     login = "log in by `hf auth login`, or set HF_TOKEN"
     try:
         folder = Path(snapshot_download(found["repo"], revision=found["revision"], allow_patterns=list(FETCHED)))
+    except errors.HFValidationError as error:
+        raise ValueError(f"{path} is no model of the Hub: {error}") from error
     except errors.GatedRepoError as error:
         raise PermissionError(f"{path} is given after a request on its page alone; make it, and {login}") from error
     except errors.RepositoryNotFoundError as error:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from storage import layouts
-from storage.layouts import BIAS_TABLE, LAYOUTS, SEGMENTER_PARTS, their_names
-from storage.weights import count_blocks
+from storage.layouts import BIAS_TABLE, LAYOUTS, SEGMENTER_PARTS, count_blocks, their_names
 
 
 @dataclass

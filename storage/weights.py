@@ -23,7 +23,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor
 
 from storage import files
-from storage.layouts import BEIT_ONLY, BIAS_TABLE, NO_COUNTERPART, PUBLISHED_WIDTHS
+from storage.layouts import BEIT_ONLY, BIAS_TABLE, NO_COUNTERPART, PUBLISHED_WIDTHS, count_blocks
 from storage.sizes import BEST_CHECKPOINT, LAST_CHECKPOINT
 from storage.snapshots import PUBLISHED, fetch_model, is_hub_model, pin_model
 
@@ -118,10 +118,8 @@ def unwrap(content: dict, file: Path) -> dict[str, Tensor]:
             raise ValueError(f"{file} is not weights by name: {key!r} is {found}")
         if value.is_meta or value.is_nested or value.layout != torch.strided or 0 in value.shape:
             raise ValueError(f"{file} is not weights by name: {key} holds no values, or not as a plain array")
-        if value.nbytes > max(value.untyped_storage().nbytes(), SMALL_TENSOR):
-            raise ValueError(
-                f"{file} holds {value.untyped_storage().nbytes():,} of the {value.nbytes:,} bytes of {key}"
-            )
+        if value.nbytes > max(held := value.untyped_storage().nbytes(), SMALL_TENSOR):
+            raise ValueError(f"{file} holds {held:,} of the {value.nbytes:,} bytes of {key}")
     while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in content)), None):
         content = {key.removeprefix(prefix): value for key, value in content.items()}
     return content
@@ -214,28 +212,29 @@ ENTRIES = {
 }
 
 
+def name_conversion(path: str | Path, ending: str) -> str:
+    """Name weights, and what they become beside them or, of a model of the Hub, in the working directory."""
+    source = str(pin_model(path) or Path(path))
+    return shlex.join([source, re.sub(r"hf:.*/(.*)@.*", r"\1", source) + ending])
+
+
 def convert_command(path: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> str:
     """Give the command that makes weights ours, with the flags that their keys show it to need."""
-    state_dict, pinned = state_dict or {}, pin_model(path)
-    source = str(pinned or Path(path))
-    target = re.sub(r"hf:.*/(.*)@.*", r"\1", source) + "_ours"  # of a model of the Hub in the working directory
-    source, target = map(shlex.quote, (source, target))
-    path = find_weights(path) if pinned else path
+    state_dict, names = state_dict or {}, name_conversion(path, "_ours")
+    path = find_weights(path) if pin_model(path) else path
     flags = " --drop" if any(re.search(NO_COUNTERPART, key) for key in state_dict) else ""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     told = (folder / "config.json").is_file() or any(key.endswith(BIAS_TABLE) for key in state_dict)
     width = next((len(value.flatten()) for key, value in state_dict.items() if key.endswith("cls_token")), None)
     if not told and width not in (None, *PUBLISHED_WIDTHS):
         flags += " --encoder_num_heads N"
-    return f"convert it once with: python tools/convert_weights.py {source} {target} --to ours{flags}"
+    return f"convert it once with: python tools/convert_weights.py {names} --to ours{flags}"
 
 
 def refuse_foreign(path: str | Path, state_dict: dict[str, Tensor]) -> None:
     """Raise ValueError, with the command that converts them, for weights in the key names of another project."""
-    foreign = sorted(key for key in state_dict if re.search(BEIT_ONLY, key))
-    if not foreign and not any(key.startswith(("blocks.", "backbone.blocks.")) for key in state_dict):
-        foreign = sorted(state_dict)
-    if foreign:
+    ours = any(key.startswith(("blocks.", "backbone.blocks.")) for key in state_dict)
+    if foreign := sorted(key for key in state_dict if not ours or re.search(BEIT_ONLY, key)):
         raise ValueError(
             f"{path} has other key names than the original release, such as {foreign[:3]}; "
             f"{convert_command(path, state_dict)}"
@@ -269,8 +268,7 @@ def read_config(weights: Path) -> dict | None:
         command = convert_command(source, read_state_dict(weights))
         raise ValueError(f"{file} is not of this project: it has no sizes under 'config'; {command}")
     files.check_entries(file, record, ENTRIES)
-    unknown = record["config"].keys() - {name for names in SIZES.values() for name in names.split()}
-    if unknown:
+    if unknown := record["config"].keys() - {name for names in SIZES.values() for name in names.split()}:
         raise ValueError(f"{sorted(unknown)[0]} in {file} is no size of a model here")
     if weights != file:  # the conversion gives that, and compares all sizes with the tensors
         refuse_sizes_beyond(weights, record)
@@ -288,10 +286,10 @@ def refuse_sizes_beyond(weights: Path, record: dict) -> None:
     sizes, held = record["config"], weights.stat().st_size if weights.is_file() else 0
     width, patch_size = sizes.get("encoder_embed_dim", 1), sizes.get("patch_size", 16)
     img_size = sizes.get("img_size", 1)
-    height, wide = img_size if isinstance(img_size, list) else (img_size, img_size)
+    sides = img_size if isinstance(img_size, list) else [img_size] * 2
     needed = {
         "encoder_depth": sizes.get("encoder_depth", 1) * width * max(width, 4),
-        "img_size": (height // patch_size) * (wide // patch_size) * width,
+        "img_size": math.prod(side // patch_size for side in sides) * width,
         "input_channels": sizes.get("input_channels", 1) * patch_size**2 * width,
         "num_classes": record["num_classes"] * min(width, 64) if isinstance(record.get("num_classes"), int) else 0,
     }
@@ -302,21 +300,6 @@ def refuse_sizes_beyond(weights: Path, record: dict) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ sizes by shapes
-
-
-def count_blocks(state_dict: dict[str, Tensor], name: str) -> int:
-    """Count the blocks of a list; ValueError where their numbers leave one out, before any of them is built."""
-    numbers = {int(match[1]) for key in state_dict if (match := re.match(rf"{name}\.([0-9]{{1,9}})\.", key))}
-    absent = sorted(set(range(len(numbers))) - numbers)
-    if absent:
-        raise ValueError(f"{name} are numbered up to {max(numbers)}, but there is no {name}.{absent[0]}")
-    return len(numbers)
-
-
-def mlp_width(state_dict: dict[str, Tensor], name: str) -> int:
-    """Give the width of most blocks' MLPs, so that a block with another one is what is reported not to fit."""
-    keys = [key for key in state_dict if re.fullmatch(rf"{name}\.\d+\.mlp\.fc1\.weight", key)]
-    return statistics.mode(len(state_dict[key]) for key in keys or [f"{name}.0.mlp.fc1.weight"])
 
 
 def sizes_from_shapes(state_dict: dict[str, Tensor], path: str | Path) -> dict:
@@ -336,7 +319,9 @@ def sizes_from_shapes(state_dict: dict[str, Tensor], path: str | Path) -> dict:
         for part, (blocks, width) in parts.items():
             sizes[f"{part}_embed_dim"] = width
             sizes[f"{part}_depth"] = count_blocks(state_dict, blocks)
-            sizes[f"{part}_mlp_ratio"] = mlp_width(state_dict, blocks) / width
+            keys = [key for key in state_dict if re.fullmatch(rf"{blocks}\.\d+\.mlp\.fc1\.weight", key)]
+            mlp_widths = [len(state_dict[key]) for key in keys or [f"{blocks}.0.mlp.fc1.weight"]]
+            sizes[f"{part}_mlp_ratio"] = statistics.mode(mlp_widths) / width  # a block with another is then reported
     except KeyError as error:
         raise ValueError(
             f"{error} is not among these weights, whose names are such as {sorted(state_dict)[:3]}; they are not in "
@@ -379,11 +364,8 @@ def match_tensors(
     missing, unexpected = sorted(own.keys() - taken.keys()), sorted(state_dict.keys() - taken.keys())
     problems = [f"missing: {key}" for key in missing if key not in may_be_missing]
     problems += [f"unexpected: {key}" for key in unexpected if not key.startswith(may_be_left_out)]
-    problems += [
-        f"{key}: {tuple(value.shape)} in the file, {tuple(own[key].shape)} in the model"
-        for key, value in taken.items()
-        if value.shape != own[key].shape
-    ]
+    unfit = [key for key, value in taken.items() if value.shape != own[key].shape]
+    problems += [f"{key}: {tuple(taken[key].shape)} in the file, {tuple(own[key].shape)} in the model" for key in unfit]
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:10])
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
@@ -409,12 +391,9 @@ def adapt_channels(taken: dict[str, Tensor], channels: int) -> str:
 def refuse_as_encoder(path: str | Path, state_dict: Mapping[str, Tensor], *, relative_positions: bool) -> None:
     """Refuse weights that are no encoder alone, or have positions that a model does not; ValueError."""
     if any(key.startswith("backbone.") for key in state_dict):
-        source, target = (shlex.quote(str(Path(path)) + ending) for ending in ("", "_encoder.pth"))
         raise ValueError(
             f"{path} is a segmenter, and an encoder is needed to start from; take it out with: python "
-            f"tools/convert_weights.py {source} {target} --to original --drop"
+            f"tools/convert_weights.py {name_conversion(path, '_encoder.pth')} --to original --drop"
         )
     if any(key.endswith(BIAS_TABLE) for key in state_dict) and not relative_positions:
-        raise ValueError(
-            f"{path} has relative positions, which a segmenter takes with --rel_pos_bias and nothing else does"
-        )
+        raise ValueError(f"{path} has relative positions, which only a segmenter takes, with --rel_pos_bias")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -167,6 +168,25 @@ def test_parquet_holds_the_same_rows(run, tmp_path):
     assert (np.array(rows["features"].to_pylist(), dtype=np.float32) == table["features"]).all()
     assert rows["paths"].to_pylist() == table["paths"].tolist()
     assert json.loads(rows.schema.metadata[b"about"])["classes"] == ["cats", "dogs"]
+
+
+def test_names_that_are_no_utf8_are_in_both_tables(run, tmp_path, image_folder):
+    pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    Image.new("RGB", (20, 20)).save(os.fsencode(image_folder / "val" / "cats") + b"/\xff.png", "PNG")
+    assert b"cats/\xff.png" in [os.fsencode(path) for path in run()["paths"]]
+    run(output="features.parquet")
+    assert r"cats/\xff.png" in pq.read_table(tmp_path / "features.parquet")["paths"].to_pylist()
+
+
+def test_paths_and_sizes_that_cannot_be_are_refused_before_any_work(run, tmp_path, capsys):
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "file").touch()
+    for flags, output in (([], "folder.npz"), (["--attention", str(tmp_path / "file")], "features.npz")):
+        with pytest.raises(SystemExit):
+            run("--overwrite", *flags, output=output)
+        assert "--output takes a file and --attention a folder" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="img_size 0 is not a multiple of patch_size 4; use 4"):
+        run("--img_size", "0")
 
 
 def test_attention_is_drawn_head_by_head(run, tmp_path):

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -115,5 +116,21 @@ def test_environment_names_commit_hardware_and_versions(monkeypatch):
     assert found["hardware"].startswith("1 x ") and found["hardware"].endswith(f" {torch.get_num_threads()} threads")
     git = subprocess.run(["git", "-C", ROOT, "log", "-1", "--format=%h"], capture_output=True, text=True, check=False)
     assert found["commit"].removesuffix(" with changes") == (git.stdout.strip() or "unknown")
-    monkeypatch.setattr(process.shutil, "which", lambda name: None)
-    assert process.find_commit() == "unknown"
+
+
+@pytest.mark.parametrize(
+    "git, found",
+    [
+        (None, "unknown"),
+        ("exec sleep 30", "unknown"),  # a disk at the other end of a network
+        ("printf '\\377\\n'", "\ufffd with changes"),  # a name that is no UTF-8, where core.quotePath is off
+    ],
+)
+def test_git_that_is_absent_slow_or_odd_does_not_hold_up_a_run(tmp_path, monkeypatch, git, found):
+    if git is not None:
+        (tmp_path / "git").write_text(f"#!/bin/sh\n{git}\n")
+        (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=None if git is None else os.pathsep)
+    monkeypatch.setattr(process, "GIT_TIMEOUT_S", 0.2)
+    start = time.monotonic()
+    assert process.find_commit() == found and time.monotonic() - start < 10

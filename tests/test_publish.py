@@ -32,6 +32,7 @@ from model import (
     ViTMAEForPreTraining,
     ViTMAEForSegmentation,
     load_classifier,
+    load_pretrained_encoder,
     load_pretrained_mae,
     load_segmenter,
 )
@@ -171,6 +172,26 @@ def test_card_is_made_of_the_runs_records_and_names_no_place(publish, tmp_path):
     tool = load_tool("convert_weights")  # which takes what is published for this project's
     tool.main(tool.parse_args([str(folder), str(tmp_path / "back"), "--to", "ours"]))
     assert read_json(tmp_path / "back" / "config.json")["config"] == TINY.as_record(decoder=True)
+
+
+@pytest.mark.parametrize(
+    "data, named",
+    [
+        ("hf:/secret/place/folder", "folder"),
+        ("https://user:secret@host/secret/pack?signature=secret", "pack"),
+        ("https://user:secret@host", "host"),
+        ("hf:owner/name:config@v1", "hf:owner/name:config@v1"),
+    ],
+)
+def test_card_and_recipe_hold_no_place_or_key(publish, tmp_path, data, named):
+    _, folder = publish("masked autoencoder")
+    flags = dict(path_to_data=data, class_weights=["/secret/weights.txt"], label_values="../secret.txt", mean=[0.5])
+    (tmp_path / "run" / "args.json").write_text(json.dumps(flags | {"environment": "not recorded"}))
+    tool = load_tool("publish")
+    tool.main(tool.parse_args([str(tmp_path / "run" / "checkpoint_2"), "--repo", "someone/tiny", "--overwrite"]))
+    card = (folder / "README.md").read_text()
+    assert f"`{named}`" in card and "secret" not in card
+    assert read_json(folder / "recipe.json") == {"mean": [0.5]}
 
 
 def test_scores_of_images_that_chose_the_weights_are_called_too_high(publish, tmp_path):
@@ -326,6 +347,7 @@ def test_what_the_hub_does_not_give_is_said_in_a_sentence(publish, hub):
         "hf:someone/tiny": r"hf:someone/tiny has no model\.safetensors, and files of other kinds are not fetched",
         "hf:someone/tiny@v9": r"hf:someone/tiny@v9: someone/tiny has no such revision",
         "hf:someone/other": r"there is no model hf:someone/other that one may see; if it is private, log in",
+        "hf:some--one/tiny": r"hf:some--one/tiny is no model of the Hub: Cannot have -- or",
         "hf:nonsense": r"hf:nonsense is no model of the Hub; give hf:OWNER/NAME",
     }
     for path, message in cases.items():
@@ -343,6 +365,17 @@ def test_upload_that_fails_is_said_in_a_sentence(publish, hub, monkeypatch):
     monkeypatch.setattr(hub, "do_POST", refuse)
     with pytest.raises(ConnectionError, match=r"tiny was not uploaded: .*401.*log in by `hf auth login`"):
         publish("masked autoencoder", "--push")
+
+
+def test_published_segmenter_is_refused_as_an_encoder_with_a_command_that_writes_here(publish, tmp_path, monkeypatch):
+    _, folder = publish("segmenter")
+    snapshot = tmp_path / "models--someone--tiny" / "snapshots" / COMMIT
+    shutil.copytree(folder, snapshot)
+    monkeypatch.setattr(snapshots, "fetch_model", lambda path: snapshot)
+    monkeypatch.setattr("storage.weights.fetch_model", lambda path: snapshot)
+    config = dataclasses.replace(TINY, encoder_embed_dim=64)
+    with pytest.raises(ValueError, match=f"take it out with: .* hf:someone/tiny@{COMMIT} tiny_encoder.pth --to orig"):
+        load_pretrained_encoder(VisionTransformer(config), "hf:someone/tiny")
 
 
 def test_another_projects_weights_are_refused_with_the_command_that_converts_them(tmp_path, monkeypatch):

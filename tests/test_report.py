@@ -117,6 +117,26 @@ def test_confusions_come_most_frequent_first(tmp_path):
     assert read_table(file) == [["a\\xff", "b"]]
 
 
+def test_a_folder_is_not_replaced_by_the_page(tmp_path, capsys):
+    (tmp_path / "kept.html").mkdir()
+    with pytest.raises(SystemExit):
+        load_tool("report").parse_args(["run", "--output", str(tmp_path / "kept.html"), "--overwrite"])
+    assert "is a folder, or has no ending of a page" in capsys.readouterr().err
+
+
+def test_a_pictures_size_is_asked_for_once(tmp_path):
+    """3,000 of them took 14 s, and with --watch so again every time."""
+
+    class File:
+        asked = 0
+
+        def stat(self) -> os.stat_result:
+            File.asked += 1
+            return tmp_path.stat()
+
+    assert choose_evenly([(epoch, File()) for epoch in range(40)], 1) == [] and File.asked == 40
+
+
 def test_pictures_above_a_size_are_chosen_evenly_with_the_last(tmp_path):
     files = [(epoch, tmp_path / str(epoch)) for epoch in range(1, 11)]
     for _, file in files:

@@ -239,3 +239,12 @@ def test_tracker_for_which_there_is_no_thread_costs_a_message(tmp_path, wandb, m
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not log.trackers and "tensorboard failed (OSError: [Errno 27]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, value", [("NETRC", "netrc"), ("WANDB_BASE_URL", "http://[none")])
+def test_what_hides_the_key_of_wandb_does_not_end_a_run(tmp_path, monkeypatch, name, value):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    (tmp_path / "netrc").write_bytes(b"machine api.wandb.ai login user password \xff\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv(name, str(tmp_path / value) if name == "NETRC" else value)
+    assert not trackers.wandb_key_exists()

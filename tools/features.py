@@ -33,12 +33,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     source = "checkpoint or experiment folder of any of the three scripts, weight file, or hf:OWNER/NAME[@REVISION]"
     parser.add_argument("--checkpoint", type=user_path, required=True, help=source)
     data = "folder with or without train/ and val/, packs, or data set of the Hub (hf:OWNER/NAME), as of the scripts"
-    parser.add_argument("--path_to_data", required=True, help=data)
+    parser.add_argument("--path_to_data", type=os.path.expanduser, required=True, help=data)
     parser.add_argument("--output", type=user_path, help="table to write, .npz or .parquet (needs pip install pyarrow)")
     pool = "cls token, mean of the patch tokens, or all of these (default: as the classifier, else mean)"
     parser.add_argument("--pool", choices=("cls", "mean", "patches"), help=pool)
-    block = "raw output of this block, from 0 (default: the encoder's output, as --knn has it)"
-    parser.add_argument("--block", type=int, help=block)
+    parser.add_argument("--block", type=int, help="raw output of this block, from 0 (default: the encoder's output)")
     parser.add_argument("--attention", type=user_path, metavar="FOLDER", help="draw attention of cls, head by head")
     parser.add_argument("--attention_images", type=int, default=16, help="of each split, spread (default: 16)")
     parser.add_argument("--img_size", type=int, nargs="+", help="one number, or height and width (default: as trained)")
@@ -60,6 +59,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give --output FILE for features, --attention FOLDER for pictures, or both")
     if args.output is not None and args.output.suffix not in SUFFIXES:
         parser.error(f"--output {args.output} has to end in {' or '.join(SUFFIXES)}")
+    if (args.output and args.output.is_dir()) or (args.attention and args.attention.is_file()):
+        parser.error("--output takes a file and --attention a folder, and the other is there under that name")
     for path in filter(None, (args.output, args.attention)):
         if os.path.lexists(path) and not args.overwrite:
             parser.error(f"{path} exists; choose another name or add --overwrite")
@@ -171,32 +172,29 @@ def write_parts(
     bar.close()
 
 
-def claim_parts(accelerator: Accelerator, folder: Path, plan: dict, overwrite: bool) -> TextIO | None:
+def claim_parts(folder: Path, plan: dict, overwrite: bool) -> TextIO:
     """Begin a folder of parts, or go on with one of the same plan; ValueError names what differs.
 
-    Gives the main process a lock, which holds the folder while it is open; BlockingIOError where another run has it.
+    Gives a lock, which holds the folder while it is open; BlockingIOError where another run has it.
     """
-    with accelerator.main_process_first():
-        file = folder / "plan.json"
-        before = read_json(file) if file.exists() else plan
-        differ = [name for name in plan if before.get(name) != plan[name]]
-        if differ and not overwrite:
-            changes = ", ".join(f"{name} (was {before.get(name)}, is {plan[name]})" for name in differ)
-            raise ValueError(
-                f"{folder} was begun by another command: {changes}; give that one to go on, choose another "
-                "--output, or begin anew with --overwrite"
-            )
-        if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                lock = hold(folder / "lock")
-            except BlockingIOError as error:
-                raise BlockingIOError(f"another run is writing {folder}; wait for it") from error
-            for part in folder.glob("*.npz") if differ else ():
-                part.unlink()
-            replace_json(file, plan)
-            return lock
-    return None
+    file = folder / "plan.json"
+    before = read_json(file) if file.exists() else plan
+    differ = [name for name in plan if before.get(name) != plan[name]]
+    if differ and not overwrite:
+        changes = ", ".join(f"{name} (was {before.get(name)}, is {plan[name]})" for name in differ)
+        raise ValueError(
+            f"{folder} was begun by another command: {changes}; give that one to go on, choose another --output, or "
+            "begin anew with --overwrite"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = hold(folder / "lock")
+    except BlockingIOError as error:
+        raise BlockingIOError(f"another run is writing {folder}; wait for it") from error
+    for part in folder.glob("*.npz") if differ else ():
+        part.unlink()
+    replace_json(file, plan)
+    return lock
 
 
 # ------------------------------------------------------------------------------------------------ tables
@@ -237,6 +235,8 @@ def write_parquet(file: Path, parts: list[Part], splits: dict[str, FileList], ab
     schema, count = pa.schema(fields.items(), metadata=metadata), 0
     with parquet.ParquetWriter(file, schema) as writer:
         for features, rows in read_parts(parts, splits):
+            names = (name.encode("utf-8", "surrogateescape") for name in rows["paths"])
+            rows["paths"] = [name.decode("utf-8", "backslashreplace") for name in names]  # .parquet takes UTF-8 alone
             flat = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), vector.list_size)
             writer.write_table(pa.table({**rows, "features": flat}, schema=schema))
             count += len(features)
@@ -277,7 +277,8 @@ def write_table(
 ) -> int:
     """Encode all images, or those that an earlier run of this plan has not, and give how many could not be read."""
     splits, folder = {split: images.files for split, images in data.items()}, beside(args.output, "parts")
-    lock = claim_parts(accelerator, folder, plan, args.overwrite)
+    lock = claim_parts(folder, plan, args.overwrite) if accelerator.is_main_process else None
+    accelerator.wait_for_everyone()
     parts = cut_parts(folder, splits, args.batch_size)
     if done := sum(part.file.exists() for part in parts):
         accelerator.print(f"{'going on':<16}{done} of {len(parts)} parts are there")
@@ -307,8 +308,8 @@ def main(args: argparse.Namespace) -> int:
     if args.block is not None and not 0 <= args.block < len(model.blocks):
         raise ValueError(f"--block {args.block} must lie in 0..{len(model.blocks) - 1}, as the encoder has no other")
     args.pool = args.pool or POOLS[model.global_pool]
-    img_size = args.img_size and (args.img_size[0] if len(args.img_size) == 1 else tuple(args.img_size))
-    config = MAEConfig(**record["config"] | ({"img_size": img_size} if img_size else {}))
+    given = {"img_size": args.img_size[0] if len(args.img_size) == 1 else tuple(args.img_size)} if args.img_size else {}
+    config = MAEConfig(**record["config"] | given)
     reader = ImageReader(config.input_channels, record)  # which knows what stands in for a mean that is not recorded
     args.mean, args.std, args.input_channels = reader.mean, reader.std, config.input_channels
     args.value_range, args.statistics_given = record.get("value_range"), "image_mean" in record

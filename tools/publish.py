@@ -26,25 +26,14 @@ from training.flags import RECORDED
 CARD, CONFIG, CURVE, RECIPE, SCORES = "README.md", "config.json", "curve.png", "recipe.json", "evaluation.json"
 OURS, THEIRS = "model.safetensors", "transformers.safetensors"
 # Beginnings of flags that name places of this machine
-PLACES = (
-    "path_to",
-    "working_directory",
-    "resume",
-    "init_from",
-    "log_",
-    "wandb",
-    "test_folder",
-    "class_names",
-)
+PLACES = ("path_to", "working_directory", "resume", "init_from", "log_", "wandb", "test_folder", "class_names")
 MADE_WITH = ("commit", "hardware", "precision", "python", "torch", "timm", "accelerate")
 SHARED_KINDS = ("masked autoencoder", "encoder", "classifier of the cls token", "classifier of the mean")
 # Of each kind: what the Hub calls the task, the script that makes it, and the flag by which a script takes it
-TASKS = {
-    "masked autoencoder": ("image-feature-extraction", "pretrain_mae.py", "path_to_pretrained_mae_weights"),
-    "encoder": ("image-feature-extraction", "pretrain_mae.py", "path_to_pretrained_mae_weights"),
-    "segmenter": ("image-segmentation", "finetune_segmentation.py", "path_to_backbone_checkpoint"),
-}
+PRETRAINING = ("image-feature-extraction", "pretrain_mae.py", "path_to_pretrained_mae_weights")
+SEGMENTING = ("image-segmentation", "finetune_segmentation.py", "path_to_backbone_checkpoint")
 CLASSIFYING = ("image-classification", "finetune_classifier.py", "path_to_pretrained_mae_weights")
+TASKS = {"masked autoencoder": PRETRAINING, "encoder": PRETRAINING, "segmenter": SEGMENTING}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -180,12 +169,23 @@ def read_records(weights: Path) -> Records:
         scores = {n: v for n, v in scores.items() if n.startswith(("testing", "knn")) or n.endswith("_error")}
     figures = {n: v for n, v in scores.items() if type(v) in (int, float)}
     kept = {n: v for n, v in flags.items() if v is not None and n not in RECORDED and not n.startswith(PLACES)}
-    kept = {n: v for n, v in kept.items() if not str(v).startswith(("/", "~"))}
-    data = str(flags.get("path_to_data") or "")
-    data = data if data.startswith("hf:") else Path(data).name
-    return Records(
-        kept, flags.get("environment") or {}, data, log, figures, scores.get("chose_best_checkpoint") is True
-    )
+    kept = {n: v for n, v in kept.items() if not any(map(is_place, v if isinstance(v, list) else [v]))}
+    environment = flags["environment"] if isinstance(flags.get("environment"), dict) else {}
+    data = name_data(str(flags.get("path_to_data") or ""))
+    return Records(kept, environment, data, log, figures, scores.get("chose_best_checkpoint") is True)
+
+
+def is_place(value: object) -> bool:
+    return isinstance(value, str) and value.startswith(("/", "~", "./", "../"))
+
+
+def name_data(place: str) -> str:
+    """Name a data set of the Hub, else the last folder of a path or an address, without the keys it may hold."""
+    if re.fullmatch(r"hf:\w[\w.-]*(/\w[\w.-]*)?(:[\w.+-]+)?(@[\w./+-]+)?", place):
+        return place
+    if "://" in place:
+        place = place.partition("?")[0].rpartition("@")[2]
+    return Path(place.removeprefix("hf:")).name
 
 
 def as_code(text: object) -> str:
@@ -284,9 +284,8 @@ def write_folder(args: argparse.Namespace) -> None:
             if name.endswith(".json"):
                 write_json(temporary / name, content)
             else:
-                save_file(
-                    {key: value.contiguous() for key, value in content.items()}, temporary / name, {"format": "pt"}
-                )
+                tensors = {key: value.contiguous() for key, value in content.items()}
+                save_file(tensors, temporary / name, {"format": "pt"})
         if records.flags:
             write_json(temporary / RECIPE, records.flags)
         if records.log is not None:

@@ -67,8 +67,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     size = "at most so many megabytes of pictures, evenly over the epochs (default: 20)"
     parser.add_argument("--picture_mb", type=float, default=20.0, metavar="MB", help=size)
     args = parser.parse_args(argv)
-    if args.output.suffix.lower() not in (".html", ".htm"):
-        parser.error(f"--output {args.output} has no ending of a page; give report.html")
+    if args.output.suffix.lower() not in (".html", ".htm") or args.output.is_dir():
+        parser.error(f"--output {args.output} is a folder, or has no ending of a page; give report.html")
     if args.watch is not None and not args.watch >= 1:
         parser.error(f"--watch {args.watch:g} must be at least 1 second")
     if not args.picture_mb >= 0:

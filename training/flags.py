@@ -312,10 +312,8 @@ class Flags:
         if Path(name).name != name or name in ("", ".."):
             self.error(f"--experiment_name {shorten(name)} is a folder name; the path goes into --working_directory")
         if len(os.fsencode(name)) > MAX_NAME_BYTES:
-            self.error(
-                f"--experiment_name {shorten(name)} has {len(os.fsencode(name))} bytes, a folder's name at most "
-                f"{MAX_NAME_BYTES}; choose a shorter one"
-            )
+            size = f"{len(os.fsencode(name))} bytes, a folder's name at most {MAX_NAME_BYTES}"
+            self.error(f"--experiment_name {shorten(name)} has {size}; choose a shorter one")
         if name != name.strip() or escape(name) != name:
             self.error(
                 f"--experiment_name {shorten(name)} has spaces at an end, or characters that cannot be seen; leave "
@@ -338,9 +336,7 @@ class Flags:
         except ValueError:
             numbers = ()
         if len(numbers) != 2 or not -math.inf < numbers[0] < numbers[1] < math.inf:
-            self.error(
-                f"--value_range takes LOW HIGH (a lower and a higher number), auto or own, not {' '.join(given)}"
-            )
+            self.error(f"--value_range takes LOW HIGH (the higher number last), auto or own, not {' '.join(given)}")
         return numbers
 
     def check_ranges(self, given: Mapping[str, object]) -> None:

@@ -263,8 +263,9 @@ def find_pictures(run: Record) -> dict[str, list[tuple[int, Path]]]:
 
 def choose_evenly(files: list[tuple[int, Path]], max_bytes: float) -> list[tuple[int, Path]]:
     """Take so many pictures that they are not above a size together, evenly over the epochs, with the last."""
+    last, sizes = len(files) - 1, [file.stat().st_size for _, file in files]
     for count in range(len(files), 0, -1):
-        chosen = [files[len(files) - 1 - (len(files) - 1) * i // max(count - 1, 1)] for i in reversed(range(count))]
-        if sum(file.stat().st_size for _, file in chosen) <= max_bytes:
-            return chosen
+        chosen = [last - last * i // max(count - 1, 1) for i in reversed(range(count))]
+        if sum(sizes[index] for index in chosen) <= max_bytes:
+            return [files[index] for index in chosen]
     return []

@@ -7,7 +7,6 @@ import ctypes
 import datetime
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from storage.console import protect_output
 from storage.workers import end_with_parent
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+GIT_TIMEOUT_S = 5  # for what a run only notes
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
@@ -178,12 +178,16 @@ def broadcast_buffers(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def find_commit() -> str:
-    """Give the commit of this code, where git knows one, and whether files differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent)] if shutil.which("git") else ["true"]  # which says nothing
-    commit, changes = (
-        subprocess.run([*git, *words], capture_output=True, encoding="utf-8", check=False).stdout.strip()
-        for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-    )
+    """Give the commit of this code, where git knows one in time, and whether files differ from it."""
+    git, found = ["git", "-C", str(Path(__file__).parent)], []
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # a lock that is left would stop the user's own git
+    for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run([*git, *words], capture_output=True, env=environment, timeout=GIT_TIMEOUT_S)
+            found.append(done.stdout.strip().decode(errors="replace"))
+        except (OSError, subprocess.TimeoutExpired):  # there is no git, or a disk that takes too long
+            found.append("")
+    commit, changes = found
     return (commit or "unknown") + (" with changes" if changes else "")
 
 

@@ -217,8 +217,8 @@ def wandb_key_exists() -> bool:
     """Look where `wandb login` leaves a key; wandb itself would stop the run to ask for one."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     try:
+        host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, ValueError, netrc.NetrcParseError):  # no such file, no address or no UTF-8, no such entries
         return False
