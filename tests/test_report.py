@@ -51,7 +51,7 @@ def write_run(folder: Path, word: str = "plain", *, epochs: int = 3) -> Path:
     (folder / "args_from_checkpoint_1.json").write_text(json.dumps(record | {"seed": 1}))
     (folder / "args_from_checkpoint_1_step_15.json").write_text(json.dumps(record | {"path_to_data": f"new {word}"}))
     (folder / "nonfinite_steps.jsonl").write_text(json.dumps({"step": 7, "images": [word]}) + "\n")
-    (folder / "bad_files.txt").write_text(f"{word}.jpg\tit is no image: {word}\nb.jpg\tempty\n")
+    (folder / "bad_files.txt").write_text(f"{word}.jpg\tit is no image: {word}\nb.jpg\tempty\nc.j")  # cut by a crash
     for epoch in range(1, epochs + 1):
         Image.new("RGB", (900, 60), (80 * epoch, 0, 0)).save(pictures / f"epoch_{epoch}.png")
     table = [

@@ -32,6 +32,7 @@ from training.logs import (
     find_marks,
     find_pictures,
     name_runs,
+    read_cells,
     read_points,
     read_run,
     read_table,
@@ -173,7 +174,7 @@ def build_overview(runs: Sequence[Record], marks: Sequence[list[Mark]]) -> str:
         parts += ["<h2>Interruptions, skipped steps, bad files</h2>", build_table(["run", "step", "what"], events)]
     for run in runs:
         if (file := run.folder / "bad_files.txt").is_file():
-            table = read_table(file)
+            table = [row for row in read_cells(file) if len(row) == 2]  # a crash may have cut the last one
             parts += [f"<details><summary>{len(table)} bad files of {text(run.name)}</summary>"]
             parts += [build_table(["file", "reason"], table[:MAX_ROWS]), "</details>"]
     return "".join(parts)

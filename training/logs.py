@@ -228,10 +228,15 @@ def show(value: object) -> str:
     return escape(" ".join(words), also_bytes=True)[:MAX_SHOWN]
 
 
-def read_table(file: Path) -> list[list[str]]:
-    """Read a table whose cells stand between tabs, names in any bytes; ValueError where rows are uneven, or none."""
+def read_cells(file: Path) -> list[list[str]]:
+    """Read lines whose cells stand between tabs, names in any bytes."""
     lines = read_bytes(file).decode("utf-8", "backslashreplace").split("\n")
-    table = [line.split("\t") for line in lines if line]
+    return [line.split("\t") for line in lines if line]
+
+
+def read_table(file: Path) -> list[list[str]]:
+    """Read a table as `read_cells` does; ValueError where rows are uneven, or none."""
+    table = read_cells(file)
     if len({len(row) for row in table}) != 1:
         raise ValueError(f"{file} is no table of equally long rows; move it elsewhere")
     return table
