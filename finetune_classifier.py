@@ -360,8 +360,6 @@ def build_training_data(
     if args.linear_probe:
         transform = dataset.ProbingTransform(hw, *statistics)
     elif values is not None:
-        if args.random_aug_magnitude:
-            raise ValueError("RandAugment works on 8-bit pictures; with --value_range add --random_aug_magnitude 0")
         transform = dataset.ValueFinetuningTransform(hw, args.random_erasing)
     else:
         transform = dataset.FinetuningTransform(hw, args.random_aug_magnitude, args.random_erasing, *statistics)

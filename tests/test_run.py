@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from dataset import StepSampler
+from storage.workers import DataTimeoutError
 from training import open_evaluation, open_run, signals
 from training.checkpoints import open_experiment
 from training.run import Plan, Run, Stopped
@@ -252,12 +253,35 @@ def test_what_goes_beside_the_first_epoch_is_taken_after_its_steps_and_the_rest_
     with training.open() as run:
         for epoch in run.epochs():
             beside = ((epoch, number, run.step) for number in range(6))
-            for _ in run.batches(training.batches(), map(taken.append, beside)):
+            for _ in run.batches(training.batches(), (taken.append(now) or 1 for now in beside)):
                 run.add(training_loss=torch.tensor(0.0))
                 run.finish_step(0.1, torch.tensor(0.0))
             run.finish_epoch({}, save=False, for_good=False)
         run.finish()
     assert taken == [(0, 0, 1), (0, 1, 2), (0, 2, 3), (0, 3, 4), (0, 4, 4), (0, 5, 4)]
+
+
+@pytest.mark.parametrize(("at", "saved"), [(2, "checkpoint_0_step_2"), (7, "checkpoint_1")])
+def test_signal_and_data_that_does_not_come_are_minded_beside_the_first_epoch(at, saved, tmp_path):
+    """The steps made so far are saved, and what is left beside them is not waited for."""
+    training, taken = Training(tmp_path), []
+
+    def beside() -> Iterator[int]:
+        for number in range(1, 20):
+            taken.append(number)
+            if number == at == 2:
+                raise DataTimeoutError("no batch came")
+            if number == at == 7:
+                ask_to_stop()
+            yield 1
+
+    with pytest.raises(DataTimeoutError) if at == 2 else contextlib.nullcontext(), training.open() as run:
+        for _ in run.epochs():
+            for _ in run.batches(training.batches(), beside()):
+                run.add(training_loss=torch.tensor(0.0))
+                run.finish_step(0.1, torch.tensor(0.0))
+            run.finish_epoch({}, save=False, for_good=False)
+    assert len(taken) == at and names(tmp_path) == [saved]
 
 
 def test_evaluation_is_left_when_the_run_should_stop(tmp_path):

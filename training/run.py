@@ -228,8 +228,8 @@ class Run:
             self.keep_statistics()
             self.bad_files.note(batch.bad_files)
             yield batch
-            next(beside, None)
-        for _ in beside:
+            self.interruptions.take(beside)
+        while self.interruptions.take(beside) is not None:  # whatever ends it early is agreed on at the next batch
             pass
 
     def keep_statistics(self) -> None:

@@ -59,19 +59,22 @@ class Interruptions:
         Nobody waits in a forward or backward pass for a process whose data does not come: all wait here, where a
         signal ends it.
         """
-        batch = None
+        return self.take(batches), self.agree()
+
+    def take(self, batches: Iterator) -> object:
+        """Wait for the next batch of this process alone, None after the last; in a stop or failure None at once."""
         try:
             try:
                 self.waiting = True
-                if self.name is None:
-                    batch = next(batches, None)
+                if self.name is None and not self.failure:
+                    return next(batches, None)
             finally:
                 self.waiting = False
         except WaitInterrupted:
             pass  # the others learn of it by the answer
         except DataTimeoutError as error:
             self.failure = f"process {self.accelerator.process_index}: {error}"
-        return batch, self.agree()
+        return None
 
     def agree(self) -> int:
         """Give GO_ON, SAVE, STOP or FAIL, the highest that any process wants."""
