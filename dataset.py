@@ -237,7 +237,7 @@ class ResizeCenterCrop:
     """Resize (bicubic, ratio kept) until `img_size` / `crop_ratio` is covered, and cut `img_size` from the middle.
 
     Takes a picture, as it is or as uint8 (C, h, w), and gives uint8 (C, H, W), or takes and gives normalised values,
-    float32. Resizes as Pillow does but for rounding, as in training.
+    float32. Resizes as Pillow does but for rounding, transparency as a channel like others, as in training.
     """
 
     img_size: tuple[int, int]
