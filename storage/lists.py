@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from storage.bands import ValuePicture, open_values
-from storage.decoding import CHANNEL_MODES, IMAGE_SUFFIXES, Picture, load_file, open_picture, read_image, to_pixels
+from storage.decoding import CHANNEL_MODES, IMAGE_SUFFIXES, Picture, load_file, open_picture, to_pixels
 from storage.files import fingerprint, optional_write, random_key, read_json, write_json, written_whole
 from storage.held_out import choose_held_out
 from storage.packs import Pack, PackedRows, is_inner_path, is_packed, read_arrays
@@ -63,9 +63,6 @@ class FileList:
         """Give the shard of each image, where shards have to be fetched; else None."""
         return None
 
-    def read_image(self, index: int, channels: int) -> Image.Image:
-        return read_image(self.path(index), channels)
-
     def open_picture(self, index: int, channels: int) -> Picture:
         return open_picture(load_file(self.path(index)), channels)
 
@@ -108,18 +105,15 @@ class PackedImages(FileList):
     def shards(self) -> np.ndarray | None:
         return self.pack.shards[self.records] if self.pack.remote else None
 
-    def read_image(self, index: int, channels: int) -> Image.Image:
-        record = int(self.records[index])
-        if self.pack.header["encoding"] != "raw":
-            return read_image(self.pack.read(record), channels)
-        pixels = PackedRows(self.pack, record).decoded().pixels.permute(1, 2, 0)
-        return Image.fromarray(pixels.numpy()).convert(CHANNEL_MODES[channels])
-
     def open_picture(self, index: int, channels: int) -> Picture:
         record = int(self.records[index])
         if self.pack.header["encoding"] != "raw":
             return open_picture(self.pack.read(record), channels)
-        return PackedRows(self.pack, record) if channels == 3 else Picture(to_pixels(self.read_image(index, channels)))
+        rows = PackedRows(self.pack, record)
+        if channels == 3:
+            return rows
+        image = Image.fromarray(rows.whole().permute(1, 2, 0).numpy())
+        return Picture(to_pixels(image.convert(CHANNEL_MODES[channels])))
 
     def open_values(self, index: int, channels: int) -> ValuePicture:
         record = int(self.records[index])
@@ -127,7 +121,7 @@ class PackedImages(FileList):
             return open_values(self.pack.read(record), channels)
         if channels not in (1, 3):
             raise ValueError(f"{self.root} is packed as colours; --input_channels {channels} needs the folder itself")
-        return ValuePicture(to_pixels(self.read_image(index, channels)).numpy())
+        return ValuePicture(self.open_picture(index, channels).whole().numpy())
 
     def fingerprint(self) -> str:
         return fingerprint(f"{super().fingerprint()} {self.pack.digest}".encode())

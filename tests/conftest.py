@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from faults.harness import Zygote
 from PIL import Image
 from safetensors.torch import load_file
+from torchvision.transforms.v2.functional import to_pil_image
 
 from model import MAEConfig
 
@@ -26,6 +27,7 @@ PHOTOGRAPHS = ROOT.parent / "shared" / "data"
 # Tiny models gain nothing from threads, and on a busy machine lose minutes to threads that wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
 
 TINY = MAEConfig(
     img_size=16,
@@ -43,6 +45,11 @@ COLOURS = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200], [200, 200, 60]]
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also the long forms of tests: hours instead of minutes")
+
+
+def as_picture(files, index: int, channels: int) -> Image.Image:
+    """Give an image of a list as it is trained on, whole and as a picture."""
+    return to_pil_image(files.open_picture(index, channels).whole())
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import assert_close, rows, weights
+from conftest import as_picture, assert_close, rows, weights
 from PIL import Image
 
 import finetune_classifier
@@ -110,7 +110,7 @@ def test_images_labels_and_classes_are_those_of_the_folder(places, drawn_images,
         files, found = list_images(drawn_images / folder), list_table(tables, split, Columns())
         assert found.classes == files.classes and np.array_equal(found.labels, files.labels)
         for index in range(len(files)):
-            assert found.read_image(index, 3).tobytes() == files.read_image(index, 3).tobytes()
+            assert as_picture(found, index, 3).tobytes() == as_picture(files, index, 3).tobytes()
             sample, expected = (ImageDataset(f, transform)[SampleKey(1, index)] for f in (found, files))
             assert torch.equal(sample.image, expected.image)
 
@@ -268,7 +268,7 @@ def test_image_that_is_a_file_elsewhere_is_not_read(tmp_path):
     files = list_table(load_tables(str(saved)), "train", Columns())
     for index, reason in enumerate(["outside the data set"] * 3 + ["holds no image"]):
         with pytest.raises(OSError, match=reason):
-            files.read_image(index, 3)
+            as_picture(files, index, 3)
 
 
 def test_place_outside_the_file_is_refused_and_not_read(places, drawn_images, tmp_path):

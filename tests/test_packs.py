@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from conftest import as_picture
 from PIL import Image
 from test_pack_dataset import pack, write_pairs
 
@@ -49,7 +50,7 @@ def test_pack_has_the_names_labels_classes_and_samples_of_its_folder(drawn_image
         assert np.array_equal(found.paths, files.paths) and np.array_equal(found.labels, files.labels)
         transform = build_pretraining_transform((16, 16), 0.2)
         for index in range(len(files)):
-            assert found.read_image(index, 3).tobytes() == files.read_image(index, 3).tobytes()
+            assert as_picture(found, index, 3).tobytes() == as_picture(files, index, 3).tobytes()
             sample, expected = (ImageDataset(f, transform)[SampleKey(1, index)] for f in (found, files))
             assert torch.equal(sample.image, expected.image) and sample.label == expected.label
 
@@ -64,10 +65,10 @@ def test_packs_serve_workers_threads_and_other_processes(packed):
     files = list_images(packed / "train")
     data = ImageDataset(files, build_pretraining_transform((16, 16), 0.2), noise_size=4)
     copy = pickle.loads(pickle.dumps(files))  # as for a worker that is no fork
-    assert copy.read_image(7, 3).tobytes() == files.read_image(7, 3).tobytes()
+    assert as_picture(copy, 7, 3).tobytes() == as_picture(files, 7, 3).tobytes()
     del copy
     gc.collect()
-    files.read_image(7, 3)  # its files are its own, and were not closed with the copy's
+    as_picture(files, 7, 3)  # its files are its own, and were not closed with the copy's
     sampler = StepSampler(24, 4)
     loader = build_training_loader(data, sampler, 2, pin_memory=False)
     for keys, batch in zip(sampler, loader, strict=True):
@@ -79,7 +80,7 @@ def test_thinned_packs_keep_images_and_labels_together(packed):
     few = files.subsample(5)
     for index, place in enumerate([0, 6, 12, 17, 23]):
         assert few.paths[index] == files.paths[place] and few.labels[index] == files.labels[place]
-        assert few.read_image(index, 3).tobytes() == files.read_image(place, 3).tobytes()
+        assert as_picture(few, index, 3).tobytes() == as_picture(files, place, 3).tobytes()
 
 
 def test_damaged_record_is_replaced_and_reported_like_a_bad_file(train_pack):
@@ -225,7 +226,7 @@ def make_up_shard(folder: Path, rows: list[tuple], names: list[bytes], **changes
 def test_table_that_no_packing_wrote_is_refused(tmp_path, row, name, named):
     make_up_shard(tmp_path / "pack", [row], [name])
     if named is None:
-        assert np.asarray(list_images(tmp_path / "pack").read_image(0, 3)).shape == (10, 10, 3)
+        assert np.asarray(as_picture(list_images(tmp_path / "pack"), 0, 3)).shape == (10, 10, 3)
     else:
         with pytest.raises(ValueError, match=named):
             list_images(tmp_path / "pack")
@@ -282,11 +283,11 @@ def test_packs_are_read_by_webdataset(packed, drawn_images, tmp_path):
     found = list(webdataset.WebDataset(shards, shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "cls"))
     assert [f"{key}.jpg".encode() for key, _, _ in found] == files.paths.tolist() and len(shards) == 5
     for index, (_, image, label) in enumerate(found):
-        assert image.tobytes() == files.read_image(index, 3).tobytes() and label == files.labels[index]
+        assert image.tobytes() == as_picture(files, index, 3).tobytes() and label == files.labels[index]
     raw = pack(drawn_images / "train", tmp_path / "raw", "--raw")
     arrays = webdataset.WebDataset(str(raw / "shard-000000.tar"), shardshuffle=False).decode().to_tuple("npy", "cls")
     for index, (array, label) in enumerate(arrays):
-        assert array.tobytes() == list_images(raw).read_image(index, 3).tobytes() and label == files.labels[index]
+        assert array.tobytes() == as_picture(list_images(raw), index, 3).tobytes() and label == files.labels[index]
     write_pairs(tmp_path / "pairs", np.random.default_rng(0))
     pairs = pack(tmp_path / "pairs", tmp_path / "pack") / "training" / "shard-000000.tar"
     samples = webdataset.WebDataset(str(pairs), shardshuffle=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import assert_close, weights
+from conftest import as_picture, assert_close, weights
 from test_hub import SCRIPTS, flags, train
 from test_pack_dataset import pack
 
@@ -93,21 +93,21 @@ def test_what_is_used_last_is_kept_and_a_process_keeps_few_shards_open(drawn_ima
     assert files.shards.tolist() == [index // 2 for index in range(24)] and not list(folder.glob("*.tar"))
     expected = list_images(store)
     for index in (0, 23, 10, 5):
-        assert files.read_image(index, 3).tobytes() == expected.read_image(index, 3).tobytes()
+        assert as_picture(files, index, 3).tobytes() == as_picture(expected, index, 3).tobytes()
         assert (folder / f"shard-{index // 2:06d}.tar").is_file() and len(list(folder.glob("*.tar"))) <= 2
     for index in range(24):
-        files.read_image(index, 3)
+        as_picture(files, index, 3)
         assert len(files.pack.open_shards) <= MAX_OPEN_REMOTE
 
 
 def test_pack_that_is_made_anew_is_copied_anew(drawn_images, store, tmp_path):
     place = f"file://{store / 'val'}"
     folder = mirror(place, tmp_path / "cache", 1)
-    before = list_images(folder).read_image(0, 3).size
+    before = as_picture(list_images(folder), 0, 3).size
     shutil.rmtree(store / "val")
     pack(drawn_images / "val", store / "val", "--short_side", "12")
     assert mirror(place, tmp_path / "cache", 1) == folder
-    assert min(list_images(folder).read_image(0, 3).size) == 12 < min(before)
+    assert min(as_picture(list_images(folder), 0, 3).size) == 12 < min(before)
 
 
 # -------------------------------------------------------------------------------- stores that fail
@@ -132,7 +132,7 @@ def test_shard_of_another_size_is_refused(store, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-512])
     files = list_images(mirror(f"file://{store}", tmp_path / "cache", 1) / "train")
     with pytest.raises(DataError, match=r"shard-000000\.tar has .* bytes, not .*; pack the folder again"):
-        files.read_image(0, 3)
+        as_picture(files, 0, 3)
     assert not list((tmp_path / "cache").rglob("*.tar"))
 
 
@@ -153,7 +153,7 @@ def test_store_that_fails_for_a_while_is_asked_again(store, tmp_path, monkeypatc
         return found, root
 
     monkeypatch.setattr(remote, "open_store", failing)
-    assert list_images(folder).read_image(0, 3).size and not failures
+    assert as_picture(list_images(folder), 0, 3).size and not failures
 
 
 @pytest.mark.parametrize("error", [ValueError("of the store"), WaitInterrupted()])

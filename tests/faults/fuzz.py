@@ -248,7 +248,7 @@ def pack_cases(draw: random.Random, folder: Path) -> Iterator[tuple[str, Callabl
                 data = ImageDataset(files, transform, replace_bad_files=False)
                 for index in range(len(files)):
                     data[SampleKey(0, index)]
-                    files.read_image(index, 3)
+                    files.open_picture(index, 3).whole()
 
         yield f"pack {place}", read
 

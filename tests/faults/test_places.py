@@ -63,7 +63,7 @@ files, pairs = list_images(root / "images" / "training", cache), list_pairs(root
 again = list_images(root / "images" / "training", cache)
 assert again.classes == files.classes and again.notes
 for index in range(len(files)):
-    files.read_image(index, 3), pairs.open_picture(index, 3).whole(), pairs.label_file(index)
+    files.open_picture(index, 3).whole(), pairs.open_picture(index, 3).whole(), pairs.label_file(index)
 paths = [[path.hex() for path in array.tolist()] for array in (files.paths, pairs.images, pairs.label_maps)]
 lists = [files.classes, files.labels.tolist(), files.fingerprint(), pairs.fingerprint(), paths]
 print(json.dumps([sys.getfilesystemencoding(), lists]))
