@@ -14,7 +14,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -93,13 +93,15 @@ def last_row(experiment: Path) -> dict | None:
     return next((row for row in reversed(rows) if any(key.startswith("testing") for key in row)), None)
 
 
-def run(working_directory: Path, script: str, name: str, epochs: int, flags: list[str]) -> dict:
-    """Run an experiment, or the rest of it, and give the row of its last evaluation."""
+def run(
+    working_directory: Path, script: str, name: str, epochs: int, flags: list[str], launch: Sequence[str] = ()
+) -> dict:
+    """Run an experiment, or the rest of it, under flags of Accelerate, and give the row of its last evaluation."""
     experiment = working_directory / name
     row = last_row(experiment)
     if row is None or row["epoch"] < epochs:
         print(f"{name}: running", flush=True)
-        command = [*LAUNCH, str(ROOT / script), "--experiment_name", name, "--epochs", str(epochs)]
+        command = [*LAUNCH, *launch, str(ROOT / script), "--experiment_name", name, "--epochs", str(epochs)]
         command += ["--working_directory", str(working_directory), "--resume_from_checkpoint", "latest"]
         experiment.mkdir(parents=True, exist_ok=True)
         with (experiment / "output.txt").open("ab") as output:
