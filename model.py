@@ -41,6 +41,7 @@ from upernet import FCNHead, Feature2Pyramid, UperNetHead
 
 LAYER_NORM_EPS = 1e-6
 NORM_PIX_EPS = 1e-6
+PCA_PATCHES = 50_176  # of which principal components are found: those of 256 images of ViT-B/16
 
 
 # ------------------------------------------------------------------------------------------------ positions
@@ -452,13 +453,19 @@ class ViTMAEForPreTraining(VisionTransformer):
         return pred @ self.pca_basis.T + self.pca_mean if self.config.pca_target else pred
 
     @torch.no_grad()
-    def fit_pca(self, images: Tensor) -> None:
+    def fit_pca(self, images: Tensor, valid: Tensor | None = None) -> None:
         """Take the leading principal components of the patches of normalised images (N, C, H, W) as the target.
 
-        Computed in float64; the entry of largest magnitude of a component is positive. Components keep their scale.
+        Of patches that hold data, `valid` (N, L), and of at most PCA_PATCHES, drawn from a seed of its own. Computed in
+        float64; the entry of largest magnitude of a component is positive. Components keep their scale.
         """
-        patches = self.patchify(images).flatten(0, 1).double()  #          (N*L, P*P*C)
-        _, components = torch.linalg.eigh(torch.cov(patches.T))  #         columns, the smallest variance first
+        patches = self.patchify(images).flatten(0, 1)  #                   (N*L, P*P*C)
+        patches = patches if valid is None else patches[valid.flatten() > 0]
+        if len(patches) > PCA_PATCHES:
+            patches = patches[torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))[:PCA_PATCHES]]
+        patches = patches.double()
+        covariance = torch.atleast_2d(torch.cov(patches.T))
+        _, components = torch.linalg.eigh(covariance)  #                   columns, the smallest variance first
         basis = components[:, -self.config.pca_target :].flip(1)
         largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
         self.pca_mean.copy_(patches.mean(dim=0))
@@ -528,7 +535,7 @@ PROBE_NORM_EPS = 1e-6
 
 def check_trainable_blocks(num_blocks: float, depth: int) -> None:
     """Refuse a number of blocks to train that an encoder of this depth does not have; ValueError."""
-    if num_blocks != 0.5 and (num_blocks != int(num_blocks) or not 0 <= num_blocks <= depth):
+    if num_blocks not in (0.5, *range(depth + 1)):
         raise ValueError(f"{num_blocks:g} blocks cannot be trained of {depth}; choose 0, 0.5, or 1 to {depth}")
 
 
@@ -722,7 +729,7 @@ def infer_config(state_dict: dict[str, Tensor], path: str | Path, norm_pix_loss:
             f"{', '.join(MODEL_CONFIGS)}; give the checkpoint folder that the training wrote, or "
             f"{convert_command(path, state_dict)}"
         )
-    return MAEConfig(**sizes, **heads, norm_pix_loss=norm_pix_loss)
+    return MAEConfig(**sizes, **heads, norm_pix_loss=norm_pix_loss and "pca_target" not in sizes)
 
 
 def read_sizes(path: str | Path) -> dict:
@@ -800,12 +807,21 @@ def load_segmenter(path: str | Path) -> tuple[ViTMAEForSegmentation, dict]:
 OF_PRETRAINING = ("decoder_", "mask_token", "pca_")
 
 
+def parts_of_another_variant(state_dict: dict[str, Tensor], file: Path, config: MAEConfig) -> tuple[str, ...]:
+    """Name what a masked autoencoder cannot take of one with another target or use of mask tokens (tables 1c, 1d)."""
+    theirs = (read_config(file) or {"config": {}})["config"]
+    names = () if ("pca_basis" in state_dict) == bool(config.pca_target) else PREDICTION
+    same_use = theirs.get("encode_mask_tokens", False) == config.encode_mask_tokens
+    return names if same_use else (*names, "mask_token")
+
+
 def load_pretrained_encoder(model: VisionTransformer, path: str | Path) -> LoadReport:
     """Load the encoder of a checkpoint folder or weight file into a model, into a masked autoencoder its decoder too.
 
     Positions are resampled to the model's grid, weights of 3 channels adapted to other channels. Only what is new in
-    finetuning may be missing, or a whole decoder; only decoder, final norm, and a head of other classes or another kind
-    left over. Anything else raises ValueError with the names, before a weight is touched.
+    finetuning may be missing, a whole decoder, or what another target or use of mask tokens has in it; only decoder,
+    final norm, and a head of other classes or another kind left over. Anything else raises ValueError with the names,
+    before a weight is touched.
     """
     file, state_dict = read_weights(path)
     own = model.state_dict()
@@ -813,18 +829,20 @@ def load_pretrained_encoder(model: VisionTransformer, path: str | Path) -> LoadR
     scales = {key for key in own if key.endswith(".gamma")}
     refuse_as_encoder(path, state_dict, relative_positions=bool(tables))
     heads = [{key: value.shape for key, value in of.items() if key.startswith("head.")} for of in (state_dict, own)]
+    pretrains = isinstance(model, ViTMAEForPreTraining)
+    other = parts_of_another_variant(state_dict, file, model.config) if pretrains else ()
     taken = {
         key: value
         for key, value in state_dict.items()
-        if key in own and (key not in heads[0] or heads[0] == heads[1])  # a head is taken whole or not at all
+        if key in own.keys() - {*other} and (key not in heads[0] or heads[0] == heads[1])  # a head whole or not at all
     }
     resampled, adapted = (
         resample_positions(taken, file, model.config),
         adapt_channels(taken, model.config.input_channels),
     )
     has_decoder = any(key.startswith(OF_PRETRAINING) for key in taken)
-    new = ("head.", "fc_norm.", *(PREDICTION if adapted else ()), *(() if has_decoder else OF_PRETRAINING))
-    left_out = ("head.", *(PREDICTION if isinstance(model, ViTMAEForPreTraining) else (*OF_PRETRAINING, "norm.")))
+    new = ("head.", "fc_norm.", *other, *(PREDICTION if adapted else ()), *(() if has_decoder else OF_PRETRAINING))
+    left_out = ("head.", *((*PREDICTION, *other) if pretrains else (*OF_PRETRAINING, "norm.")))
     left_out += () if isinstance(model, ViTMAEForImageClassification) else ("fc_norm.",)
     may_be_missing = [key for key in own if key.startswith(new) or key in tables | scales]
     report = match_tensors(file, state_dict, taken, own, may_be_missing, left_out)

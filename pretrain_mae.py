@@ -78,6 +78,7 @@ DEMO_RECIPE = dict(
 ADAM_BETAS = (0.9, 0.95)
 NUM_PICTURES = 8
 NUM_COMPONENTS, PCA_IMAGES = 96, 256  # of --target pca (paper, table 1d), and how many images they are found in
+PCA_MAX_VALUES = 8192  # of a patch, as their covariance is a matrix of so many rows and columns
 
 BASE = "mae_vit_base_patch16"
 MASKINGS = ("random", "block", "grid")
@@ -135,20 +136,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.target:
         if "norm_pix_loss" in given and given["norm_pix_loss"] != (args.target == "normalized_pixels"):
-            no = "" if args.norm_pix_loss else "no-"
-            flags.error(f"--target {args.target} and --{no}norm_pix_loss exclude each other; leave the second out")
+            no, other = ("", "no-") if args.norm_pix_loss else ("no-", "")
+            way_out = f"leave the second out, or give --{other}norm_pix_loss"
+            flags.error(f"--target {args.target} and --{no}norm_pix_loss exclude each other; {way_out}")
         args.norm_pix_loss = args.target == "normalized_pixels"
     try:
         config = build_config(args)
         num_kept_patches(config.num_patches, args.mask_ratio)
     except ValueError as error:
         flags.error(str(error))
-    if args.masking == "grid" and (args.mask_ratio != 0.75 or any(side % 2 for side in config.grid_size)):
-        h, w = config.grid_size
-        flags.error(
-            f"--masking grid keeps one of every four patches: --mask_ratio must be 0.75, not {args.mask_ratio:g}, and "
-            f"the grid even, not {h} x {w}"
-        )
+    h, w = config.grid_size
+    if args.masking == "grid" and args.mask_ratio != 0.75:
+        flags.error(f"--masking grid keeps one of every four patches: --mask_ratio is 0.75, not {args.mask_ratio:g}")
+    if args.masking == "grid" and (h % 2 or w % 2):
+        even = 2 * config.patch_size
+        flags.error(f"--masking grid needs an even grid, not {h} x {w} patches: an --img_size that {even} divides")
+    if args.masking == "block" and min(h, w) < 2:
+        flags.error(f"--masking block needs two rows and two columns of patches at least, not {h} x {w}")
+    if args.target == "pca" and config.patch_dim > PCA_MAX_VALUES:
+        flags.error(f"--target pca takes patches of at most {PCA_MAX_VALUES:,} values, not {config.patch_dim:,}")
     if args.augmentation == "random_crop_jitter" and (args.input_channels not in (1, 3) or args.value_range):
         flags.error(f"--augmentation random_crop_jitter {JITTERED}; choose another")
     images = training.micro_batch_size(args)
@@ -173,7 +179,8 @@ def start_defaults(flags: training.Flags, given: dict) -> dict[str, object]:
     defaults = {"model": next(named, BASE)} | flags.size_defaults(given, record, sizes, source)
     targets = ("norm_pix_loss", "encode_mask_tokens") if "decoder_embed_dim" in record["config"] else ()
     defaults |= {name: sizes[name] for name in targets if name in sizes}
-    return defaults | ({"target": "pca"} if sizes.get("pca_target") else {})
+    keeps_target = not {"target", "norm_pix_loss"} & given.keys()
+    return defaults | ({"target": "pca"} if sizes.get("pca_target") and keeps_target else {})
 
 
 def build_config(args: argparse.Namespace) -> MAEConfig:
@@ -333,7 +340,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     origin = load_start(model, start.resume_from, args)
     if config.pca_target and not start.resume_from and not model.pca_basis.any():  # as --init_from may have one
         images = torch.stack([sample.image for sample in dataset.pick_samples(train_data, PCA_IMAGES)])
-        model.fit_pca(dataset.normalize(images, args.mean, args.std))
+        valid = dataset.patches_with_data(images, config.patch_size)
+        model.fit_pca(dataset.normalize(images, args.mean, args.std), valid)
     peak = utils.scaled_lr(args.base_learning_rate, sampler.images_per_step)
     # Linear warmup from 0, then half a cosine (utils.cosine_lr); run.step counts complete optimizer steps, from 0
     warmup_steps = args.warmup_epochs * sampler.steps_per_epoch
@@ -425,18 +433,22 @@ def describe(
     model: ViTMAEForPreTraining, peak: float, images_per_step: int, args: argparse.Namespace
 ) -> dict[str, str]:
     """Say what decides the result, beside what every run has."""
-    decoder = sum(p.numel() for name, p in model.named_parameters() if name.startswith(("decoder", "mask_token")))
+    of_decoder = ("decoder",) if args.encode_mask_tokens else ("decoder", "mask_token")
+    decoder = sum(p.numel() for name, p in model.named_parameters() if name.startswith(of_decoder))
     total, trainable = utils.count_parameters(model)
     kept = num_kept_patches(model.config.num_patches, args.mask_ratio)
     target = "pixels normalised in each patch" if args.norm_pix_loss else "plain pixels"
     if model.config.pca_target:
         target = f"{model.config.pca_target} principal components of each patch"
+    seen = "visible, the others as mask tokens" if args.encode_mask_tokens else "visible"
     lines = {
         "model": f"encoder {total - decoder:,} + decoder {decoder:,} = {total:,} parameters, "
         f"{trainable:,} of them trainable",
-        "patches": f"{kept} of {model.config.num_patches} visible ({args.masking} masking), predicting {target}",
+        "patches": f"{kept} of {model.config.num_patches} {seen} ({args.masking} masking), predicting {target}",
         "learning rate": f"{peak:.2e} = {args.base_learning_rate:.2e} x {images_per_step} / 256",
     }
+    if args.augmentation != "random_crop":
+        lines["augmentation"] = f"{args.augmentation} (table 1e)"
     if args.repeated_sampling > 1:
         lines["sampling"] = f"{args.repeated_sampling} crops of each image at once; as many epochs visit all images"
     return lines

@@ -72,12 +72,16 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def decay_more(groups: list[dict], model: nn.Module, *, biases: bool, norms: bool) -> None:
-    """Let biases, or the weights of norms, decay as well: timm's groups without decay are cut in two, in place."""
+    """Let biases, or the weights of norms, decay as well: timm's groups without decay are cut in two, in place.
+
+    The scales of LayerScale, of one dimension too, are no norm's.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decay = max(group["weight_decay"] for group in groups)
 
     def decays(parameter: nn.Parameter) -> bool:
-        return biases if names[id(parameter)].endswith("bias") else norms and parameter.ndim == 1
+        name = names[id(parameter)]
+        return biases if name.endswith("bias") else norms and parameter.ndim == 1 and not name.endswith(".gamma")
 
     for group in [group for group in groups if not group["weight_decay"]]:
         moved = [parameter for parameter in group["params"] if decays(parameter)]

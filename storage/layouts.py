@@ -88,7 +88,7 @@ def huggingface(name: str, title: str) -> Layout:
     return Layout(title, table, "", name == "vit", spellings, *left_over, "model_type")
 
 
-OURS = ORIGINAL | SEGMENTER | blocks("blocks", "blocks", BEIT_BLOCK)
+OURS = ORIGINAL | same("pca_mean pca_basis") | SEGMENTER | blocks("blocks", "blocks", BEIT_BLOCK)
 OF_SEGMENTERS = ((r"^backbone\.", ""),)
 OF_TIMM_AND_BEIT = (  # layer scales are timm's, pyramids are of BEiT's own segmenter
     *OF_SEGMENTERS,
@@ -145,14 +145,14 @@ HUGGINGFACE_PREPROCESSOR = (
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 SEGMENTER_PARTS = ("neck.", "decode_head.", "auxiliary_head.")
-DECODER_PARTS = ("decoder_", "mask_token")
+DECODER_PARTS = ("decoder_", "mask_token", "pca_")
 NOT_OF_THE_ENCODER = ("fc_norm.", "head.", *SEGMENTER_PARTS, *DECODER_PARTS)
 BIAS_TABLE = ".relative_position_bias_table"
 # Numbers of dimensions, so that all later code may rely on them; the rest have one.
 RANKS = {
     r".*\.num_batches_tracked": 0,
     r"blocks\..*\.relative_position_(index|bias_table)": 2,
-    r"((decoder_)?blocks\..*\.(attn|mlp)\..*|decoder_embed|decoder_pred|head.*)\.weight": 2,
+    r"((decoder_)?blocks\..*\.(attn|mlp)\..*|decoder_embed|decoder_pred|head.*)\.weight|pca_basis": 2,
     r"cls_token|mask_token|(decoder_)?pos_embed": 3,
     r"patch_embed\.proj\.weight": 4,
 }

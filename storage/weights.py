@@ -322,6 +322,8 @@ def sizes_from_shapes(state_dict: dict[str, Tensor], path: str | Path) -> dict:
             keys = [key for key in state_dict if re.fullmatch(rf"{blocks}\.\d+\.mlp\.fc1\.weight", key)]
             mlp_widths = [len(state_dict[key]) for key in keys or [f"{blocks}.0.mlp.fc1.weight"]]
             sizes[f"{part}_mlp_ratio"] = statistics.mode(mlp_widths) / width  # a block with another is then reported
+        if "pca_basis" in state_dict:
+            sizes["pca_target"] = state_dict["pca_basis"].shape[-1]
     except KeyError as error:
         raise ValueError(
             f"{error} is not among these weights, whose names are such as {sorted(state_dict)[:3]}; they are not in "

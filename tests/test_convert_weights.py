@@ -47,8 +47,17 @@ tool = load_tool("convert_weights")
 
 FOUR_BLOCKS = dataclasses.replace(TINY, encoder_embed_dim=64, encoder_depth=4)  # the least that a segmenter takes
 TOLD = ["--encoder_num_heads", "4", "--decoder_num_heads", "2", "--norm_pix_loss"]
+VARIANTS = {  # of the paper's tables 1d and 1c; mask tokens of either width in either network
+    "pca": dict(norm_pix_loss=False, pca_target=10),
+    "mask tokens": dict(encode_mask_tokens=True),
+    "mask tokens of equal widths": dict(encode_mask_tokens=True, decoder_embed_dim=TINY.encoder_embed_dim),
+}
 BUILD = {
     "masked autoencoder": lambda config: ViTMAEForPreTraining(config),
+    "the same of `--target pca`": lambda config: ViTMAEForPreTraining(dataclasses.replace(config, **VARIANTS["pca"])),
+    "the same of `--encode_mask_tokens`": lambda config: ViTMAEForPreTraining(
+        dataclasses.replace(config, **VARIANTS["mask tokens of equal widths"])
+    ),
     "encoder": lambda config: VisionTransformer(config),
     "classifier of the mean": lambda config: ViTMAEForImageClassification(config, 7),
     "classifier of the cls token": lambda config: ViTMAEForImageClassification(config, 7, "cls"),
@@ -207,6 +216,28 @@ def test_decoder_without_a_place_needs_drop_and_the_encoder_comes_back(tmp_path,
     back = convert(convert(ours, target, layout, "--drop"), tmp_path / "back", "ours", *TOLD[:2])
     encoder = {key: value for key, value in model.state_dict().items() if not key.startswith(("decoder", "mask"))}
     assert_same(weights(back), encoder)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_stay_what_they_are_here_and_give_up_their_encoder(tmp_path, capsys, variant):
+    model = build("masked autoencoder", dataclasses.replace(TINY, **VARIANTS[variant]))
+    ours = write_ours(tmp_path / "ours", model)
+    back = convert(ours, tmp_path / "back", "ours")
+    assert_same(weights(back), model.state_dict())
+    assert load_pretrained_mae(back).config == model.config
+    tool.main(tool.parse_args(["--inspect", str(ours)]))
+    shown = ("pca_target", "encode_mask_tokens")["mask" in variant]
+    assert f"{shown} {VARIANTS[variant][shown]}" in capsys.readouterr().out
+
+    encoder = {k: v for k, v in model.state_dict().items() if not k.startswith(("decoder", "mask", "pca"))}
+    file = convert(ours, tmp_path / "theirs.pth", "original", "--drop")
+    assert_same(torch.load(file)["model"], encoder)
+    folder = convert(ours, tmp_path / "theirs", "huggingface", "--drop")
+    theirs, images = open_in_transformers("ViTModel", folder, add_pooling_layer=False), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        found, expected = theirs(images).last_hidden_state, model.forward_features(images)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert not any("decoder" in name for name in json.loads((folder / "config.json").read_text()))
 
 
 @pytest.mark.parametrize("whole_in", ["ours", "mmseg"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
+from timm.layers import LayerScale
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torchvision.ops import sigmoid_focal_loss
@@ -117,6 +118,15 @@ def test_decay_more_moves_biases_and_norms_and_nothing_else(layered, biases, nor
         )
         for name, _ in model.named_parameters()
     ]
+
+
+def test_norms_that_decay_take_no_scale_of_layerscale_with_them():
+    layers = {"ls1": LayerScale(4), "norm1": torch.nn.LayerNorm(4), "fc1": torch.nn.Linear(4, 4)}
+    model = torch.nn.ModuleDict(layers)
+    groups = param_groups_weight_decay(model, 0.5)
+    decay_more(groups, model, biases=False, norms=True)
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {id(layers["norm1"].weight), id(layers["fc1"].weight)}
 
 
 def test_decay_more_leaves_groups_that_an_optimizer_takes():

@@ -7,16 +7,18 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, draw_images
+from conftest import TINY, draw_images, weights
 from PIL import Image
 from sklearn.decomposition import PCA
 from torch.utils.flop_counter import FlopCounterMode
 
 import dataset
+import model as networks
 from model import MODEL_CONFIGS, ViTMAEForPreTraining, load_pretrained_mae
 from pretrain_mae import build_config, main, parse_args
 from storage.lists import list_images
-from storage.sizes import num_kept_patches
+from storage.sizes import MAEConfig, num_kept_patches
+from storage.weights import SIZES
 from utils import block_masking, build_masking
 
 SMALL = dataclasses.replace(TINY, norm_pix_loss=False)
@@ -135,6 +137,31 @@ def test_principal_components_are_scikit_learns():
     assert torch.allclose(model.undo_target(model.make_target(patches), patches), back, atol=1e-4)
 
 
+def test_components_are_found_in_patches_with_data_and_in_no_more_than_so_many(monkeypatch):
+    images, valid = torch.randn(12, 3, 16, 16), (torch.rand(12, 16) < 0.5).float()
+    model = ViTMAEForPreTraining(dataclasses.replace(SMALL, pca_target=10))
+    empty = model.unpatchify((1 - valid)[:, :, None].expand(12, 16, 48)).bool()
+    model.fit_pca(images.masked_fill(empty, 100.0), valid)
+    reference = PCA(10, svd_solver="full").fit(model.patchify(images)[valid > 0].double().numpy())
+    torch.testing.assert_close(model.pca_mean.double(), torch.from_numpy(reference.mean_), rtol=0, atol=1e-6)
+    cosines = (model.pca_basis.T.double() * torch.from_numpy(reference.components_)).sum(dim=1).abs()
+    torch.testing.assert_close(cosines, torch.ones(10, dtype=torch.double), rtol=0, atol=1e-5)
+
+    monkeypatch.setattr(networks, "PCA_PATCHES", 60)
+    found = []
+    for _ in range(2):
+        model.fit_pca(images)
+        found.append(model.pca_mean.clone())
+    assert torch.equal(*found)
+    drawn = model.patchify(images).flatten(0, 1)[torch.randperm(192, generator=torch.Generator().manual_seed(0))[:60]]
+    torch.testing.assert_close(found[0], drawn.mean(dim=0))
+
+
+def test_every_size_of_a_network_is_read_back_from_its_config():
+    known = {name for names in SIZES.values() for name in names.split()}
+    assert {field.name for field in dataclasses.fields(MAEConfig)} == known
+
+
 def test_loss_of_principal_components_by_hand():
     model = ViTMAEForPreTraining(dataclasses.replace(SMALL, pca_target=2))
     model.pca_mean.fill_(1)
@@ -251,11 +278,49 @@ def test_basis_is_kept_in_the_checkpoint_and_its_pictures_can_be_drawn(image_fol
     assert build_config(args) == model.config
 
 
+FEWER = "2 fresh (decoder_pred), 4 left out (decoder_pred, pca_basis, pca_mean)"
+MORE = "4 fresh (decoder_pred, pca_basis, pca_mean), 2 left out (decoder_pred)"
+MASKED = "1 fresh (mask_token), 1 left out (mask_token)"
+
+
+@pytest.mark.parametrize(
+    "before, after, fresh",
+    [
+        ("--target pca", "--target pixels", FEWER),
+        ("--target pca", "--no-norm_pix_loss", FEWER),
+        ("--target pixels", "--target pca", MORE),
+        ("--target pixels", "--encode_mask_tokens", MASKED),
+        ("--encode_mask_tokens", "--no-encode_mask_tokens", MASKED),
+        ("--target pca --encode_mask_tokens", "", "tensors loaded, from"),
+    ],
+)
+@pytest.mark.parametrize("width", [8, 16])  # of the decoder; 16 is the encoder's
+def test_a_start_from_another_variant_takes_all_but_what_differs(image_folder, capsys, before, after, fresh, width):
+    main(parse_args(flags(image_folder, *before.split(), "--decoder_embed_dim", str(width))))
+    work = image_folder.parent / "work"
+    command = ["--path_to_data", str(image_folder), "--working_directory", str(work), "--experiment_name", "next"]
+    command += ["--init_from", str(work / "MAEPretraining"), "--epochs", "1", "--per_gpu_batch_size", "4"]
+    capsys.readouterr()
+    args = parse_args([*command, "--num_workers", "0", "--base_learning_rate", "0", *after.split()])
+    main(args)
+    assert fresh in capsys.readouterr().out
+    old, new = (weights(work / name / "checkpoint_1") for name in ("MAEPretraining", "next"))
+    config = build_config(args)
+    assert (config.pca_target > 0) == ("pca" in after or not after)
+    assert config.encode_mask_tokens == ("--encode_mask_tokens" in (after or before).split())
+    shared = [key for key in new if not key.startswith(("decoder_pred", "mask_token", "pca_"))]
+    assert [key for key in shared if not torch.equal(new[key], old[key])] == []
+    if config.pca_target:
+        assert torch.allclose(new["pca_basis"].T @ new["pca_basis"], torch.eye(48), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
         ("--masking grid --mask_ratio 0.5", "--masking grid keeps one of every four patches"),
-        ("--masking grid --img_size 12", "the grid even, not 3 x 3"),
+        ("--masking grid --img_size 12", "an even grid, not 3 x 3 patches: an --img_size that 8 divides"),
+        ("--masking block --img_size 4 16", "two rows and two columns of patches at least, not 1 x 4"),
+        ("--target pca --patch_size 64 --img_size 128", "takes patches of at most 8,192 values, not 12,288"),
         ("--target pixels --norm_pix_loss", "--target pixels and --norm_pix_loss exclude each other"),
         ("--target normalized_pixels --no-norm_pix_loss", "--target normalized_pixels and --no-norm_pix_loss"),
         ("--augmentation random_crop_jitter --input_channels 4", "--augmentation random_crop_jitter"),

@@ -35,7 +35,7 @@ from storage.console import escape_lines
 from storage.labels import ADE20K_CLASS_NAMES, LABEL_COLOURS
 from storage.layouts import LAYOUTS, NOT_OF_THE_ENCODER, describe_names, their_names
 from storage.published import get_weights, is_url
-from storage.sizes import ADE20K_NUM_CLASSES, without_decoder
+from storage.sizes import ADE20K_NUM_CLASSES, VARIANTS, without_decoder
 from storage.sources import Source, add_backbone, describe_shapes, rename, simplify
 
 # What a source can be, and our class for it
@@ -144,6 +144,7 @@ def resolve_sizes(source: Source, args: argparse.Namespace) -> dict:
         if name in sizes and source.known.get(name, -1) * width // 1 == round(sizes[name] * width):
             sizes[name] = source.known[name]
     told = {name: source.known.get(name, value) for name, value in sizes.items() if name != "img_size"}
+    sizes = {name: source.known[name] for name in VARIANTS if name in source.known} | sizes
     differ = [name for name, value in told.items() if value != sizes[name]]
     source.refuse([f"{name} is {told[name]} in config.json, {sizes[name]} in the weights" for name in differ])
     guesses = model.named_heads(sizes) or {}
@@ -224,12 +225,14 @@ class Converted(NamedTuple):
 def convert(source: Source, target: str) -> Converted:
     """Rename a source's tensors for a target; ValueError when the target needs what the source lacks.
 
-    Where a target has no place for a part beside the encoder, the encoder alone goes there.
+    Where a target has no place for a part beside the encoder, the encoder alone goes there: so with what pretraining
+    by another target (paper, table 1d) or with mask tokens in the encoder (table 1c) has, anywhere but here.
     """
     kind = source.kind
     layout = "beit" if (target, kind) == ("huggingface", "classifier of the mean") else target
     names = {name: their_names(name, layout) for name in source.tensors}
     reduced = any(not theirs and name.startswith(NOT_OF_THE_ENCODER) for name, theirs in names.items())
+    reduced |= target != "ours" and any(source.known.get(name) for name in VARIANTS)
     tensors, left_out = {}, list(source.left_over)
     for name, theirs in names.items():
         tensor = source.tensors[name]
@@ -310,6 +313,7 @@ def build_record(source: Source, config: model.MAEConfig, args: argparse.Namespa
 def huggingface_configs(kind: str, config: model.MAEConfig, record: dict) -> dict[str, dict]:
     """Build the config.json and preprocessor_config.json of transformers' model of this kind."""
     sizes, (height, width) = record["config"], config.image_hw
+    sizes = sizes if kind == "masked autoencoder" else without_decoder(sizes)
     # transformers' default epsilon, 1e-12, is not the original's
     content = layouts.HUGGINGFACE_CONFIGS[kind] | layouts.HUGGINGFACE_OF_ALL | {"layer_norm_eps": model.LAYER_NORM_EPS}
     content |= {theirs: sizes[ours] for ours, theirs in layouts.HUGGINGFACE_SIZES.items() if ours in sizes}
