@@ -22,7 +22,7 @@ from pathlib import Path
 
 import storage
 import training
-from storage.sizes import MODEL_CONFIGS, MAEConfig, num_kept_patches
+from storage.sizes import MASKINGS, MODEL_CONFIGS, MAEConfig, check_masking, num_kept_patches
 
 # The paper's recipe (table 8), in the batches of the project's command.
 # Deviation: gradients are clipped to a norm of 1 (--max_grad_norm); the original release never clips. Reason: the
@@ -81,7 +81,6 @@ NUM_COMPONENTS, PCA_IMAGES = 96, 256  # of --target pca (paper, table 1d), and h
 PCA_MAX_VALUES = 8192  # of a patch, as their covariance is a matrix of so many rows and columns
 
 BASE = "mae_vit_base_patch16"
-MASKINGS = ("random", "block", "grid")
 AUGMENTATIONS = ("none", "fixed_crop", "random_crop", "random_crop_jitter")
 TARGET = f"table 1d: --norm_pix_loss by another name, or {NUM_COMPONENTS} principal components of each patch"
 JITTERED = "changes the colours of 8-bit pictures of 1 or 3 channels alone"
@@ -142,17 +141,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.norm_pix_loss = args.target == "normalized_pixels"
     try:
         config = build_config(args)
-        num_kept_patches(config.num_patches, args.mask_ratio)
+        check_masking(args.masking, config, args.mask_ratio)
     except ValueError as error:
         flags.error(str(error))
-    h, w = config.grid_size
-    if args.masking == "grid" and args.mask_ratio != 0.75:
-        flags.error(f"--masking grid keeps one of every four patches: --mask_ratio is 0.75, not {args.mask_ratio:g}")
-    if args.masking == "grid" and (h % 2 or w % 2):
-        even = 2 * config.patch_size
-        flags.error(f"--masking grid needs an even grid, not {h} x {w} patches: an --img_size that {even} divides")
-    if args.masking == "block" and min(h, w) < 2:
-        flags.error(f"--masking block needs two rows and two columns of patches at least, not {h} x {w}")
     if args.target == "pca" and config.patch_dim > PCA_MAX_VALUES:
         flags.error(f"--target pca takes patches of at most {PCA_MAX_VALUES:,} values, not {config.patch_dim:,}")
     if args.augmentation == "random_crop_jitter" and (args.input_channels not in (1, 3) or args.value_range):

@@ -115,6 +115,22 @@ MODEL_CONFIGS = {
 }
 
 
+MASKINGS = ("random", "block", "grid")
+
+
+def check_masking(masking: str, config: MAEConfig, mask_ratio: float) -> None:
+    """Refuse a ratio or a grid that a masking (paper, table 1f) cannot have; ValueError."""
+    num_kept_patches(config.num_patches, mask_ratio)
+    h, w = config.grid_size
+    if masking == "grid" and mask_ratio != 0.75:
+        raise ValueError(f"--masking grid keeps one of every four patches: --mask_ratio is 0.75, not {mask_ratio:g}")
+    if masking == "grid" and (h % 2 or w % 2):
+        even = 2 * config.patch_size
+        raise ValueError(f"--masking grid needs an even grid, not {h} x {w} patches: an --img_size that {even} divides")
+    if masking == "block" and min(h, w) < 2:
+        raise ValueError(f"--masking block needs two rows and two columns of patches at least, not {h} x {w}")
+
+
 def num_kept_patches(num_patches: int, mask_ratio: float) -> int:
     """Count the patches that stay, truncated as in the original release: 0.9 of 196 keeps 19."""
     kept = int(num_patches * (1 - mask_ratio))

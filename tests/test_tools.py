@@ -62,6 +62,25 @@ def test_reconstruct_draws_images_of_any_size(checkpoint, image_folder, tmp_path
         assert picture.tobytes() != first
 
 
+def test_reconstruct_masks_as_the_model_was_trained(checkpoint, image_folder, tmp_path, monkeypatch):
+    tool, masks = load_tool("reconstruct"), []
+    draw = tool.draw_reconstructions
+
+    def keep_mask(panels, mask, *rest, **look):
+        masks.append(mask)
+        return draw(panels, mask, *rest, **look)
+
+    monkeypatch.setattr(tool, "draw_reconstructions", keep_mask)
+    arguments = ["--checkpoint", str(checkpoint), str(image_folder / "val"), "--output", str(tmp_path / "picture.png")]
+    for masking in ("grid", "block"):
+        tool.main(tool.parse_args([*arguments, "--masking", masking, "--overwrite"]))
+    grid, block = (mask.view(-1, 4, 4) for mask in masks)
+    assert torch.equal(grid, torch.tensor([[0.0, 1, 0, 1], [1] * 4, [0, 1, 0, 1], [1] * 4]).expand_as(grid))
+    assert (block.sum(dim=(1, 2)) == 12).all() and not torch.equal(block, grid)
+    with pytest.raises(ValueError, match=r"--mask_ratio is 0\.75, not 0\.5"):
+        tool.main(tool.parse_args([*arguments, "--masking", "grid", "--mask_ratio", "0.5", "--overwrite"]))
+
+
 def test_reconstruct_refuses_what_it_cannot_draw(checkpoint, image_folder, tmp_path):
     tool = load_tool("reconstruct")
     image = str(next((image_folder / "val").rglob("*.jpg")))

@@ -16,12 +16,14 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset import ResizeCenterCrop
-from model import find_weights, load_pretrained_mae, num_kept_patches, read_config
+from model import find_weights, load_pretrained_mae, read_config
 from storage import explained_errors
 from storage.files import escape, user_path
 from storage.lists import find_images
+from storage.sizes import MASKINGS, check_masking
 from storage.values import ImageReader, patches_with_data
 from training.pictures import draw_reconstructions
+from utils import build_masking
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -34,6 +36,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=user_path, required=True, help="picture to write")
     parser.add_argument("--overwrite", action="store_true", help="allow --output to exist")
     parser.add_argument("--mask_ratio", type=float, default=0.75, help="share of the patches removed (default: 0.75)")
+    masking = "random patches, random blocks, or three of every four (default: random)"
+    parser.add_argument("--masking", choices=MASKINGS, default="random", help=masking)
     shown = "bands, from 0, as red, green and blue, of images in their own units (default: 0 1 2)"
     parser.add_argument("--show_channels", type=int, nargs=3, default=[0, 1, 2], metavar="BAND", help=shown)
     parser.add_argument("--seed", type=int, default=0, help="decides the masks (default: 0)")
@@ -68,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
     files = choose_files(args.images, args.max_images)
     model = load_pretrained_mae(args.checkpoint, norm_pix_loss=args.norm_pix_loss).eval()
     config, weights = model.config, find_weights(args.checkpoint)
-    num_kept_patches(config.num_patches, args.mask_ratio)
+    check_masking(args.masking, config, args.mask_ratio)
     print(f"{'weights':<16}{weights}")
     reader, fit = ImageReader(config.input_channels, read_config(weights) or {}), ResizeCenterCrop(config.image_hw)
     found = {file: image for file in dict.fromkeys(files) if (image := reader.read_or_name(file)) is not None}
@@ -76,7 +80,10 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"none of the {len(files)} files can be read, so there is nothing to draw")
     pixels = torch.stack([fit(image) for image in found.values()])
     images = reader.normalize(pixels)  # (N, C, H, W)
-    noise = torch.rand(len(images), config.num_patches, generator=torch.Generator().manual_seed(args.seed))
+    torch.manual_seed(args.seed)
+    noise = torch.rand(len(images), config.num_patches)
+    masking = build_masking(args.masking, config.grid_size, args.mask_ratio)
+    noise = noise if masking is None else torch.stack([masking(each) for each in noise])
     valid = patches_with_data(pixels, config.patch_size)
     loss, pred, mask = model(images, args.mask_ratio, noise, valid=valid)
     channels = None if reader.values is None else args.show_channels
