@@ -695,6 +695,8 @@ def build_eval_loader(
 
 
 def pick_samples(data: ImageDataset, count: int) -> list[Sample]:
-    """Give some samples of an evaluation, spread over the data set: for pictures that are drawn again and again."""
-    spacing = max(1, len(data) // count)
-    return [data[SampleKey(EVAL_EPOCH, index)] for index in range(0, len(data), spacing)[:count]]
+    """Give some samples of an evaluation, spread over the data set, or over a few shards where these are fetched."""
+    shards = np.zeros(len(data), dtype=int) if data.files.shards is None else data.files.shards
+    number = np.unique(shards, return_inverse=True)[1]
+    indices = np.flatnonzero(number % (number.max() // SHARDS_AT_ONCE + 1) == 0).tolist()
+    return [data[SampleKey(EVAL_EPOCH, index)] for index in indices[:: max(1, len(indices) // count)][:count]]

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,6 +46,7 @@ from dataset import (
     keep_size,
     normalize,
     patches_with_data,
+    pick_samples,
     posterize,
     seeded,
 )
@@ -863,3 +865,22 @@ def test_link_to_nothing_is_called_so(image_folder):
     (image_folder / "train" / "cats" / "!.jpg").symlink_to(image_folder / "nowhere.jpg")
     files = list_images(image_folder / "train")
     assert ImageDataset(files, ResizeCenterCrop((8, 8)))[SampleKey(0, 0)].bad_files[0].reason == "a link to nothing"
+
+
+@pytest.mark.parametrize(
+    ("shards", "expected"),
+    [
+        (None, [0, 3, 6]),
+        (np.repeat(np.arange(2, 12), 5), [0, 16, 32]),  # every third shard: 0 to 4, 15 to 19, 30 to 34, 45 to 49
+        (np.repeat([7], 5), [0, 1, 2]),
+    ],
+)
+def test_samples_for_pictures_come_from_few_shards_where_these_are_fetched(shards, expected):
+    class Data(list):
+        files = SimpleNamespace(shards=shards)
+
+        def __getitem__(self, key):
+            return key.index
+
+    found = pick_samples(Data(range(10 if shards is None else len(shards))), 3)
+    assert found == expected
