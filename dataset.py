@@ -145,7 +145,7 @@ class JitteredCropFlip(ResizedCropFlip):
 def build_pretraining_transform(
     img_size: tuple[int, int], min_crop_scale: float, augmentation: str = "random_crop"
 ) -> Callable:
-    """Random resized crop and flip, nothing else (paper, appendix A.1), or another row of table 1e; uint8 (C, H, W)."""
+    """Random resized crop and flip, nothing else (paper, section 4.1), or another row of table 1e; uint8 (C, H, W)."""
     if augmentation == "none":
         return ResizeCenterCrop(img_size)
     kinds = {"random_crop": ResizedCropFlip, "fixed_crop": FixedCropFlip, "random_crop_jitter": JitteredCropFlip}
@@ -164,7 +164,7 @@ class ValueFinetuningTransform(ResizedCropFlip):
 
 
 class FinetuningTransform(ResizedCropFlip):
-    """Random resized crop, flip, RandAugment, normalisation and random erasing, as the original finetuning (table 9).
+    """Random resized crop, flip, RandAugment (paper, table 9), normalisation and the release's random erasing.
 
     Gives normalised float32, because erased areas are filled with normal noise of that space. Draws and operations are
     timm's, but the crop is decoded and resized as in pretraining; a magnitude of 0 leaves RandAugment out.

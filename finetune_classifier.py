@@ -4,7 +4,7 @@ Try it, after the demo of pretrain_mae.py:
     accelerate launch finetune_classifier.py --demo
 ImageNet, ViT-B/16, the tutorial's recipe (PyTorch-Adventures), on one GPU:
     accelerate launch finetune_classifier.py --path_to_data IMAGENET --path_to_pretrained_mae_weights CHECKPOINT_FOLDER
-The paper's recipe (table 9), effective batch 1024, on 8 GPUs:
+The recipe of the paper's release, effective batch 1024, on 8 GPUs:
     accelerate launch finetune_classifier.py --recipe paper --path_to_data IMAGENET --path_to_pretrained_mae_weights ...
 Published: 81 % top-1 after 800 + 100 epochs, 62 % from scratch (PyTorch-Adventures); 83.6 % after 1600 + 100 with the
 paper's recipe (table 3). This code at that size: not run yet.
@@ -31,8 +31,9 @@ TUTORIAL_RECIPE = dict(
     weight_decay=0.1,
     num_workers=32,
 )
-# What the paper does otherwise: finetuning (table 9, settings of its release; effective batch 1024 on 8 GPUs), training
-# from scratch (appendix A.2, table 11; 4096) and linear probing (appendix A.1, table 10: LARS; 16384).
+# What the paper does otherwise: finetuning (as its release, which for normalised pixels differs from table 9: see
+# docs/finetuning.md; effective batch 1024 on 8 GPUs), training from scratch (appendix A.2, table 11; 4096; the pooling
+# is the release's) and linear probing (appendix A.1, table 10: LARS; 16384).
 PAPER_RECIPES = {
     #                              finetuning  scratch  probing
     "epochs":                      (100,       300,     90),
@@ -63,9 +64,9 @@ PAPER_SIZES = {
 PAPER_SCRATCH_LARGER = dict(epochs=200, drop_path=0.2)
 PROBE = training.Span(steps=0, lowest_batch=64, highest_batch_per_process=2048)  # its epochs are the paper's
 # For 500 to 5,000 images (--recipe small): a batch of 32 to 128 and epochs that make the steps of SMALL, more of them
-# from scratch. The rate is the paper's (2e-3 at 1024), scaled by the root of the batch; layer decay is weaker than for
-# ViT-B, as the model is narrower, and CutMix, which needs long schedules, is off. Beside the defaults, at 64 pixels:
-# benchmarks/RESULTS.md, "A recipe for small data".
+# from scratch. The rate is the release's for ViT-B (2e-3 at 1024), scaled by the root of a batch of 64; layer decay is
+# weaker than its for ViT-B, as the model is narrower, and CutMix, which needs long schedules, is off. Beside the
+# defaults, at 64 pixels: benchmarks/RESULTS.md, "A recipe for small data".
 SMALL_RECIPE = dict(
     model="mae_vit_tiny_patch16",
     epochs=None,
@@ -120,7 +121,7 @@ FLAGS = {
         ("patch_size", int, "(default: the weights' or the model's)"),
         *training.size_flags(MAEConfig, ("encoder",), "likewise"),
         ("global_pool", "avg", "feature: mean of the patch tokens, or the cls token", {"choices": ("avg", "cls")}),
-        ("custom_weight_init", True, "initialise as the original release, not as the layers do"),
+        ("custom_weight_init", True, "initialise as the release's pretraining, not as the layers do"),
     ],
     "recipe": [
         ("recipe", "tutorial", "PyTorch-Adventures', the paper's, or for 500 to 5,000 images", {"choices": RECIPES}),
@@ -143,7 +144,11 @@ FLAGS = {
     ],
     "test": [
         ("test_folder", str, "class folders on which the best weights are scored once, at the end"),
-        ("class_subset", False, "with --eval_only: some classes alone, scores of others masked (paper, table 13)"),
+        (
+            "class_subset",
+            False,
+            "with --eval_only: some classes alone, scores of others masked, as for ImageNet-A and -R",
+        ),
     ],
 }
 

@@ -162,7 +162,11 @@ class VisionTransformer(nn.Module):
             self.initialize_weights(custom_weight_init)
 
     def initialize_weights(self, custom_weight_init: bool) -> None:
-        """Set all weights as the original release does; False leaves the layers' own and sets only the tokens."""
+        """Set all weights as the release's pretraining; False leaves the layers' own and sets only the tokens.
+
+        Deviation: a classifier from scratch starts so too; the release's has timm's (normal of 0.02, positions too).
+        Reason: one start for all. Effect: not measured.
+        """
         # Tokens are our own parameters, not a layer's: they have no default.
         for name in ("cls_token", "mask_token"):
             if hasattr(self, name):
@@ -543,8 +547,8 @@ class ViTMAEForImageClassification(VisionTransformer):
     """The encoder as a classifier (paper, appendix A.1), with the keys of the original finetuned release.
 
     `global_pool` "avg" averages the patch tokens and normalises the mean (`fc_norm`; there is no final `norm`); "cls"
-    takes the normalised cls token. Position embeddings are trained, as in the original finetuning. `probe_head` puts a
-    batch norm without weights before the linear layer (paper, appendix A.1, linear probing).
+    takes the normalised cls token (the paper; the mean is its release's). Position embeddings are trained, as in the
+    original finetuning. `probe_head` puts a batch norm without weights before the linear layer (paper, appendix A.1).
     """
 
     def __init__(

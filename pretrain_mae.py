@@ -9,7 +9,8 @@ Your own photographs, 500 to 5,000 of them in any folders:
     accelerate launch pretrain_mae.py --path_to_data FOLDER --recipe small --val_fraction 0.1
 ImageNet, ViT-B/16, 800 epochs, effective batch 4096 (paper, table 8), here on 8 GPUs:
     accelerate launch pretrain_mae.py --path_to_data IMAGENET --per_gpu_batch_size 512 --gradient_accumulation_steps 1
-Published: 81 % top-1 after 800 epochs and 100 of finetuning (PyTorch-Adventures), 83.6 % after 1600 (paper, table 3).
+Published: 81 % top-1 after 800 epochs and 100 of finetuning (PyTorch-Adventures), 83.6 % after 1600 (paper, table 3;
+with --epochs 1600 give --warmup_epochs 40).
 This code at that size: not run yet.
 """
 
@@ -24,7 +25,7 @@ import storage
 import training
 from storage.sizes import MASKINGS, MODEL_CONFIGS, MAEConfig, check_masking, num_kept_patches
 
-# The paper's recipe (table 8), in the batches of the project's command.
+# The paper's recipe (table 8; 800 epochs: table 1), in the batches of the project's command.
 # Deviation: gradients are clipped to a norm of 1 (--max_grad_norm); the original release never clips. Reason: the
 # project's command does. Effect: not measured; 0 turns it off.
 RECIPE = dict(
@@ -38,8 +39,8 @@ RECIPE = dict(
 )
 # For 500 to 5,000 images (--recipe small): a batch of 64 to 256, so that an epoch has several steps, and as many epochs
 # as make SMALL.steps. ViT-Ti, because a night on a few CPU cores suffices for it; on a GPU --model takes a larger one.
-# The rate is the paper's peak (2.4e-3 at 4096), scaled by the root of the batch. Beside the defaults, at 64 pixels:
-# benchmarks/RESULTS.md, "A recipe for small data".
+# The rate is the paper's peak (2.4e-3 at 4096), scaled by about the root of the batch. Beside the defaults, at 64
+# pixels: benchmarks/RESULTS.md, "A recipe for small data".
 SMALL_RECIPE = dict(
     model="mae_vit_tiny_patch16",
     epochs=None,
@@ -77,7 +78,7 @@ DEMO_RECIPE = dict(
 )
 ADAM_BETAS = (0.9, 0.95)
 NUM_PICTURES = 8
-NUM_COMPONENTS, PCA_IMAGES = 96, 256  # of --target pca (paper, table 1d), and how many images they are found in
+NUM_COMPONENTS, PCA_IMAGES = 96, 256  # of --target pca (paper, section 4.1), and how many images they are found in
 PCA_MAX_VALUES = 8192  # of a patch, as their covariance is a matrix of so many rows and columns
 
 BASE = "mae_vit_base_patch16"

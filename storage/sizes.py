@@ -13,7 +13,7 @@ VARIANTS = ("pca_target", "encode_mask_tokens")  # fields of MAEConfig that are 
 
 @dataclass(frozen=True)
 class MAEConfig:
-    """Give the sizes of a masked autoencoder; the defaults are ViT-B/16 (paper, section 4 and appendix A.1).
+    """Give the sizes of a masked autoencoder; the defaults are ViT-B/16 with the decoder of the paper's table 1.
 
     `img_size` is one number, or (height, width). A size that cannot be built raises ValueError.
     """

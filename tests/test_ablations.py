@@ -68,6 +68,6 @@ def test_the_default_row_has_its_own_seeds_and_figures_become_pictures(ablations
     printed = capsys.readouterr().out
     scores = "51.00 (50.00 to 52.00) | 51.00 (50.00 to 52.00) | 31.00 (30.00 to 32.00)"
     assert f"| encoder without mask tokens | 84.9 | 73.5 | {scores} | 0.5000 (0.5000 to 0.5000) |" in printed
-    assert "0.5 blocks finetuned / 0 blocks finetuned (by 0.00, within the seeds' spread)" in printed
+    assert "1 blocks finetuned / 0.5 blocks finetuned (by 0.00, within the seeds' spread)" in printed
     with Image.open(tmp_path / "figure_9.png") as picture:
         assert len(picture.getcolors(1 << 16)) > 4

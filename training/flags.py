@@ -261,8 +261,8 @@ class Flags:
         self.check_ranges(vars(args))
         if args.epochs is not None and args.warmup_epochs is not None and args.warmup_epochs >= args.epochs:
             self.error(
-                f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}; give both, the "
-                "paper's share is a twentieth"
+                f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}; give both, a "
+                "twentieth is the paper's share in pretraining"
             )
         if (args.per_gpu_batch_size or 0) % args.gradient_accumulation_steps:
             self.error(
