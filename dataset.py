@@ -681,9 +681,11 @@ def build_training_loader(
     return Loader(dataset, batch_sampler=sampler, generator=torch.Generator(), **options)
 
 
-def build_eval_images(files: FileList, img_size: tuple[int, int], **options) -> ImageDataset:
+def build_eval_images(
+    files: FileList, img_size: tuple[int, int], crop_ratio: float | None = None, **options
+) -> ImageDataset:
     """Give images as a classifier is evaluated on: resized, the middle cut out with the original release's margin."""
-    return ImageDataset(files, ResizeCenterCrop(img_size, eval_crop_ratio(img_size)), **options)
+    return ImageDataset(files, ResizeCenterCrop(img_size, crop_ratio or eval_crop_ratio(img_size)), **options)
 
 
 def build_eval_loader(

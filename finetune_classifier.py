@@ -298,14 +298,16 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
     weights = training.find_writable_weights(args.path_to_pretrained_mae_weights)
     model, record = load_classifier(weights)
     model.to(accelerator.device)
+    corruptions = training.find_corruptions(args.path_to_data)
+    crop_ratio = 1.0 if corruptions else None  # ImageNet-C's are cropped already, and its authors cut nothing more
 
     def score(files: storage.FileList) -> training.ImageEvaluation:
         classes = training.choose_classes(files, record.get("class_names"), model.num_classes, weights, args)
-        data = build_eval_data(files, args)
+        data = build_eval_data(files, args, crop_ratio)
         accelerator.print(f"{'evaluating':<16}{weights} on {files.describe()}")
         return evaluate(accelerator, model, dataset.build_eval_loader(data, **loading), data, args, classes)
 
-    if corruptions := training.find_corruptions(args.path_to_data):
+    if corruptions:
         figures = training.evaluate_corruptions(accelerator, weights, corruptions, score, args)
     else:
         files = training.list_validation(accelerator, args)
@@ -349,11 +351,13 @@ def run_knn(args: argparse.Namespace) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------ data
 
 
-def build_eval_data(files: storage.FileList, args: argparse.Namespace) -> dataset.ImageDataset:
+def build_eval_data(
+    files: storage.FileList, args: argparse.Namespace, crop_ratio: float | None = None
+) -> dataset.ImageDataset:
     """Give images as validation sees them; one that cannot be decoded is an error, as a score is over all of them."""
     values = dataset.build_values(args.value_range, args.mean, args.std)
     options = dict(seed=args.seed, channels=args.input_channels, values=values, replace_bad_files=False)
-    return dataset.build_eval_images(files, build_config(args).image_hw, **options)
+    return dataset.build_eval_images(files, build_config(args).image_hw, crop_ratio, **options)
 
 
 def build_training_data(

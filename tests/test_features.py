@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -152,6 +153,12 @@ def fail_after(count: int, write):
         write(*args, **arrays)
 
     return savez
+
+
+def test_classes_that_only_one_part_has_are_refused_as_they_shift_all_numbers(run, image_folder):
+    shutil.rmtree(min((image_folder / "val").iterdir()))
+    with pytest.raises(ValueError, match="it lacks"):
+        run()
 
 
 def test_bad_file_is_left_out_and_named(run, image_folder, capsys):

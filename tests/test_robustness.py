@@ -4,13 +4,23 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import draw_images, weights
+from PIL import Image
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 
-from dataset import IMAGENET_MEAN, IMAGENET_STD, ResizeCenterCrop, normalize
+from dataset import (
+    EVAL_EPOCH,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ResizeCenterCrop,
+    SampleKey,
+    build_eval_images,
+    normalize,
+)
 from finetune_classifier import main, parse_args
 from model import ViTMAEForImageClassification
 from storage.decoding import read_image
@@ -41,12 +51,12 @@ def evaluate(data: Path, classifier: Path, *more: str) -> dict[str, float]:
     return main(parse_args([*given, "--working_directory", str(data.parent / "work"), "--num_workers", "0", *more]))
 
 
-def score(folder: Path, classifier: Path) -> torch.Tensor:
+def score(folder: Path, classifier: Path, crop_ratio: float = 0.875) -> torch.Tensor:
     """Give the scores of the images of a folder, in the order of its list, (M, 10)."""
     model = ViTMAEForImageClassification(CONFIG, 10).eval()
     model.load_state_dict(weights(classifier))
     files = list_images(folder)
-    images = torch.stack([ResizeCenterCrop((16, 16), 0.875)(read_image(files.path(i))) for i in range(len(files))])
+    images = torch.stack([ResizeCenterCrop((16, 16), crop_ratio)(read_image(files.path(i))) for i in range(len(files))])
     with torch.no_grad():
         return model(normalize(images, IMAGENET_MEAN, IMAGENET_STD))
 
@@ -96,7 +106,7 @@ def test_corruptions_are_scored_by_severity(classifier, tmp_path, capsys):
     figures = evaluate(root, classifier)
     errors = {}
     for name, folder in (("gaussian_noise", root / "noise" / "gaussian_noise"), ("fog", root / "fog")):
-        answers = [score(folder / str(severity), classifier).argmax(dim=1) for severity in range(1, 6)]
+        answers = [score(folder / str(severity), classifier, 1.0).argmax(dim=1) for severity in range(1, 6)]
         labels = torch.arange(10).repeat_interleave(2)
         errors[name] = [100 * (found != labels).double().mean().item() for found in answers]
     ratios = [sum(found) / 5 / ALEXNET_ERRORS[name] for name, found in errors.items()]
@@ -106,6 +116,15 @@ def test_corruptions_are_scored_by_severity(classifier, tmp_path, capsys):
     assert header == ["corruption", "1", "2", "3", "4", "5"]
     assert {name: [float(cell) for cell in cells] for name, *cells in rows} == errors
     assert "mCE" in capsys.readouterr().out
+
+
+def test_a_corrupted_image_of_the_networks_size_goes_in_as_it_is(tmp_path):
+    """As in the authors' script, which cuts 224 pixels from images of 224; resizing would undo part of a corruption."""
+    pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    (tmp_path / "class0").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "class0" / "0.png")
+    data = build_eval_images(list_images(tmp_path), (224, 224), 1.0, seed=0)
+    assert torch.equal(data[SampleKey(EVAL_EPOCH, 0)].image, torch.from_numpy(pixels).permute(2, 0, 1))
 
 
 def test_corruptions_without_all_severities_have_no_mce(tmp_path):

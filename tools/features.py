@@ -82,7 +82,7 @@ from tqdm import tqdm
 
 import dataset
 from model import VisionTransformer, load_classifier, load_pretrained_encoder, load_segmenter, read_sizes
-from storage.lists import FileList, as_text
+from storage.lists import FileList, as_text, check_same_classes
 from storage.sizes import MAEConfig
 from storage.values import ImageReader
 from storage.weights import find_weights, read_state_dict
@@ -315,6 +315,8 @@ def main(args: argparse.Namespace) -> int:
     args.value_range, args.statistics_given = record.get("value_range"), "image_mean" in record
     found = list_splits(accelerator, args.path_to_data, args)
     splits = {"all": found[0]} if found[1] is None else {"train": found[0], "val": found[1]}
+    if found[1] is not None and found[0].classes and found[1].classes:  # whose numbers are written as labels
+        check_same_classes(found[1].classes, found[0].classes, found[1].root, str(found[0].root))
     choose_value_range(accelerator, args, found[0])
     values = dataset.build_values(args.value_range, args.mean, args.std)
     options = dict(channels=config.input_channels, values=values)
