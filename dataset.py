@@ -631,8 +631,7 @@ class StepSampler(Sampler):
         repeats = -(-needed // self.num_images)
         shuffles = [self.shuffle(generator) + r * self.num_images for r in range(repeats)]
         share = needed // crops
-        first = epoch % crops * share
-        images = torch.cat(shuffles)[first : first + share]
+        images = torch.cat(shuffles)[: crops * share].view(crops, share)[epoch % crops]
         return (images[:, None] + torch.arange(crops) * repeats * self.num_images).flatten().tolist()
 
     def shuffle(self, generator: torch.Generator) -> Tensor:
@@ -681,11 +680,9 @@ def build_training_loader(
     return Loader(dataset, batch_sampler=sampler, generator=torch.Generator(), **options)
 
 
-def build_eval_images(
-    files: FileList, img_size: tuple[int, int], crop_ratio: float | None = None, **options
-) -> ImageDataset:
+def build_eval_images(files: FileList, img_size: tuple[int, int], crop: float | None = None, **options) -> ImageDataset:
     """Give images as a classifier is evaluated on: resized, the middle cut out with the original release's margin."""
-    return ImageDataset(files, ResizeCenterCrop(img_size, crop_ratio or eval_crop_ratio(img_size)), **options)
+    return ImageDataset(files, ResizeCenterCrop(img_size, crop or eval_crop_ratio(img_size)), **options)
 
 
 def build_eval_loader(
@@ -698,7 +695,8 @@ def build_eval_loader(
 
 def pick_samples(data: ImageDataset, count: int) -> list[Sample]:
     """Give some samples of an evaluation, spread over the data set, or over a few shards where these are fetched."""
-    shards = np.zeros(len(data), dtype=int) if data.files.shards is None else data.files.shards
-    number = np.unique(shards, return_inverse=True)[1]
-    indices = np.flatnonzero(number % (number.max() // SHARDS_AT_ONCE + 1) == 0).tolist()
+    ids = (
+        np.zeros(len(data), int) if (shards := data.files.shards) is None else np.unique(shards, return_inverse=True)[1]
+    )
+    indices = np.flatnonzero(ids % (ids.max() // SHARDS_AT_ONCE + 1) == 0).tolist()
     return [data[SampleKey(EVAL_EPOCH, index)] for index in indices[:: max(1, len(indices) // count)][:count]]

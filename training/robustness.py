@@ -47,8 +47,8 @@ def choose_classes(
     """Give the classifier's number of each class of a folder, which has all of them, or with --class_subset some.
 
     Of some the scores of the others are masked, as the authors of ImageNet-A and -R do; these are sets of the paper's
-    table 13, which does not say how. Weights of the original release name no classes: of
-    1000 they are ImageNet's. ValueError names what is no class, or is missing.
+    table 13, which does not say how. Weights of the original release name no classes: of 1000 they are ImageNet's.
+    ValueError names what is no class, or is missing.
     """
     if not args.class_subset:
         names = tuple(class_names or files.classes)
