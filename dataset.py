@@ -630,8 +630,7 @@ class StepSampler(Sampler):
         needed = self.steps_per_epoch * self.images_per_step
         repeats = -(-needed // self.num_images)
         shuffles = [self.shuffle(generator) + r * self.num_images for r in range(repeats)]
-        share = needed // crops
-        images = torch.cat(shuffles)[: crops * share].view(crops, share)[epoch % crops]
+        images = torch.cat(shuffles)[: needed - needed % crops].view(crops, -1)[epoch % crops]
         return (images[:, None] + torch.arange(crops) * repeats * self.num_images).flatten().tolist()
 
     def shuffle(self, generator: torch.Generator) -> Tensor:
@@ -695,8 +694,7 @@ def build_eval_loader(
 
 def pick_samples(data: ImageDataset, count: int) -> list[Sample]:
     """Give some samples of an evaluation, spread over the data set, or over a few shards where these are fetched."""
-    ids = (
-        np.zeros(len(data), int) if (shards := data.files.shards) is None else np.unique(shards, return_inverse=True)[1]
-    )
+    shards = np.zeros(len(data)) if data.files.shards is None else data.files.shards
+    ids = np.unique(shards, return_inverse=True)[1]
     indices = np.flatnonzero(ids % (ids.max() // SHARDS_AT_ONCE + 1) == 0).tolist()
     return [data[SampleKey(EVAL_EPOCH, index)] for index in indices[:: max(1, len(indices) // count)][:count]]
