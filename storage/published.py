@@ -4,11 +4,12 @@ import hashlib
 import os
 import re
 import tarfile
+import urllib.parse
 import zipfile
 import zlib
 from pathlib import Path
 
-from storage.files import beside, open_regular, publish
+from storage.files import beside, open_regular, publish, read_text, written_whole
 from storage.transfer import Part, fetch, private_folder
 
 # What unpacking raises for damage, and RuntimeError for a password or an unknown compression.
@@ -19,6 +20,13 @@ URL = re.compile(r"https?://", re.IGNORECASE)
 
 def is_url(path: str) -> bool:
     return URL.match(path) is not None
+
+
+def name_origin(url: str) -> str:
+    """Give an address without what may be secret: user and password go, and of a query its SHA-256 stays."""
+    parts = urllib.parse.urlsplit(url)
+    query = hashlib.sha256(parts.query.encode()).hexdigest() if parts.query else ""
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query, fragment="").geturl()
 
 
 def verify(file: Path, url: str, checksum: str | None, advice: str) -> str:
@@ -71,18 +79,29 @@ def get_file(url: str, checksum: str | None, file: Path, work: Path, room: float
     print(f"{file}: {found}")
 
 
-def get_weights(url: str, folder: Path) -> Path:
-    """Download a file of weights into a folder, unless it is there, and give its path.
+def get_weights(url: str, target: Path) -> Path:
+    """Download a file of weights into the folder of what is made of it, unless it is there, and give its path.
 
     Of a name such as upernet_mae-base-1f0d7b3c.pth the end is the first eight digits of its SHA-256, as torch's and
-    MMSegmentation's releases have it; what has none is not verified, and that is said.
+    MMSegmentation's releases have it, unless it is a date; what has none is not verified, and that is said. Where it
+    came from lies beside it, in NAME.source. ValueError where another file, or one from elsewhere, has its name.
     """
     name = url.partition("?")[0].partition("#")[0].rstrip("/").rpartition("/")[2]
     if not name or name.startswith("."):
         raise ValueError(f"{url} names no file; give the address of a file of weights")
-    folder.mkdir(parents=True, exist_ok=True)
-    file, digits = folder / name, re.search(r"[-_]([0-9a-f]{8})\.\w+$", name)
+    file, digits = target.with_name(name), re.search(r"-(?!(?:19|20)\d{6}\.)([0-9a-f]{8})\.\w+$", name)
     checksum, work = f"sha256:{digits[1]}" if digits else None, beside(file, "download")
+    origin, known = name_origin(url), beside(file, "source")
+    if os.path.lexists(file) and not digits and not (known.is_file() and read_text(known).strip() == origin):
+        raise ValueError(
+            f"{file} is there, and nothing says that it is from {origin}; give it as it is, or move it away and run "
+            "the command again"
+        )
+    if file == target:
+        raise ValueError(f"{target} is where {url} is downloaded to; choose another target")
+    file.parent.mkdir(parents=True, exist_ok=True)
     with private_folder(work):
         get_file(url, checksum, file, work)
+    with written_whole(known) as temporary:
+        temporary.write_text(f"{origin}\n", encoding="utf-8")
     return file

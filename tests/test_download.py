@@ -31,7 +31,7 @@ from conftest import ROOT, load_tool
 from PIL import Image
 from torchvision.datasets import Imagenette, OxfordIIITPet
 
-from model import ViTMAEForImageClassification, load_classifier
+from model import VisionTransformer, ViTMAEForImageClassification, load_classifier
 from storage import published, transfer
 from storage.labels import IGNORE_INDEX, label_table, read_label_map
 from storage.lists import find_splits, list_images
@@ -526,8 +526,53 @@ def test_weights_at_an_address_are_fetched_checked_and_converted(digits, server,
     converter.main(converter.parse_args(given))
     told = "the first 8 digits of its sha256" if digits == "right" else "not verified, no published checksum"
     assert told in capsys.readouterr().out and (tmp_path / f"vit{known}.pth").read_bytes() == content
+    converter.main(converter.parse_args([*given, "--overwrite"]))
+    assert f"vit{known}.pth is there: " in capsys.readouterr().out and len(server.ranges) == 1
     loaded, _ = load_classifier(tmp_path / "ours")
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_file_of_the_same_name_from_another_address_is_not_taken(server, tmp_path):
+    """Or finetuned weights of one place would be called those of another, without a word."""
+    torch.save({"model": VisionTransformer(MAEConfig(img_size=32, encoder_depth=1)).state_dict()}, tmp_path / "a.pth")
+    server.files |= {
+        name: (tmp_path / "a.pth").read_bytes() for name in ("/mine/vit.pth?key=secret", "/theirs/vit.pth")
+    }
+    converter = load_tool("convert_weights")
+
+    def convert(path: str, target: str = "ours") -> None:
+        converter.main(converter.parse_args([server.url + path, str(tmp_path / target), "--to", "ours", "--overwrite"]))
+
+    convert("/mine/vit.pth?key=secret")
+    assert "secret" not in (tmp_path / "vit.pth.source").read_text()
+    convert("/mine/vit.pth?key=secret")  # which is the same
+    for path in ("/theirs/vit.pth", "/mine/vit.pth?key=other", "/mine/vit.pth"):
+        with pytest.raises(ValueError, match=r"vit.pth is there, and nothing says that it is from .*; give it as"):
+            convert(path)
+    (tmp_path / "vit.pth.source").unlink()  # as where somebody put the file there
+    with pytest.raises(ValueError, match=r"vit.pth is there, and nothing says"):
+        convert("/theirs/vit.pth")
+    with pytest.raises(ValueError, match=r"looks like a file"):
+        convert("/theirs/vit.pth", "new/vit.pth")
+    assert len(server.ranges) == 1
+
+
+def test_target_of_the_name_of_the_download_is_refused(server, tmp_path):
+    server.files["/weights"] = CONTENT
+    converter, target = load_tool("convert_weights"), tmp_path / "weights"
+    with pytest.raises(ValueError, match=r"weights is where .* is downloaded to; choose another target"):
+        converter.main(converter.parse_args([f"{server.url}/weights", str(target), "--to", "ours"]))
+    with pytest.raises(SystemExit):
+        converter.parse_args(["--inspect", f"{server.url}/weights"])
+    assert server.ranges == [] and not target.exists()
+
+
+@pytest.mark.parametrize("name", ["mae-20260427.pth", "mae_0a1b2c3d.pth", "mae-19991231.bin"])
+def test_date_or_word_at_the_end_of_a_name_is_no_checksum(name, server, tmp_path, capsys):
+    torch.save({"model": {"cls_token": torch.rand(9)}}, tmp_path / "a.pth")
+    server.files[f"/{name}"] = (tmp_path / "a.pth").read_bytes()
+    assert published.get_weights(f"{server.url}/{name}", tmp_path / "ours") == tmp_path / name
+    assert "not verified, no published checksum" in capsys.readouterr().out
 
 
 def test_weights_of_an_old_torch_are_never_called_verified(server, tool, tmp_path, capsys):

@@ -3,11 +3,11 @@
     python tools/convert_weights.py SOURCE TARGET --to {ours,original,timm,huggingface,mmseg,tutorial}
     python tools/convert_weights.py --inspect SOURCE
 
-SOURCE is a weight file, a folder with one, or the address of a file, which is kept beside TARGET; its layout is read
-from its keys. LAYOUTS of storage/layouts.py is the map, one table for each layout, read both ways. Tensors are renamed,
-and q, k and v cut or joined, without touching a bit. What a target has no place for is named, and needs --drop. A
-target is whole or not there: it is written as TARGET.unfinished.tmp and renamed. A kill between the two renames of
---overwrite leaves a folder as TARGET.replaced.old, which the next conversion to TARGET puts back before it looks.
+SOURCE is a weight file, a folder with one, or, to convert it, the address of a file, which is kept beside TARGET; its
+layout is read from its keys. LAYOUTS of storage/layouts.py is the map, one table for each layout, read both ways.
+Tensors are renamed, and q, k and v cut or joined, without touching a bit. What a target has no place for is named, and
+needs --drop. A target is whole or not there: it is written as TARGET.unfinished.tmp and renamed. A kill between the two
+renames of --overwrite leaves a folder as TARGET.replaced.old, which the next conversion to TARGET puts back first.
 """
 
 import argparse
@@ -468,7 +468,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "target", nargs="?", type=files.user_path, metavar="TARGET", help="a folder, or a file, by --to"
     )
     parser.add_argument("--to", choices=[layout for layout in LAYOUTS if layout != "beit"])
-    parser.add_argument("--inspect", metavar="SOURCE", help="say what a source is and serves; writes nothing")
+    parser.add_argument("--inspect", metavar="SOURCE", help="say what a file or folder is and serves; writes nothing")
     parser.add_argument("--drop", action="store_true", help="leave out what the target has no place for")
     parser.add_argument("--overwrite", action="store_true", help="allow TARGET to exist")
     told = parser.add_argument_group("what shapes do not tell (default: what lies beside the weights, or named sizes)")
@@ -484,6 +484,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     conversion = (args.source, args.target, args.to)
     if (args.source is not None) if args.inspect is not None else (None in conversion):
         parser.error("give SOURCE, TARGET and --to, or --inspect SOURCE alone")
+    if args.inspect is not None and is_url(args.inspect):
+        parser.error(f"--inspect fetches nothing; convert {args.inspect}, which keeps its file, or download it")
     return args
 
 
@@ -495,7 +497,7 @@ def main(args: argparse.Namespace) -> None:
         files.recover(place)
     check_target(args.target, args.to, args.overwrite)
     if is_url(args.source):
-        args.source = str(get_weights(args.source, place.parent))
+        args.source = str(get_weights(args.source, place))
     source, sizes = open_source(args.source, args)
     converted = convert(source, args.to)
     if converted.left_out and not args.drop:
