@@ -584,7 +584,7 @@ class ViTMAEForImageClassification(VisionTransformer):
         return (self.head[1] if isinstance(self.head, nn.Sequential) else self.head).out_features
 
     def set_trainable_blocks(self, num_blocks: float) -> None:
-        """Freeze all but the last blocks and the head (paper, section 4.3); half a block is the MLP of the last.
+        """Freeze all but the last blocks, norm and head (paper, section 4.3); half a block is the MLP of the last.
 
         With all blocks the embeddings are trained as well. ValueError when there are no such blocks.
         """

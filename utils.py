@@ -321,7 +321,7 @@ def knn_classify(
     """Rank the classes of features (M, D) by their nearest neighbours in a bank (B, D): (M, K), best first.
 
     The vote of Wu et al. 2018 (arXiv 1805.01978, section 3.4), as DINO uses it: each neighbour counts
-    exp(cosine similarity / 0.07). All features have unit length.
+    exp(cosine similarity / 0.07). All features have unit length. A class without a vote has no place: there is -1.
     """
     num_neighbours = min(num_neighbours, len(bank))
     ranked = []
@@ -329,5 +329,6 @@ def knn_classify(
         similarity, nearest = (chunk @ bank.T).topk(num_neighbours, dim=1)  # (m, k)
         votes = torch.zeros(len(chunk), num_classes, device=chunk.device)
         votes.scatter_add_(1, bank_labels[nearest], ((similarity - 1) / KNN_TEMPERATURE).exp())
-        ranked.append(votes.argsort(dim=1, descending=True, stable=True))
+        votes, classes = votes.sort(dim=1, descending=True, stable=True)
+        ranked.append(classes.masked_fill(votes == 0, -1))
     return torch.cat(ranked)

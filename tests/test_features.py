@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,6 +124,22 @@ def test_killed_run_goes_on_where_it_was(run, image_folder, tmp_path, monkeypatc
     assert not (tmp_path / "features.npz.parts").exists()
     with pytest.raises(SystemExit):  # nothing is overwritten
         run()
+
+
+def test_values_without_statistics_are_refused_with_a_way_that_this_tool_has(run, checkpoint, image_folder, tmp_path):
+    """Mean and standard deviation are no flags of it: they come with the weights."""
+    config = Path(checkpoint) / "config.json"
+    config.write_text(json.dumps({"config": dataclasses.asdict(TINY)}))
+    for split, name in (("train", "cats"), ("val", "cats")):
+        (tmp_path / "values" / split / name).mkdir(parents=True)
+        np.save(tmp_path / "values" / split / name / "0.npy", np.zeros((20, 20, 3), np.float32))
+    with pytest.raises(ValueError, match=r"read beside the weights, where tools/convert_weights.py writes"):
+        run("--path_to_data", str(tmp_path / "values"))
+    tool = load_tool("convert_weights")
+    told = ["--mean", *"123", "--std", *"456", "--value_range", "own", "--to", "ours"]
+    tool.main(tool.parse_args([checkpoint, str(tmp_path / "told"), *told]))
+    table = run("--path_to_data", str(tmp_path / "values"), "--checkpoint", str(tmp_path / "told"))
+    assert table["features"].shape == (2, TINY.encoder_embed_dim)
 
 
 def test_overwrite_begins_anew_what_another_command_began(run, checkpoint, image_folder, tmp_path, monkeypatch):

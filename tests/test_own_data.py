@@ -210,6 +210,11 @@ def test_open_batch_leaves_an_epoch_its_steps_on_any_number_of_processes(num_ima
     assert fit_batch(num_images, pretrain_mae.SMALL, processes) == batch
 
 
+@pytest.mark.parametrize(("processes", "batch"), [(1, 2048), (8, 16_384), (16, 16_384), (128, 16_384)])
+def test_batch_of_a_linear_probe_on_imagenet_is_the_papers_at_most(processes, batch):
+    assert fit_batch(1_281_167, finetune_classifier.PROBE, processes) == batch
+
+
 def test_what_a_recipe_leaves_open_follows_from_the_images():
     accelerator = argparse.Namespace(num_processes=2, print=lambda text: None)
     args = argparse.Namespace(

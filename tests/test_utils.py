@@ -315,7 +315,17 @@ def test_knn_vote_equals_brute_force(monkeypatch):
         votes = [0.0] * 3
         for value, label in sorted(similarity, reverse=True)[:7]:
             votes[label] += math.exp(value / 0.07)
-        assert order.tolist() == sorted(range(3), key=lambda k: -votes[k])
+        best_first = sorted(range(3), key=lambda k: -votes[k])
+        assert order.tolist() == [k if votes[k] else -1 for k in best_first]
+
+
+def test_knn_ranks_no_class_of_which_nothing_is_near():
+    """Else a class without a vote is right or wrong by its number: of ten the lowest are among the first five."""
+    bank, queries = torch.eye(4).repeat_interleave(2, dim=0), torch.eye(4)[:1]
+    labels = torch.tensor([9, 9, 0, 0, 1, 1, 2, 2])
+    ranked = knn_classify(bank, labels, queries, 10, num_neighbours=2)
+    assert ranked.tolist() == [[9] + 9 * [-1]]
+    assert accuracy(ranked, torch.tensor([0]), 5) == 0 and accuracy(ranked, torch.tensor([9]), 5) == 100
 
 
 def test_class_names_are_put_into_words_where_imagenet_has_them():

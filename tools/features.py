@@ -317,7 +317,11 @@ def main(args: argparse.Namespace) -> int:
     splits = {"all": found[0]} if found[1] is None else {"train": found[0], "val": found[1]}
     if found[1] is not None and found[0].classes and found[1].classes:  # whose numbers are written as labels
         check_same_classes(found[1].classes, found[0].classes, found[1].root, str(found[0].root))
-    choose_value_range(accelerator, args, found[0])
+    try:
+        choose_value_range(accelerator, args, found[0])
+    except ValueError as error:
+        way_out = "here they are read beside the weights, where tools/convert_weights.py writes what its flags tell"
+        raise ValueError(f"{error}; {way_out}") from error
     values = dataset.build_values(args.value_range, args.mean, args.std)
     options = dict(channels=config.input_channels, values=values)
     data = {split: dataset.build_eval_images(files, config.image_hw, **options) for split, files in splits.items()}

@@ -19,6 +19,7 @@ class Span(NamedTuple):
     steps: int
     lowest_batch: int
     highest_batch_per_process: int
+    highest_batch: float = math.inf
 
 
 def fit_batch(num_images: int, span: Span, world_size: int) -> int:
@@ -27,7 +28,8 @@ def fit_batch(num_images: int, span: Span, world_size: int) -> int:
     The same on any number of processes, but for large data, so that a run may go on with another number.
     """
     fitting = 2 ** int(math.log2(max(1, num_images / STEPS_PER_EPOCH)))
-    return min(max(fitting, span.lowest_batch), span.highest_batch_per_process * world_size)
+    highest = min(span.highest_batch, span.highest_batch_per_process * world_size)
+    return int(min(max(fitting, span.lowest_batch), highest))
 
 
 def settle(accelerator: "Accelerator", args: argparse.Namespace, span: Span, num_images: int, *options: dict) -> None:
