@@ -62,7 +62,7 @@ PAPER_SIZES = {
     "huge": dict(epochs=50, base_learning_rate=1e-3, layer_decay=0.75, drop_path=0.3),
 }
 PAPER_SCRATCH_LARGER = dict(epochs=200, drop_path=0.2)
-PROBE = training.Span(steps=0, lowest_batch=64, highest_batch_per_process=2048)  # its epochs are the paper's
+PROBE = training.Span(steps=0, lowest_batch=64, highest_batch_per_process=2048, highest_batch=16384)
 # For 500 to 5,000 images (--recipe small): a batch of 32 to 128 and epochs that make the steps of SMALL, more of them
 # from scratch. The rate is the release's for ViT-B (2e-3 at 1024), scaled by the root of a batch of 64; layer decay is
 # weaker than its for ViT-B, as the model is narrower, and CutMix, which needs long schedules, is off. Beside the
@@ -111,7 +111,7 @@ FLAGS = {
         ("eval_only", False, "evaluate a finetuned checkpoint and stop"),
         ("linear_probe", False, "train a linear layer on the frozen encoder, by the paper's recipe (table 10)"),
         ("knn", False, "classify by the nearest training images; trains nothing"),
-        ("finetune_blocks", float, "train the last K blocks and the head: 0 the head, 0.5 the last MLP, the depth all"),
+        ("finetune_blocks", float, "train the last K blocks, norm and head: 0 none, 0.5 the last MLP, the depth all"),
     ],
     "model": [
         ("path_to_pretrained_mae_weights", str, "checkpoint folder, .safetensors, .pth, hf:OWNER/NAME; else scratch"),
@@ -301,18 +301,22 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
     corruptions = training.find_corruptions(args.path_to_data)
     crop_ratio = 1.0 if corruptions else None  # ImageNet-C's are cropped already, and its authors cut nothing more
 
-    def score(files: storage.FileList) -> training.ImageEvaluation:
-        classes = training.choose_classes(files, record.get("class_names"), model.num_classes, weights, args)
+    def choose(files: storage.FileList) -> list[int]:
+        return training.choose_classes(files, record.get("class_names"), model.num_classes, weights, args)
+
+    def score(files: storage.FileList, classes: list[int]) -> training.ImageEvaluation:
         data = build_eval_data(files, args, crop_ratio)
         accelerator.print(f"{'evaluating':<16}{weights} on {files.describe()}")
         return evaluate(accelerator, model, dataset.build_eval_loader(data, **loading), data, args, classes)
 
     if corruptions:
-        figures = training.evaluate_corruptions(accelerator, weights, corruptions, score, args)
+        figures = training.evaluate_corruptions(accelerator, weights, corruptions, choose, score, args)
     else:
         files = training.list_validation(accelerator, args)
-        figures = training.report_evaluation(accelerator, weights, files, score(files), record)
-    training.end_script(__file__, accelerator, args, weights.parent)
+        how = {"class_subset": True} if args.class_subset else {}
+        found = score(files, choose(files))
+        figures = training.report_evaluation(accelerator, weights, files, found, record, **how)
+    training.end_script(__file__, accelerator, args, weights)
     return figures
 
 
@@ -340,9 +344,8 @@ def run_knn(args: argparse.Namespace) -> dict[str, float]:
     (bank, bank_labels), (queries, labels) = features
     ranked = utils.knn_classify(bank, bank_labels, queries, len(splits[0].classes))
     figures = {f"knn_top{k}_acc": utils.accuracy(ranked, labels, k) for k in (1, training.TOP)}
-    accelerator.print(
-        f"{'vote':<16}of the {utils.KNN_NEIGHBOURS} nearest, by cosine similarity, {model.global_pool} features"
-    )
+    vote = f"of the {utils.KNN_NEIGHBOURS} nearest, by cosine similarity, {model.global_pool} features"
+    accelerator.print(f"{'vote':<16}{vote}")
     training.print_figures(accelerator, figures)
     accelerator.end_training()
     return figures

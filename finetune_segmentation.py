@@ -355,7 +355,7 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
     how = {name: getattr(args, name) for name in ("slide", "multi_scale", "flip", "resize_to")}
     how |= {"path_to_data": storage.as_text(args.path_to_data), "precision": accelerator.mixed_precision}
     figures = training.report_evaluation(accelerator, weights, pairs, evaluation, record, **how)
-    training.end_script(__file__, accelerator, args, weights.parent, pairs, pairs)
+    training.end_script(__file__, accelerator, args, weights, pairs, pairs)
     return figures
 
 

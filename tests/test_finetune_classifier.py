@@ -481,6 +481,19 @@ def test_best_weights_are_scored_on_the_test_folder_as_eval_only_does(tested, he
     assert {"testing_top1_acc", "testing_macro_auc", "chose_best_checkpoint"} <= evaluation_of(best).keys()
 
 
+def test_evaluation_keeps_the_test_score_of_the_same_weights(tested, held_out, drawn_images, pretrained, tmp_path):
+    """Which training took once; on the images of the test or on any other, with or without --class_subset."""
+    run = shutil.copytree(tested, tmp_path / "run", symlinks=True)
+    shutil.copytree(held_out / "cats", tmp_path / "some" / "cats")
+    for data, flag in ((tmp_path / "some", ["--class_subset"]), (held_out, [])):
+        main(parse_args(flags(data, tmp_path, run / "best_checkpoint", " ".join(["--eval_only", *flag]))))
+        assert figures_of_test(run) == figures_of_test(tested)
+        assert evaluation_of(run / "best_checkpoint").get("class_subset", False) is bool(flag)
+    other = shutil.copy(run / "best_checkpoint" / "model.safetensors", run / "best_checkpoint" / "other.safetensors")
+    main(parse_args(flags(held_out, tmp_path, other, "--eval_only")))
+    assert figures_of_test(run) == {}  # of these weights there is no such score
+
+
 def test_finished_run_keeps_its_test_score(tested, drawn_images, held_out, pretrained, tmp_path):
     """The figures are those of the file, even where the images have changed under their names."""
     best = shutil.copytree(tested, tmp_path / "run", symlinks=True) / "best_checkpoint"

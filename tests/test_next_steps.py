@@ -75,6 +75,11 @@ def test_after_a_classifier_come_its_answers_and_its_evaluation(experiment, draw
     assert (evaluation[1].val_fraction, evaluation[1].seed) == (0.2, 3)
     assert answers[0] == "classify" and answers[1].checkpoint == experiment
     assert curves[1].y == ["training_loss", "testing_top1_acc"]
+    other = experiment / "epoch_3.safetensors"
+    save_file({}, other)
+    for weights, named in ((experiment / "model.safetensors", experiment), (other, other)):
+        (shown,) = next_commands("finetune_classifier.py", evaluation[1], weights)
+        assert parse(shown)[1].checkpoint == named
     (answers,) = next_commands("finetune_classifier.py", evaluation[1], experiment)
     assert parse(answers)[1].images == [next((drawn_images / "val").glob("*/*"))]
 

@@ -194,15 +194,34 @@ def test_card_and_recipe_hold_no_place_or_key(publish, tmp_path, data, named):
     assert read_json(folder / "recipe.json") == {"mean": [0.5]}
 
 
+def card_of(folder: Path, evaluation: dict) -> str:
+    """Publish again with an evaluation beside the weights, and give the card."""
+    checkpoint, told = folder.parent / "run" / "checkpoint_2", {"data": "/secret/place/val", "num_images": 8}
+    told |= {"weights": str(checkpoint / "model.safetensors")} | evaluation
+    (checkpoint / "evaluation.json").write_text(json.dumps({k: told[k] for k in (*evaluation, *told)}))
+    tool = load_tool("publish")
+    tool.main(tool.parse_args([str(checkpoint), "--repo", "someone/tiny", "--overwrite"]))
+    return (folder / "README.md").read_text()
+
+
 def test_scores_of_images_that_chose_the_weights_are_called_too_high(publish, tmp_path):
     _, folder = publish("classifier of the mean")
-    scores = {"testing_top1_acc": 81.25, "num_images": 8, "data": "/secret", "chose_best_checkpoint": True}
-    (tmp_path / "run" / "checkpoint_2" / "evaluation.json").write_text(json.dumps(scores))
-    tool = load_tool("publish")
-    tool.main(tool.parse_args([str(tmp_path / "run" / "checkpoint_2"), "--repo", "someone/tiny", "--overwrite"]))
-    card = (folder / "README.md").read_text()
-    assert "| `testing_top1_acc` | 81.25 |\n| `num_images` | 8 |\n\nThese images chose the weights" in card
+    card = card_of(folder, {"testing_top1_acc": 81.25, "chose_best_checkpoint": True})
+    assert "On 8 images of `val`, by" in card
+    assert "| `testing_top1_acc` | 81.25 |\n| `num_images` | 8 |\n\nImages of `testing_...` chose the weights" in card
     assert "finetune_classifier.py --eval_only --path_to_data DATA" in card and "/secret" not in card
+
+
+def test_card_says_on_which_images_and_how_scores_were_measured(publish):
+    """Or the scores of ImageNet-A would be read as those of the held-out images."""
+    _, folder = publish("classifier of the mean")
+    tested = {"test_top1_acc": 50.5, "test_data": "/secret/place/test"}
+    card = card_of(folder, {"testing_top1_acc": 7.5, "data": "/secret/imagenet-a", "class_subset": True} | tested)
+    assert "On 8 images of `imagenet-a`, `test_...` on those of `test`, by" in card and "/secret" not in card
+    assert "finetune_classifier.py --eval_only --class_subset --path_to_data DATA" in card
+    card = card_of(folder, {"testing_top1_acc": 7.5, "weights": "/secret/place/epoch_3.safetensors"})
+    assert "7.5" not in card  # of another file of that folder; those of the log stay
+    assert "On held-out images" in card and "| `testing_loss` | 0.75 |" in card
 
 
 def test_folder_is_not_overwritten_and_others_are_left_alone(publish, tmp_path, capsys):
@@ -218,6 +237,15 @@ def test_folder_is_not_overwritten_and_others_are_left_alone(publish, tmp_path, 
         with pytest.raises(SystemExit):
             tool.parse_args([source, "--repo", "someone/tiny", *flags])
         assert message in capsys.readouterr().err
+    for repo, seed, message in (
+        ("someone/tiny2", 0, r"tiny has a README.md that does not name hf:someone/tiny2"),
+        ("someone/tiny", 1, r"tiny has other weights than .*checkpoint_2; add --overwrite to write it anew"),
+    ):
+        torch.manual_seed(seed)
+        if seed:
+            save_file(ViTMAEForPreTraining(TINY).state_dict(), Path(source) / "model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            tool.main(tool.parse_args([source, "--repo", repo, "--output", "tiny", "--push"]))
     card.write_text("changed")
     tool.main(tool.parse_args([source, "--repo", "someone/tiny", "--overwrite"]))
     assert card.read_text() != "changed"

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 
+import finetune_classifier
 from dataset import (
     EVAL_EPOCH,
     IMAGENET_MEAN,
@@ -30,6 +31,7 @@ from training.robustness import ALEXNET_ERRORS, find_corruptions, summarize_corr
 
 CONFIG = MAEConfig(img_size=16, patch_size=4, encoder_embed_dim=16, encoder_depth=1, encoder_num_heads=2)
 NAMES = [f"class{number}" for number in range(10)]
+IMAGENET = ImageNetInfo("imagenet-1k").label_names()
 
 
 @pytest.fixture
@@ -83,18 +85,59 @@ def test_a_class_that_the_classifier_does_not_know_is_named(classifier, tmp_path
         evaluate(tmp_path / "some", classifier)
 
 
-def test_weights_of_the_original_release_have_imagenets_classes(tmp_path):
+@pytest.fixture
+def released(tmp_path) -> Path:
+    """A classifier of 1000 classes as the original release has them: without their names, and with varied answers."""
     torch.manual_seed(0)
     config = MAEConfig(img_size=32, encoder_embed_dim=192, encoder_depth=1, encoder_num_heads=3)
     model = ViTMAEForImageClassification(config, 1000)
     torch.nn.init.normal_(model.head.weight)
     torch.save({"model": model.state_dict()}, tmp_path / "mae_finetuned_vit.pth")
-    classes = ImageNetInfo("imagenet-1k").label_names()
-    assert len(classes) == 1000 and classes == sorted(classes) and classes[0] == "n01440764"
+    return tmp_path / "mae_finetuned_vit.pth"
+
+
+def test_weights_of_the_original_release_have_imagenets_classes(released, tmp_path):
+    assert len(IMAGENET) == 1000 and sorted(IMAGENET) == IMAGENET and IMAGENET[0] == "n01440764"
     for number in (0, 3):
-        draw_images(tmp_path / "some" / classes[number], 4, seed=number)
-    figures = evaluate(tmp_path / "some", tmp_path / "mae_finetuned_vit.pth", "--class_subset")
+        draw_images(tmp_path / "some" / IMAGENET[number], 4, seed=number)
+    figures = evaluate(tmp_path / "some", released, "--class_subset")
     assert 0 <= figures["testing_top1_acc"] <= 100 and figures["testing_top5_acc"] == 100  # of two classes
+
+
+def test_folders_named_by_numbers_are_imagenets_classes(released, tmp_path):
+    """As in ImageNet-V2, whose names stand in another order than their numbers: 0, 1, 10, 100."""
+    for number, name in enumerate(IMAGENET):
+        draw_images(tmp_path / "by_name" / name, 1, seed=number)
+        (tmp_path / "by_number").mkdir(exist_ok=True)
+        (tmp_path / "by_number" / str(number)).symlink_to(tmp_path / "by_name" / name)
+    figures = evaluate(tmp_path / "by_name", released)
+    assert evaluate(tmp_path / "by_number", released) == pytest.approx(figures)
+    for number in (2, 10):
+        (tmp_path / "some" / str(number)).parent.mkdir(exist_ok=True)
+        shutil.copytree(tmp_path / "by_name" / IMAGENET[number], tmp_path / "some" / str(number))
+        shutil.copytree(tmp_path / "by_name" / IMAGENET[number], tmp_path / "words" / IMAGENET[number])
+    figures = evaluate(tmp_path / "words", released, "--class_subset")
+    assert evaluate(tmp_path / "some", released, "--class_subset") == pytest.approx(figures)
+
+
+def test_a_thousand_folders_of_other_names_are_refused(released, tmp_path):
+    for number in range(1000):
+        draw_images(tmp_path / "words" / f"word{number}", 1)
+    with pytest.raises(ValueError, match=r"names none, so they are ImageNet's: it lacks n01440764"):
+        evaluate(tmp_path / "words", released)
+
+
+def test_classes_in_another_order_are_found_by_name(classifier, tmp_path):
+    for number, name in enumerate(NAMES):
+        draw_images(tmp_path / "all" / name, 2, seed=number)
+    figures = evaluate(tmp_path / "all", classifier)
+    state, order = weights(classifier), torch.randperm(10, generator=torch.Generator().manual_seed(1))
+    state |= {name: state[name][order].contiguous() for name in ("head.weight", "head.bias")}
+    save_file(state, classifier / "model.safetensors")
+    record = json.loads((classifier / "config.json").read_text())
+    names = [NAMES[number] for number in order]
+    (classifier / "config.json").write_text(json.dumps(record | {"class_names": names}))
+    assert evaluate(tmp_path / "all", classifier) == pytest.approx(figures)
 
 
 def test_corruptions_are_scored_by_severity(classifier, tmp_path, capsys):
@@ -104,18 +147,60 @@ def test_corruptions_are_scored_by_severity(classifier, tmp_path, capsys):
             for number, label in enumerate(NAMES):
                 draw_images(root / name / str(severity) / label, 2, seed=seed + 10 * severity + number)
     figures = evaluate(root, classifier)
+    assert not {"mCE", "corruptions"} & figures.keys()  # ten classes are not AlexNet's thousand
+    assert "no mCE: AlexNet's errors" in capsys.readouterr().out
     errors = {}
     for name, folder in (("gaussian_noise", root / "noise" / "gaussian_noise"), ("fog", root / "fog")):
         answers = [score(folder / str(severity), classifier, 1.0).argmax(dim=1) for severity in range(1, 6)]
         labels = torch.arange(10).repeat_interleave(2)
         errors[name] = [100 * (found != labels).double().mean().item() for found in answers]
     ratios = [sum(found) / 5 / ALEXNET_ERRORS[name] for name, found in errors.items()]
-    assert figures["mCE"] == pytest.approx(sum(ratios) / 2) and figures["corruptions"] == 2
+    assert summarize_corruptions(
+        {name: dict(zip("12345", found, strict=True)) for name, found in errors.items()}, of_imagenet=True
+    ) == pytest.approx({"mean_error": figures["mean_error"], "mCE": sum(ratios) / 2, "corruptions": 2})
     assert figures["mean_error"] == pytest.approx(sum(map(sum, errors.values())) / 10)
     header, *rows = [line.split("\t") for line in (classifier / "corruptions.tsv").read_text().splitlines()]
     assert header == ["corruption", "1", "2", "3", "4", "5"]
     assert {name: [float(cell) for cell in cells] for name, *cells in rows} == errors
-    assert "mCE" in capsys.readouterr().out
+    alone = {root / "fog": sum(errors["fog"]) / 5, root / "noise" / "gaussian_noise" / "3": errors["gaussian_noise"][2]}
+    for folder, error in alone.items():  # which are not cut either
+        assert evaluate(folder, classifier) == pytest.approx({"mean_error": error})
+    assert len(list(classifier.glob("corruptions*.tsv"))) == 3  # nothing is overwritten
+
+
+def test_corruptions_are_refused_before_the_first_is_scored(classifier, tmp_path, monkeypatch):
+    """A class that the last folder lacks; a corruption that is there twice."""
+    root = tmp_path / "corrupted"
+    for severity in (1, 2):
+        for number, label in enumerate(NAMES[: 10 - severity // 2]):
+            draw_images(root / "fog" / str(severity) / label, 1, seed=number)
+    monkeypatch.setattr("finetune_classifier.evaluate", lambda *args: pytest.fail("scored"))
+    with pytest.raises(ValueError, match=r"fog/2 are not the 10 .* it lacks class9"):
+        evaluate(root, classifier)
+    (root / "weather" / "fog" / "1").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"fog is in .*corrupted/fog and in .*weather/fog; leave one"):
+        evaluate(root, classifier)
+    assert not (classifier / "corruptions.tsv").exists()
+
+
+def test_errors_of_a_run_that_is_stopped_are_written(classifier, tmp_path, monkeypatch):
+    root = tmp_path / "corrupted"
+    for name in ("gaussian_noise", "fog"):
+        for number, label in enumerate(NAMES):
+            draw_images(root / name / "1" / label, 1, seed=number)
+    whole, calls = finetune_classifier.evaluate, []
+
+    def stop_at_the_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr("finetune_classifier.evaluate", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(root, classifier)
+    lines = (classifier / "corruptions.tsv").read_text().splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["corruption", "gaussian_noise"]
 
 
 def test_a_corrupted_image_of_the_networks_size_goes_in_as_it_is(tmp_path):
@@ -131,7 +216,7 @@ def test_corruptions_without_all_severities_have_no_mce(tmp_path):
     for severity in ("1", "3"):
         (tmp_path / "snow" / severity).mkdir(parents=True)
     assert find_corruptions(tmp_path) == {"snow": {s: tmp_path / "snow" / s for s in ("1", "3")}}
-    assert summarize_corruptions({"snow": {"1": 20.0, "3": 60.0}}) == {"mean_error": 40.0}
+    assert summarize_corruptions({"snow": {"1": 20.0, "3": 60.0}}, of_imagenet=True) == {"mean_error": 40.0}
     shutil.rmtree(tmp_path / "snow")
     draw_images(tmp_path / "cats", 1)
     assert find_corruptions(tmp_path) == {}

@@ -27,6 +27,7 @@ CARD, CONFIG, CURVE, RECIPE, SCORES = "README.md", "config.json", "curve.png", "
 OURS, THEIRS = "model.safetensors", "transformers.safetensors"
 # Beginnings of flags that name places of this machine
 PLACES = ("path_to", "working_directory", "resume", "init_from", "log_", "wandb", "test_folder", "class_names")
+EVALUATION_FLAGS = ("class_subset", "slide", "multi_scale", "flip")  # those of evaluation.json
 MADE_WITH = ("commit", "hardware", "precision", "python", "torch", "timm", "accelerate")
 SHARED_KINDS = ("masked autoencoder", "encoder", "classifier of the cls token", "classifier of the mean")
 # Of each kind: what the Hub calls the task, the script that makes it, and the flag by which a script takes it
@@ -67,7 +68,8 @@ if __name__ == "__main__":  # --help and refusals come before the imports that t
 
 from typing import NamedTuple
 
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dataset import eval_crop_ratio
@@ -151,6 +153,8 @@ class Records(NamedTuple):
     log: Path | None
     scores: dict[str, float]
     chosen: bool = False  # whether the images of the scores chose these weights
+    scored_on: str = "held-out images"
+    asked: str = ""  # the flags of the evaluation
 
 
 def read_records(weights: Path) -> Records:
@@ -161,9 +165,14 @@ def read_records(weights: Path) -> Records:
     log = experiment / "log.jsonl" if experiment else None
     rows = read_rows(log) if log and log.is_file() else []
     log = log if any(type(row.get("training_loss")) is float for row in rows) else None
-    evaluation = weights.with_name(SCORES)
-    if evaluation.is_file():
-        scores = read_json(evaluation)
+    evaluation, more = weights.with_name(SCORES), {}
+    scores = read_json(evaluation) if evaluation.is_file() else {}
+    told = {"weights", "data", "num_images"} <= scores.keys()
+    if told and Path(scores["weights"]).name == weights.name:  # not of another file of the folder
+        more = {"scored_on": f"{scores['num_images']:,} images of {as_code(name_data(scores['data']))}"}
+        more["asked"] = "".join(f"--{name} " for name in EVALUATION_FLAGS if scores.get(name) is True)
+        if "test_data" in scores:
+            more["scored_on"] += f", `test_...` on those of {as_code(name_data(scores['test_data']))}"
     else:  # of the last evaluation, which is in the last row of its epoch
         scores = next((row for row in reversed(rows) if any(name.startswith("testing") for name in row)), {})
         scores = {n: v for n, v in scores.items() if n.startswith(("testing", "knn")) or n.endswith("_error")}
@@ -172,7 +181,7 @@ def read_records(weights: Path) -> Records:
     kept = {n: v for n, v in kept.items() if not any(map(is_place, v if isinstance(v, list) else [v]))}
     environment = flags["environment"] if isinstance(flags.get("environment"), dict) else {}
     data = name_data(str(flags.get("path_to_data") or ""))
-    return Records(kept, environment, data, log, figures, scores.get("chose_best_checkpoint") is True)
+    return Records(kept, environment, data, log, figures, scores.get("chose_best_checkpoint") is True, **more)
 
 
 def is_place(value: object) -> bool:
@@ -244,11 +253,11 @@ def write_card(model: Model, records: Records, args: argparse.Namespace) -> str:
     recipe += f"\n\n![curves of the training]({CURVE})" * (records.log is not None)
     scores = UNKNOWN
     if records.scores:
-        evaluate = f"`accelerate launch {script} --eval_only --path_to_data DATA --{flag} FOLDER`"
+        evaluate = f"`accelerate launch {script} --eval_only {records.asked}--path_to_data DATA --{flag} FOLDER`"
         how = f"in training, {train}" if script == "pretrain_mae.py" else f"by {evaluate}, after `hf download`"
         rows = [f"| {as_code(name)} | {value:.6g} |" for name, value in records.scores.items()]
-        scores = "\n".join([f"On held-out images, {how}:", "", "| figure | value |", "|---|---|", *rows])
-        scores += "\n\nThese images chose the weights, so the scores are too high on average." * records.chosen
+        scores = "\n".join([f"On {records.scored_on}, {how}:", "", "| figure | value |", "|---|---|", *rows])
+        scores += "\n\nImages of `testing_...` chose the weights, so these are too high on average." * records.chosen
     return CARD_TEXT.format(
         license_entry=f"license: {args.license}" if args.license else "# license: fill in, such as mit",
         task=task,
@@ -310,9 +319,22 @@ def push(args: argparse.Namespace) -> None:
     print(f"{'uploaded':<16}{url}")
 
 
+def check_folder(args: argparse.Namespace) -> None:
+    """Refuse a folder that was written from other weights, or for another repository; ValueError says which."""
+    wrong, (_, ours), theirs = "", read_weights(args.checkpoint), load_file(args.output / OURS)
+    if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
+        wrong = f"other weights than {args.checkpoint}"
+    elif not re.search(rf"hf:{re.escape(args.repo)}(?![\w.-])", (args.output / CARD).read_text(encoding="utf-8")):
+        wrong = f"a {CARD} that does not name hf:{args.repo}"
+    if wrong:
+        raise ValueError(f"{args.output} has {wrong}; add --overwrite to write it anew, or choose another --output")
+
+
 def main(args: argparse.Namespace) -> None:
     if args.overwrite or not args.output.exists():
         write_folder(args)
+    else:
+        check_folder(args)
     if FILL_IN in (args.output / CARD).read_text(encoding="utf-8"):
         print(f"{'licence':<16}fill it in, in two places of {args.output / CARD}")
     if args.push:

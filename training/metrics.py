@@ -277,10 +277,17 @@ def report_evaluation(
     record: Mapping,
     **how: object,
 ) -> dict[str, float]:
-    """Write beside weights what they score on files, print it, and give what is watched in training."""
+    """Write beside weights what they score on files, print it, and give what is watched in training.
+
+    Their score on --test_folder or --test_split, which training took once, stays in evaluation.json.
+    """
     report = evaluation.report()
     if accelerator.is_main_process:
-        written = evaluation.write(weights.parent, report | how | describe_evaluation(weights, files, record))
+        before = read_evaluation(weights.parent)
+        same = Path(str(before.get("weights"))).name == weights.name
+        tested = {name: value for name, value in before.items() if same and name.startswith("test_")}
+        summary = report | how | describe_evaluation(weights, files, record) | tested
+        written = evaluation.write(weights.parent, summary)
         print(f"{'written':<16}{', '.join(written)} in {weights.parent}")
     note_selection(accelerator, files, record)
     print_figures(accelerator, report)

@@ -11,26 +11,31 @@ from storage.console import ROOT
 from storage.lists import as_text
 
 CLASSIFIER, SEGMENTER = "finetune_classifier.py", "finetune_segmentation.py"
+MODEL_FILE = "model.safetensors"  # of which a folder has one
 # Which images a run reads, and which of them it holds out
 DATA_FLAGS = ("path_to_data", "val_fraction", "image_column", "label_column", "annotation_column")
 DATA_FLAGS += ("image_folder", "label_folder", "image_suffix", "label_suffix")
 
 
 def end_script(
-    script: str, accelerator: Accelerator, args: argparse.Namespace, folder: Path, files=None, held_out=None
+    script: str, accelerator: Accelerator, args: argparse.Namespace, weights: Path, files=None, held_out=None
 ) -> None:
-    """Print what comes next after a script that left weights in a folder, from the first process, and end the others.
+    """Print what comes next after a script that left weights, from the first process, and end the others.
 
-    `files` are the images of a training, `held_out` those that judge it, where there are any.
+    `weights` is their folder, of an evaluation also their file; `files` are the images of a training, `held_out` those
+    that judge it, where there are any.
     """
-    accelerator.print("Next:", *next_commands(Path(script).name, args, folder, files, held_out), sep="\n  ")
+    accelerator.print("Next:", *next_commands(Path(script).name, args, weights, files, held_out), sep="\n  ")
     accelerator.end_training()
 
 
-def next_commands(script: str, args: argparse.Namespace, folder: Path, files=None, held_out=None) -> list[str]:
+def next_commands(script: str, args: argparse.Namespace, weights: Path, files=None, held_out=None) -> list[str]:
     """Give commands for a shell: of the script that follows, of the tool that shows the result, and of the curves."""
     tool = {CLASSIFIER: "classify", SEGMENTER: "segment"}.get(script, "reconstruct")
-    shown = ["python", show(ROOT / "tools" / f"{tool}.py"), "--checkpoint", folder, find_image(args, held_out or files)]
+    folder = weights.parent if weights.is_file() else weights
+    checkpoint = folder if weights.name == MODEL_FILE else weights
+    shown = ["python", show(ROOT / "tools" / f"{tool}.py"), "--checkpoint", checkpoint]
+    shown += [find_image(args, held_out or files)]
     if script != CLASSIFIER:
         shown += ["--output", folder / ("segmented" if script == SEGMENTER else "reconstruction.png")]
     if getattr(args, "eval_only", False):

@@ -1,7 +1,6 @@
 """Scores on other images than a classifier was trained for: some of its classes alone, and ImageNet-C's corruptions."""
 
 import argparse
-import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from accelerate import Accelerator
 from timm.data import ImageNetInfo
 
 from storage.files import rename_aside, write_rows
+from storage.hub import is_table
 from storage.lists import FileList, check_same_classes
 from training.data import list_folder
 from training.metrics import ImageEvaluation
@@ -47,47 +47,58 @@ def choose_classes(
     """Give the classifier's number of each class of a folder, which has all of them, or with --class_subset some.
 
     Of some the scores of the others are masked, as the authors of ImageNet-A and -R do; these are sets of the paper's
-    table 13, which does not say how. Weights of the original release name no classes: of 1000 they are ImageNet's.
-    ValueError names what is no class, or is missing.
+    table 13, which does not say how. Weights of the original release name no classes: of 1000 they are ImageNet's, and
+    folders are named by WordNet identifiers, or by numbers of classes as in ImageNet-V2. Else, and in tables, whose
+    names are words, the order counts. ValueError names what is no class, or is missing.
     """
-    if not args.class_subset:
-        names = tuple(class_names or files.classes)
-        check_same_classes(files.classes, names or ("",), files.root, f"the classifier in {weights}")
-        for what, number in ((str(files.root), len(names)), ("--num_classes", args.num_classes)):
-            if number not in (None, num_classes):
-                raise ValueError(f"{weights} tells {num_classes} classes apart, but {what} has {number}")
-        return list(range(num_classes))
-    if class_names is None and num_classes == IMAGENET_CLASSES:
-        class_names = ImageNetInfo("imagenet-1k").label_names()
-    if class_names is None:
+    imagenet = ImageNetInfo("imagenet-1k").label_names()
+    origin = f"the classifier in {weights}"
+    if class_names is None and num_classes == IMAGENET_CLASSES and not is_table(args.path_to_data):
+        class_names, origin = imagenet, f"{origin}, which names none, so they are ImageNet's"
+    if class_names == imagenet and files.classes and all(map(str.isdecimal, files.classes)):
+        class_names = list(map(str, range(IMAGENET_CLASSES)))
+    if class_names is None and args.class_subset:
         raise ValueError(f"--class_subset needs the names of the classes, which {weights} does not tell")
-    known = {name: number for number, name in enumerate(class_names)}
-    foreign = tuple(name for name in files.classes if name not in known)
-    if foreign or not files.classes:
-        check_same_classes(foreign, (), files.root, f"the classifier in {weights}")
-    return [known[name] for name in files.classes]
+    names = tuple(class_names or files.classes)
+    if args.class_subset:
+        known = tuple(name for name in files.classes if name in names)
+        check_same_classes(files.classes, known or ("",), files.root, origin)
+        return [names.index(name) for name in files.classes]
+    if not names or sorted(files.classes) != sorted(names) or len(set(names)) < len(names):  # crane is twice in words
+        check_same_classes(files.classes, names or ("",), files.root, origin)
+    for what, number in ((str(files.root), len(names)), ("--num_classes", args.num_classes)):
+        if number not in (None, num_classes):
+            raise ValueError(f"{weights} tells {num_classes} classes apart, but {what} has {number}")
+    return list(range(num_classes)) if files.classes == names else [names.index(name) for name in files.classes]
 
 
 def find_corruptions(root: str | Path) -> dict[str, dict[str, Path]]:
-    """Find the folders of ImageNet-C, [category/]corruption/severity/class, by corruption and severity."""
-    found = {}
-    for name, category in itertools.product(ALEXNET_ERRORS, ("", *CATEGORIES)):
-        folder = Path(root) / category / name
-        severities = {severity: folder / severity for severity in SEVERITIES if (folder / severity).is_dir()}
-        if severities:
-            found[name] = severities
+    """Find the folders of ImageNet-C, [category/]corruption/severity/class, by corruption and severity.
+
+    The root may also be a corruption's folder, or one severity's. ValueError where a corruption is there twice.
+    """
+    root, found = Path(root).absolute(), {}
+    if root.name in SEVERITIES and root.parent.name in ALEXNET_ERRORS:
+        return {root.parent.name: {root.name: root}}
+    for name in ALEXNET_ERRORS:
+        places = [root] if root.name == name else [root / category / name for category in ("", *CATEGORIES)]
+        filled = [place for place in places if any((place / severity).is_dir() for severity in SEVERITIES)]
+        if len(filled) > 1:
+            raise ValueError(f"{name} is in {' and in '.join(map(str, filled))}; leave one of them there")
+        for place in filled:
+            found[name] = {severity: place / severity for severity in SEVERITIES if (place / severity).is_dir()}
     return found
 
 
-def summarize_corruptions(errors: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Give the mean error, and the mean corruption error over those corruptions that have all severities, in percent.
+def summarize_corruptions(errors: dict[str, dict[str, float]], of_imagenet: bool) -> dict[str, float]:
+    """Give the mean error, and of ImageNet's classes the mCE over corruptions that have all severities, in percent.
 
     Of each corruption the errors of its severities are summed and divided by AlexNet's (mCE); whether all 15 are in it
     is in `corruptions`.
     """
     figures = {"mean_error": statistics.mean(statistics.mean(found.values()) for found in errors.values())}
     whole = {name: found for name, found in errors.items() if len(found) == len(SEVERITIES)}
-    if whole:
+    if whole and of_imagenet:
         ratios = [statistics.mean(found.values()) / ALEXNET_ERRORS[name] for name, found in whole.items()]
         figures |= {"mCE": statistics.mean(ratios), "corruptions": len(whole)}
     return figures
@@ -97,25 +108,36 @@ def evaluate_corruptions(
     accelerator: Accelerator,
     weights: Path,
     corruptions: dict[str, dict[str, Path]],
-    evaluate: Callable[[FileList], ImageEvaluation],
+    choose: Callable[[FileList], list[int]],
+    evaluate: Callable[[FileList, list[int]], ImageEvaluation],
     args: argparse.Namespace,
 ) -> dict[str, float]:
-    """Score a classifier on each corruption and severity, print and write the errors, and give the summary."""
-    errors: dict[str, dict[str, float]] = {}
+    """Score a classifier on each corruption and severity, print and write the errors as they come, give the summary.
+
+    `choose` gives a folder's classes, of all folders before the first is scored. ValueError as it raises.
+    """
+    listed = {}
     for name, folders in corruptions.items():
-        errors[name] = {}
-        for severity, folder in folders.items():
-            evaluation = evaluate(list_folder(accelerator, folder, args))
-            errors[name][severity] = 100 - evaluation.figures()["testing_top1_acc"]
+        files = {severity: list_folder(accelerator, folder, args) for severity, folder in folders.items()}
+        listed[name] = {severity: (found, choose(found)) for severity, found in files.items()}
+    rows, errors, file = [["corruption", *SEVERITIES]], {}, weights.parent / CORRUPTIONS_FILE
+    if accelerator.is_main_process:
+        rename_aside(file)
+    for name, severities in listed.items():
+        errors[name] = {s: 100 - evaluate(*found).figures()["testing_top1_acc"] for s, found in severities.items()}
+        rows.append([name, *(f"{errors[name].get(severity, math.nan):.2f}" for severity in SEVERITIES)])
+        if accelerator.is_main_process:
+            write_rows(file, rows)
         told = ", ".join(f"{severity}: {error:.2f} %" for severity, error in errors[name].items())
         accelerator.print(f"{name:<20}error by severity {told}")
-    figures = summarize_corruptions(errors)
-    if accelerator.is_main_process:
-        rows = [["corruption", *SEVERITIES]]
-        for name, found in errors.items():
-            rows.append([name, *(f"{found.get(severity, math.nan):.2f}" for severity in SEVERITIES)])
-        rename_aside(weights.parent / CORRUPTIONS_FILE)
-        write_rows(weights.parent / CORRUPTIONS_FILE, rows)
-        print(f"{'written':<16}{CORRUPTIONS_FILE} in {weights.parent}")
+    chosen = [classes for severities in listed.values() for _, classes in severities.values()]
+    of_imagenet = all(len(classes) == IMAGENET_CLASSES for classes in chosen)
+    figures = summarize_corruptions(errors, of_imagenet)
+    accelerator.print(f"{'written':<16}{CORRUPTIONS_FILE} in {weights.parent}")
+    whole, all_of_them = figures.get("corruptions", 0), len(ALEXNET_ERRORS)
+    note = f"{whole} of {all_of_them} corruptions have all severities, and so are in the mCE"
+    if not of_imagenet:
+        note = f"no mCE: AlexNet's errors, by which it is divided, are of all {IMAGENET_CLASSES} classes of ImageNet"
+    accelerator.print(f"{'note':<16}{note}")
     print_figures(accelerator, figures)
     return figures
