@@ -219,6 +219,8 @@ def test_card_says_on_which_images_and_how_scores_were_measured(publish):
     card = card_of(folder, {"testing_top1_acc": 7.5, "data": "/secret/imagenet-a", "class_subset": True} | tested)
     assert "On 8 images of `imagenet-a`, `test_...` on those of `test`, by" in card and "/secret" not in card
     assert "finetune_classifier.py --eval_only --class_subset --path_to_data DATA" in card
+    card = card_of(folder, {"testing_miou": 7.5, "slide": False, "multi_scale": True, "flip": False})
+    assert "--eval_only --no-slide --multi_scale --path_to_data DATA" in card
     card = card_of(folder, {"testing_top1_acc": 7.5, "weights": "/secret/place/epoch_3.safetensors"})
     assert "7.5" not in card  # of another file of that folder; those of the log stay
     assert "On held-out images" in card and "| `testing_loss` | 0.75 |" in card

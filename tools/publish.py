@@ -27,7 +27,8 @@ CARD, CONFIG, CURVE, RECIPE, SCORES = "README.md", "config.json", "curve.png", "
 OURS, THEIRS = "model.safetensors", "transformers.safetensors"
 # Beginnings of flags that name places of this machine
 PLACES = ("path_to", "working_directory", "resume", "init_from", "log_", "wandb", "test_folder", "class_names")
-EVALUATION_FLAGS = ("class_subset", "slide", "multi_scale", "flip")  # those of evaluation.json
+# Entries of evaluation.json that are flags, and what they are by default
+EVALUATION_FLAGS = {"class_subset": False, "slide": True, "multi_scale": False, "flip": False}
 MADE_WITH = ("commit", "hardware", "precision", "python", "torch", "timm", "accelerate")
 SHARED_KINDS = ("masked autoencoder", "encoder", "classifier of the cls token", "classifier of the mean")
 # Of each kind: what the Hub calls the task, the script that makes it, and the flag by which a script takes it
@@ -170,7 +171,8 @@ def read_records(weights: Path) -> Records:
     told = {"weights", "data", "num_images"} <= scores.keys()
     if told and Path(scores["weights"]).name == weights.name:  # not of another file of the folder
         more = {"scored_on": f"{scores['num_images']:,} images of {as_code(name_data(scores['data']))}"}
-        more["asked"] = "".join(f"--{name} " for name in EVALUATION_FLAGS if scores.get(name) is True)
+        given = [name for name, default in EVALUATION_FLAGS.items() if scores.get(name) is (not default)]
+        more["asked"] = "".join(f"--{name} " if scores[name] else f"--no-{name} " for name in given)
         if "test_data" in scores:
             more["scored_on"] += f", `test_...` on those of {as_code(name_data(scores['test_data']))}"
     else:  # of the last evaluation, which is in the last row of its epoch
