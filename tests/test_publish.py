@@ -224,6 +224,21 @@ def test_card_says_on_which_images_and_how_scores_were_measured(publish):
     card = card_of(folder, {"testing_top1_acc": 7.5, "weights": "/secret/place/epoch_3.safetensors"})
     assert "7.5" not in card  # of another file of that folder; those of the log stay
     assert "On held-out images" in card and "| `testing_loss` | 0.75 |" in card
+    config = folder.parent / "run" / "checkpoint_2" / "config.json"
+    config.write_text(json.dumps(read_json(config) | {"testing": {"loss": 0.25}}))  # as the best weights have it
+    card = card_of(folder, {"testing_top1_acc": 7.5, "weights": "/secret/place/epoch_3.safetensors"})
+    assert "| `testing_loss` | 0.25 |" in card and "chose the weights" in card and "0.75" not in card
+
+
+def test_card_of_a_held_out_share_says_how_it_is_held_out(publish, tmp_path):
+    _, folder = publish("classifier of the mean")
+    args = tmp_path / "run" / "args.json"
+    args.write_text(json.dumps(read_json(args) | {"val_fraction": 0.25, "seed": 3}))
+    card = card_of(folder, {"testing_top1_acc": 7.5, "data": "/secret/place/photographs"})
+    assert "On 8 held-out images of `photographs`, by" in card
+    assert "--eval_only --val_fraction 0.25 --seed 3 --path_to_data DATA" in card
+    card = card_of(folder, {"testing_top1_acc": 7.5, "data": "/secret/place/others"})
+    assert "On 8 images of `others`, by" in card and "--val_fraction" not in card.partition("## Scores")[2]
 
 
 def test_folder_is_not_overwritten_and_others_are_left_alone(publish, tmp_path, capsys):
@@ -240,8 +255,8 @@ def test_folder_is_not_overwritten_and_others_are_left_alone(publish, tmp_path, 
             tool.parse_args([source, "--repo", "someone/tiny", *flags])
         assert message in capsys.readouterr().err
     for repo, seed, message in (
-        ("someone/tiny2", 0, r"tiny has a README.md that does not name hf:someone/tiny2"),
-        ("someone/tiny", 1, r"tiny has other weights than .*checkpoint_2; add --overwrite to write it anew"),
+        ("someone/tiny2", 0, r"tiny has a README.md that does not name someone/tiny2"),
+        ("someone/tiny", 1, r"tiny has other weights than .*checkpoint_2; choose another --output"),
     ):
         torch.manual_seed(seed)
         if seed:

@@ -1,5 +1,6 @@
 """Scores on some of a classifier's classes, and on ImageNet-C's corruptions, by hand on drawn images."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -25,12 +26,13 @@ from dataset import (
 from finetune_classifier import main, parse_args
 from model import ViTMAEForImageClassification
 from storage.decoding import read_image
-from storage.lists import list_images
+from storage.lists import FileList, list_images
 from storage.sizes import MAEConfig
-from training.robustness import ALEXNET_ERRORS, find_corruptions, summarize_corruptions
+from training.robustness import ALEXNET_ERRORS, choose_classes, find_corruptions, summarize_corruptions
 
 CONFIG = MAEConfig(img_size=16, patch_size=4, encoder_embed_dim=16, encoder_depth=1, encoder_num_heads=2)
 NAMES = [f"class{number}" for number in range(10)]
+RELEASED = MAEConfig(img_size=32, encoder_embed_dim=192, encoder_depth=1, encoder_num_heads=3)
 IMAGENET = ImageNetInfo("imagenet-1k").label_names()
 
 
@@ -89,8 +91,7 @@ def test_a_class_that_the_classifier_does_not_know_is_named(classifier, tmp_path
 def released(tmp_path) -> Path:
     """A classifier of 1000 classes as the original release has them: without their names, and with varied answers."""
     torch.manual_seed(0)
-    config = MAEConfig(img_size=32, encoder_embed_dim=192, encoder_depth=1, encoder_num_heads=3)
-    model = ViTMAEForImageClassification(config, 1000)
+    model = ViTMAEForImageClassification(RELEASED, 1000)
     torch.nn.init.normal_(model.head.weight)
     torch.save({"model": model.state_dict()}, tmp_path / "mae_finetuned_vit.pth")
     return tmp_path / "mae_finetuned_vit.pth"
@@ -113,18 +114,44 @@ def test_folders_named_by_numbers_are_imagenets_classes(released, tmp_path):
     figures = evaluate(tmp_path / "by_name", released)
     assert evaluate(tmp_path / "by_number", released) == pytest.approx(figures)
     for number in (2, 10):
-        (tmp_path / "some" / str(number)).parent.mkdir(exist_ok=True)
         shutil.copytree(tmp_path / "by_name" / IMAGENET[number], tmp_path / "some" / str(number))
-        shutil.copytree(tmp_path / "by_name" / IMAGENET[number], tmp_path / "words" / IMAGENET[number])
-    figures = evaluate(tmp_path / "words", released, "--class_subset")
-    assert evaluate(tmp_path / "some", released, "--class_subset") == pytest.approx(figures)
+    with pytest.raises(ValueError, match=r"some has classes that are none of .*: 10, 2; rename them"):
+        evaluate(tmp_path / "some", released, "--class_subset")  # they may be counted within ImageNet-A's 200
+
+
+def choose(classes: list[str], class_names=None, path: str = "folder", num_classes: int = 1000, subset: bool = False):
+    files = FileList(Path(path), np.array([], dtype="S"), np.array([], dtype=np.int32), tuple(classes))
+    args = argparse.Namespace(path_to_data=path, class_subset=subset, num_classes=None)
+    return choose_classes(files, class_names, num_classes, Path("weights.pth"), args)
+
+
+def test_classes_of_tables_of_the_hub_are_found_by_what_they_are_called():
+    """ClassLabels have an order of their own; values of a column come sorted as texts: 0, 1, 10."""
+    table, some, words = "hf:owner/name", [IMAGENET[7], IMAGENET[3]], [f"word {n}" for n in range(1000)]
+    as_texts = sorted(map(str, range(1000)))
+    assert choose(as_texts, path=table) == list(map(int, as_texts)) != list(range(1000))
+    assert choose([f"{n:03d}" for n in range(1000)], path=table) == list(range(1000))
+    assert choose(IMAGENET, path=table) == choose(words, path=table) == list(range(1000))
+    assert choose(some, path=table, subset=True) == [7, 3]
+    with pytest.raises(ValueError, match=r"which names none, so they are ImageNet's"):
+        choose(sorted(words), path=table)  # the order of a column of texts is the alphabet's
+    with pytest.raises(ValueError, match=r"are none of .*: crane; rename them"):
+        choose(["crane", "kite"], ["crane", "kite", "crane"], num_classes=3, subset=True)
+    assert choose(["crane", "kite", "crane"], ["crane", "kite", "crane"], num_classes=3) == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"outside class folders"):
+        choose([], ["a", "b"], num_classes=2, subset=True)
 
 
 def test_a_thousand_folders_of_other_names_are_refused(released, tmp_path):
     for number in range(1000):
         draw_images(tmp_path / "words" / f"word{number}", 1)
-    with pytest.raises(ValueError, match=r"names none, so they are ImageNet's: it lacks n01440764"):
+    with pytest.raises(ValueError, match=r"names none, so they are ImageNet's .*: it lacks n01440764"):
         evaluate(tmp_path / "words", released)
+    names = [f"word{number}" for number in range(1000)]  # the way out that it names
+    (tmp_path / "config.json").write_text(
+        json.dumps({"config": RELEASED.as_record(decoder=False), "class_names": names})
+    )
+    assert "testing_top1_acc" in evaluate(tmp_path / "words", released)
 
 
 def test_classes_in_another_order_are_found_by_name(classifier, tmp_path):
@@ -214,12 +241,18 @@ def test_a_corrupted_image_of_the_networks_size_goes_in_as_it_is(tmp_path):
 
 def test_corruptions_without_all_severities_have_no_mce(tmp_path):
     for severity in ("1", "3"):
-        (tmp_path / "snow" / severity).mkdir(parents=True)
+        (tmp_path / "snow" / severity / "cats").mkdir(parents=True)
+    assert find_corruptions(tmp_path / "snow") == {"snow": {s: tmp_path / "snow" / s for s in ("1", "3")}}
+    assert find_corruptions(tmp_path / "snow" / "3") == {"snow": {"3": tmp_path / "snow" / "3"}}
     assert find_corruptions(tmp_path) == {"snow": {s: tmp_path / "snow" / s for s in ("1", "3")}}
     assert summarize_corruptions({"snow": {"1": 20.0, "3": 60.0}}, of_imagenet=True) == {"mean_error": 40.0}
     shutil.rmtree(tmp_path / "snow")
     draw_images(tmp_path / "cats", 1)
     assert find_corruptions(tmp_path) == {}
+    draw_images(tmp_path / "mnist_c" / "fog" / "1", 1)  # classes 0 to 9 of one corruption
+    for split in ("train", "val"):
+        draw_images(tmp_path / "snow" / "1" / split / "cats", 1)
+    assert find_corruptions(tmp_path / "mnist_c" / "fog") == find_corruptions(tmp_path / "snow" / "1") == {}
 
 
 def test_subset_needs_eval_only(tmp_path, capsys):

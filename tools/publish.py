@@ -166,15 +166,21 @@ def read_records(weights: Path) -> Records:
     log = experiment / "log.jsonl" if experiment else None
     rows = read_rows(log) if log and log.is_file() else []
     log = log if any(type(row.get("training_loss")) is float for row in rows) else None
-    evaluation, more = weights.with_name(SCORES), {}
-    scores = read_json(evaluation) if evaluation.is_file() else {}
-    told = {"weights", "data", "num_images"} <= scores.keys()
-    if told and Path(scores["weights"]).name == weights.name:  # not of another file of the folder
-        more = {"scored_on": f"{scores['num_images']:,} images of {as_code(name_data(scores['data']))}"}
+    beside = [weights.with_name(name) for name in (SCORES, CONFIG)]
+    (scores, record), more = (read_json(file) if file.is_file() else {} for file in beside), {}
+    if Path(str(scores.get("weights"))).name == weights.name:  # not of another file of the folder
+        place, held_out = scores.get("data", scores.get("path_to_data")), flags.get("val_fraction") or 0
+        held_out = held_out if name_data(str(place)) == name_data(str(flags.get("path_to_data"))) else 0
+        kind = "held-out images" if held_out else "images"
+        more = {"scored_on": f"{scores.get('num_images', 'the')} {kind} of {as_code(name_data(str(place)))}"}
         given = [name for name, default in EVALUATION_FLAGS.items() if scores.get(name) is (not default)]
         more["asked"] = "".join(f"--{name} " if scores[name] else f"--no-{name} " for name in given)
+        more["asked"] += f"--val_fraction {held_out} --seed {flags.get('seed', 0)} " * bool(held_out)
         if "test_data" in scores:
             more["scored_on"] += f", `test_...` on those of {as_code(name_data(scores['test_data']))}"
+    elif isinstance(record.get("testing"), dict):  # of the evaluation by which these weights became the best
+        scores = {f"testing_{name.removeprefix('testing_')}": value for name, value in record["testing"].items()}
+        scores["chose_best_checkpoint"] = True
     else:  # of the last evaluation, which is in the last row of its epoch
         scores = next((row for row in reversed(rows) if any(name.startswith("testing") for name in row)), {})
         scores = {n: v for n, v in scores.items() if n.startswith(("testing", "knn")) or n.endswith("_error")}
@@ -326,10 +332,11 @@ def check_folder(args: argparse.Namespace) -> None:
     wrong, (_, ours), theirs = "", read_weights(args.checkpoint), load_file(args.output / OURS)
     if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
         wrong = f"other weights than {args.checkpoint}"
-    elif not re.search(rf"hf:{re.escape(args.repo)}(?![\w.-])", (args.output / CARD).read_text(encoding="utf-8")):
-        wrong = f"a {CARD} that does not name hf:{args.repo}"
+    elif not re.search(rf"(?<![\w.-]){re.escape(args.repo)}(?![\w-])", (args.output / CARD).read_text("utf-8")):
+        wrong = f"a {CARD} that does not name {args.repo}"
     if wrong:
-        raise ValueError(f"{args.output} has {wrong}; add --overwrite to write it anew, or choose another --output")
+        way_out = "choose another --output, or add --overwrite to write all of it anew"
+        raise ValueError(f"{args.output} has {wrong}; {way_out}")
 
 
 def main(args: argparse.Namespace) -> None:

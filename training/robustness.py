@@ -11,7 +11,7 @@ from timm.data import ImageNetInfo
 
 from storage.files import rename_aside, write_rows
 from storage.hub import is_table
-from storage.lists import FileList, check_same_classes
+from storage.lists import FileList, check_same_classes, find_validation, name_some
 from training.data import list_folder
 from training.metrics import ImageEvaluation
 from training.records import print_figures
@@ -48,23 +48,28 @@ def choose_classes(
 
     Of some the scores of the others are masked, as the authors of ImageNet-A and -R do; these are sets of the paper's
     table 13, which does not say how. Weights of the original release name no classes: of 1000 they are ImageNet's, and
-    folders are named by WordNet identifiers, or by numbers of classes as in ImageNet-V2. Else, and in tables, whose
-    names are words, the order counts. ValueError names what is no class, or is missing.
+    images are sorted by WordNet identifiers, or all of them by numbers as in ImageNet-V2. Of another number, and in
+    tables of the Hub whose classes are words in an order of their own, that order counts. ValueError names what is no
+    class, or is missing.
     """
-    imagenet = ImageNetInfo("imagenet-1k").label_names()
-    origin = f"the classifier in {weights}"
-    if class_names is None and num_classes == IMAGENET_CLASSES and not is_table(args.path_to_data):
-        class_names, origin = imagenet, f"{origin}, which names none, so they are ImageNet's"
-    if class_names == imagenet and files.classes and all(map(str.isdecimal, files.classes)):
-        class_names = list(map(str, range(IMAGENET_CLASSES)))
+    imagenet, origin = ImageNetInfo("imagenet-1k").label_names(), f"the classifier in {weights}"
+    ordered = is_table(args.path_to_data) and list(files.classes) != sorted(files.classes)
+    if class_names is None and num_classes == IMAGENET_CLASSES and (args.class_subset or not ordered):
+        class_names = imagenet
+        origin += ", which names none, so they are ImageNet's (others: class_names in a config.json beside it)"
+    if class_names == imagenet and all(map(str.isdecimal, files.classes)) and not args.class_subset:
+        numbers = list(map(int, files.classes))  # of some they may be counted in another way
+        if sorted(numbers) == list(range(IMAGENET_CLASSES)):
+            return numbers
     if class_names is None and args.class_subset:
         raise ValueError(f"--class_subset needs the names of the classes, which {weights} does not tell")
     names = tuple(class_names or files.classes)
-    if args.class_subset:
-        known = tuple(name for name in files.classes if name in names)
-        check_same_classes(files.classes, known or ("",), files.root, origin)
+    if args.class_subset and files.classes:
+        foreign = [name for name in files.classes if names.count(name) != 1]  # in words crane is there twice
+        if foreign:
+            raise ValueError(f"{files.root} has classes that are none of {origin}: {name_some(foreign)}; rename them")
         return [names.index(name) for name in files.classes]
-    if not names or sorted(files.classes) != sorted(names) or len(set(names)) < len(names):  # crane is twice in words
+    if not names or sorted(files.classes) != sorted(names) or len(set(names)) < len(names):
         check_same_classes(files.classes, names or ("",), files.root, origin)
     for what, number in ((str(files.root), len(names)), ("--num_classes", args.num_classes)):
         if number not in (None, num_classes):
@@ -75,9 +80,15 @@ def choose_classes(
 def find_corruptions(root: str | Path) -> dict[str, dict[str, Path]]:
     """Find the folders of ImageNet-C, [category/]corruption/severity/class, by corruption and severity.
 
-    The root may also be a corruption's folder, or one severity's. ValueError where a corruption is there twice.
+    The root may also be a corruption's folder, or one severity's: with folders of classes, and without validation
+    images. ValueError where a corruption is there twice.
     """
     root, found = Path(root).absolute(), {}
+    if {root.name, root.parent.name} & ALEXNET_ERRORS.keys():
+        below = [root / severity for severity in SEVERITIES] if root.name in ALEXNET_ERRORS else [root]
+        folders = [path for folder in below if folder.is_dir() for path in folder.iterdir() if path.is_dir()]
+        if not folders or find_validation(root) is not None:
+            return {}
     if root.name in SEVERITIES and root.parent.name in ALEXNET_ERRORS:
         return {root.parent.name: {root.name: root}}
     for name in ALEXNET_ERRORS:
