@@ -33,6 +33,7 @@ from measure import ROOT, describe_machine, print_row, print_table
 from networks import Segmenter, build_lightly, build_original, build_ours, build_transformers, training_flops
 from step import (
     DEVICE,
+    GPU_MATRIX,
     MASK_RATIO,
     NUM_CLASSES,
     OURS,
@@ -63,6 +64,7 @@ FAILED = 3  # exit code of a section's process that has said why
 
 BASE, LARGE, HUGE = (MODEL_CONFIGS[f"mae_vit_{name}"] for name in ("base_patch16", "large_patch16", "huge_patch14"))
 REAL = dict(
+    matrix=GPU_MATRIX,
     models={"ViT-B": BASE, "ViT-L": LARGE, "ViT-H": HUGE},
     batches=(64, 128, 256, 512, 1024, 2048),
     timed_s=0.25,
@@ -77,6 +79,7 @@ REAL = dict(
 )
 TINY = MAEConfig(32, 8, 3, 32, 4, 2, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
 TOY = dict(
+    matrix=256,  # a CPU without bfloat16 takes long for more
     models={"ViT-B": TINY, "ViT-L": TINY, "ViT-H": TINY},
     batches=(2, 4),
     timed_s=0.0,
@@ -138,7 +141,7 @@ def describe(job: Job) -> Rows:
         query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
         answer = subprocess.run(query, capture_output=True, encoding="utf-8", check=False).stdout
         yield ["driver, power limit, clock", answer.strip().replace("\n", "; ")]
-    yield ["bfloat16 matrix rate, TFLOP/s", f"{matrix_rate(torch.bfloat16) / 1e12:.3g}"]
+    yield ["bfloat16 matrix rate, TFLOP/s", f"{matrix_rate(torch.bfloat16, job.matrix) / 1e12:.3g}"]
 
 
 def find_builders(job: Job) -> dict[str, Callable[[MAEConfig, float], nn.Module] | None]:
@@ -151,7 +154,7 @@ def find_builders(job: Job) -> dict[str, Callable[[MAEConfig, float], nn.Module]
 
 def compare_pretraining(job: Job) -> Rows:
     """Give the steps of each network, at growing batches, and then compiled at the best of them."""
-    builders, rate, best = find_builders(job), matrix_rate(torch.bfloat16), {}
+    builders, rate, best = find_builders(job), matrix_rate(torch.bfloat16, job.matrix), {}
     yield from (["-", name, "not installed or given, so not compared"] for name in builders if not builders[name])
     plan = [("ViT-B", OURS, EAGER), ("ViT-L", OURS, EAGER), ("ViT-H", OURS, EAGER), ("ViT-B", OURS, COMPILED)]
     plan += [("ViT-B", THEIRS, EAGER), ("ViT-B", ORIGINAL, EAGER), ("ViT-L", OURS, COMPILED)]

@@ -48,6 +48,7 @@ class Job:
 
     until: float
     original: Path | None
+    matrix: int
     models: dict[str, MAEConfig]
     batches: tuple[int, ...]  # tried one after the other
     timed_s: float  # that each of three rounds lasts

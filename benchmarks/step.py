@@ -167,9 +167,8 @@ def measure_apart(flags: list[str], script: str = __file__) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def matrix_rate(dtype: torch.dtype) -> float:
+def matrix_rate(dtype: torch.dtype, side: int = GPU_MATRIX if DEVICE.type == "cuda" else CPU_MATRIX) -> float:
     """Measure the FLOP/s of a large matrix product, the best of some."""
-    side = GPU_MATRIX if DEVICE.type == "cuda" else CPU_MATRIX
     a, b = (torch.randn(side, side, device=DEVICE).to(dtype) for _ in range(2))
     times = alternate({f"matrix product in {dtype}": lambda: a @ b}, 10, DEVICE, warmup=3)
     return 2 * side**3 / min(next(iter(times.values())))

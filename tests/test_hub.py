@@ -135,12 +135,17 @@ def test_segmentation_is_that_on_the_folder(places, drawn_pairs, tmp_path):
 
 @pytest.mark.parametrize("script", list(SCRIPTS))
 def test_two_processes_and_a_resume_are_one_undisturbed_process(places, cache, fork, tmp_path, script):
-    """Steps of two images in each of two processes, and all data workers forked after the table was loaded."""
+    """Steps of two images in each of two processes, and all data workers forked after the table was loaded.
+
+    In float64, as Adam makes much of the rounding of gradients near zero: in float32 a weight may differ by 2e-4.
+    """
     data = places["pairs" if script == "finetune_segmentation" else "parquet"]
+    for name, size, workers, num_processes in (("one", 4, 0, 1), ("two", 2, 1, 2)):
+        more = ["--per_gpu_batch_size", str(size), "--num_workers", str(workers)]
+        given = flags(script, data, tmp_path / name, *more)
+        fork(script, given, ("in_float64", {}), num_processes=num_processes, HF_DATASETS_CACHE=cache)
+    assert_close(*(weights(tmp_path / name / "run" / "checkpoint_4") for name in ("two", "one")), atol=1e-6)
     whole = train(script, data, tmp_path / "whole")
-    halves = flags(script, data, tmp_path / "halves", "--per_gpu_batch_size", "2", "--num_workers", "1")
-    fork(script, halves, num_processes=2, HF_DATASETS_CACHE=cache)
-    assert_close(weights(tmp_path / "halves" / "run" / "checkpoint_4"), weights(whole / "checkpoint_4"), atol=1e-4)
     shutil.copytree(whole / "checkpoint_2", tmp_path / "resumed" / "run" / "checkpoint_2")
     resumed = train(script, data, tmp_path / "resumed", "--resume_from_checkpoint", "latest")
     assert_close(weights(resumed / "checkpoint_4"), weights(whole / "checkpoint_4"), atol=0)
