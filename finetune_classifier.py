@@ -299,13 +299,12 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
     model, record = load_classifier(weights)
     model.to(accelerator.device)
     corruptions = training.find_corruptions(args.path_to_data)
-    crop_ratio = 1.0 if corruptions else None  # ImageNet-C's are cropped already, and its authors cut nothing more
 
     def choose(files: storage.FileList) -> list[int]:
         return training.choose_classes(files, record.get("class_names"), model.num_classes, weights, args)
 
     def score(files: storage.FileList, classes: list[int]) -> training.ImageEvaluation:
-        data = build_eval_data(files, args, crop_ratio)
+        data = build_eval_data(files, args, 1.0 if corruptions else None)  # ImageNet-C's are cropped already
         accelerator.print(f"{'evaluating':<16}{weights} on {files.describe()}")
         return evaluate(accelerator, model, dataset.build_eval_loader(data, **loading), data, args, classes)
 
@@ -314,8 +313,7 @@ def run_evaluation(args: argparse.Namespace) -> dict[str, float]:
     else:
         files = training.list_validation(accelerator, args)
         how = {"class_subset": True} if args.class_subset else {}
-        found = score(files, choose(files))
-        figures = training.report_evaluation(accelerator, weights, files, found, record, **how)
+        figures = training.report_evaluation(accelerator, weights, files, score(files, choose(files)), record, **how)
     training.end_script(__file__, accelerator, args, weights)
     return figures
 

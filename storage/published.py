@@ -92,13 +92,13 @@ def get_weights(url: str, target: Path) -> Path:
     file, digits = target.with_name(name), re.search(r"-(?!(?:19|20)\d{6}\.)([0-9a-f]{8})\.\w+$", name)
     checksum, work = f"sha256:{digits[1]}" if digits else None, beside(file, "download")
     origin, known = name_origin(url), beside(file, "source")
+    if file == target:
+        raise ValueError(f"{target} is where {url} is downloaded to; choose another target")
     if os.path.lexists(file) and not digits and not (known.is_file() and read_text(known).strip() == origin):
         raise ValueError(
             f"{file} is there, and nothing says that it is from {origin}; give it as it is, or move it away and run "
             "the command again"
         )
-    if file == target:
-        raise ValueError(f"{target} is where {url} is downloaded to; choose another target")
     file.parent.mkdir(parents=True, exist_ok=True)
     with private_folder(work):
         get_file(url, checksum, file, work)

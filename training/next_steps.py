@@ -9,9 +9,9 @@ from accelerate import Accelerator
 
 from storage.console import ROOT
 from storage.lists import as_text
+from training.checkpoints import WEIGHTS_FILE
 
 CLASSIFIER, SEGMENTER = "finetune_classifier.py", "finetune_segmentation.py"
-MODEL_FILE = "model.safetensors"  # of which a folder has one
 # Which images a run reads, and which of them it holds out
 DATA_FLAGS = ("path_to_data", "val_fraction", "image_column", "label_column", "annotation_column")
 DATA_FLAGS += ("image_folder", "label_folder", "image_suffix", "label_suffix")
@@ -33,7 +33,7 @@ def next_commands(script: str, args: argparse.Namespace, weights: Path, files=No
     """Give commands for a shell: of the script that follows, of the tool that shows the result, and of the curves."""
     tool = {CLASSIFIER: "classify", SEGMENTER: "segment"}.get(script, "reconstruct")
     folder = weights.parent if weights.is_file() else weights
-    checkpoint = folder if weights.name == MODEL_FILE else weights
+    checkpoint = folder if weights.name == WEIGHTS_FILE else weights
     shown = ["python", show(ROOT / "tools" / f"{tool}.py"), "--checkpoint", checkpoint]
     shown += [find_image(args, held_out or files)]
     if script != CLASSIFIER:
